@@ -1,0 +1,19 @@
+"""SRA 2 on SiT-S/2, ImageNet 256 px (arXiv 2601.17830).
+
+Command: python main.py --config=configs/sra2_s.py --config.data.dir=LATENTS
+No published number; depth 2 as for B, whose depth in layers it shares.
+Not yet reproduced with this code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.name = "sra2_s"
+    c.steps = 400_000
+    default.set_size(c, "S")
+    c.align.vae.depth = 2
+    return c

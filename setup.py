@@ -1,0 +1,34 @@
+"""Package metadata; the pinned versions are in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+setup(
+    name="sra2_jax",
+    version="0.1.0",
+    description="SRA 2 in JAX/Flax: diffusion transformers aligned with VAE latents",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sra2_jax", "sra2_jax.*"]),
+    package_data={"sra2_jax": ["assets/*/*", "evaluation/*.css"]},
+    install_requires=requirements(),
+    extras_require={
+        "gpu": ["jax[cuda12]==0.10.2"],
+        "tpu": ["jax[tpu]==0.10.2"],
+        "test": [
+            "pytest==9.2.0",
+            "pytest-timeout==2.4.0",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "typeguard==4.6.0",
+        ],
+    },
+)

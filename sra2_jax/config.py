@@ -1,0 +1,207 @@
+"""Reading and checking configurations: every mistake is one clear line, early."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sra2_jax import alignment, sampler, transport
+from sra2_jax.errors import UserError
+from sra2_jax.models.dit import REMAT_POLICIES
+
+INF = math.inf
+
+# key -> smallest and largest value allowed; every numeric key of configs/default.py
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "steps": (1, INF),
+    "batch_size": (1, INF),
+    "data.resolution": (1, INF),
+    "data.num_classes": (1, INF),
+    "data.streams": (1, INF),
+    "data.shuffle_buffer": (1, INF),
+    "latents.size": (1, INF),
+    "latents.channels": (1, INF),
+    "latents.scaling_factor": (1e-6, 1e6),
+    "latents.shift_factor": (-1e6, 1e6),
+    "model.width": (4, INF),
+    "model.depth": (1, INF),
+    "model.heads": (1, INF),
+    "model.patch_size": (1, INF),
+    "model.mlp_ratio": (0.1, 100),
+    "model.time_scale": (1e-6, 1e6),
+    "label_dropout": (0, 1),
+    "transport.time_mean": (-100, 100),
+    "transport.time_std": (1e-6, 100),
+    "align.vae.depth": (1, INF),
+    "align.vae.weight": (0, 1e6),
+    "align.vae.schedule_start": (0, INF),
+    "align.vae.schedule_steps": (1, INF),
+    "align.vae.beta": (1e-9, 1e6),
+    "align.vae.t_min": (0, 1),
+    "align.vae.t_max": (0, 1),
+    "align.vae.head_layers": (1, 100),
+    "align.vae.head_width": (0.01, 100),
+    "optim.learning_rate": (0, 100),
+    "optim.warmup_steps": (0, INF),
+    "optim.b1": (0, 1 - 1e-9),
+    "optim.b2": (0, 1 - 1e-9),
+    "optim.eps": (1e-30, 1),
+    "optim.weight_decay": (0, 100),
+    "optim.clip_norm": (1e-9, 1e9),
+    "ema_decay": (0, 1 - 1e-9),
+    "accumulate": (1, INF),
+    "mesh.data": (-1, INF),
+    "mesh.fsdp": (1, INF),
+    "sampling.steps": (2, INF),
+    "sampling.guidance": (0, 1000),
+    "sampling.guidance_low": (0, 1),
+    "sampling.guidance_high": (0, 1),
+    "sampling.guidance_channels": (0, INF),
+    "sampling.batch_size": (1, INF),
+    "run.log_every": (1, INF),
+    "run.checkpoint_every": (1, INF),
+    "run.keep_checkpoints": (1, INF),
+    "run.sample_every": (1, INF),
+    "run.grid_classes": (1, INF),
+    "run.grid_columns": (1, INF),
+    "eval.every": (1, INF),
+    "eval.num_samples": (2, INF),
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.remat": tuple(REMAT_POLICIES),
+    "model.attention": ("xla", "cudnn"),
+    "model.dtype": ("bfloat16", "float32"),
+    "transport.path": transport.PATHS,
+    "transport.prediction": transport.PREDICTIONS,
+    "transport.time": transport.TIMES,
+    "align.vae.schedule": alignment.SCHEDULES,
+    "align.vae.loss": alignment.LOSSES,
+    "align.vae.target": alignment.TARGETS,
+    "sampling.method": sampler.SAMPLERS,
+    "sampling.rounding": ("truncate", "sit"),
+    "eval.proxy": ("", "digits"),
+}
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value) for every leaf."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def unknown_key(key: str, config: ConfigDict) -> UserError:
+    """The error for a key that no config has, with the nearest one that exists."""
+    keys = [k for k, _ in flatten(config)]
+    last = {k.rsplit(".", 1)[-1]: k for k in keys}
+    near = difflib.get_close_matches(key, keys, 1) or [
+        last[m]
+        for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)
+    ]
+    hint = f"did you mean config.{near[0]}?" if near else "see configs/default.py"
+    return UserError(f"unknown key config.{key}: {hint}")
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse values out of range and combinations that cannot work.
+
+    Raises:
+      UserError: the first key that is wrong, its value and what is allowed.
+    """
+    for key, value in flatten(config):
+        if key in CHOICES and value not in CHOICES[key]:
+            allowed = ", ".join(repr(v) for v in CHOICES[key])
+            raise UserError(f"config.{key}={value!r}: must be one of {allowed}")
+        if key in RANGES:
+            low, high = RANGES[key]
+            if not low <= value <= high:  # also refuses NaN
+                raise UserError(
+                    f"config.{key}={value}: must lie between {low:g} and {high:g}"
+                )
+    model, vae = config.model, config.align.vae
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    require(
+        config.latents.size % model.patch_size == 0,
+        f"config.model.patch_size={model.patch_size} does not divide "
+        f"config.latents.size={config.latents.size}",
+    )
+    require(
+        model.width % model.heads == 0 and model.width % 4 == 0,
+        f"config.model.width={model.width} must be divisible by 4 and by "
+        f"config.model.heads={model.heads}",
+    )
+    require(
+        model.attention != "cudnn" or model.dtype == "bfloat16",
+        "config.model.attention='cudnn' needs config.model.dtype='bfloat16'",
+    )
+    require(
+        not vae.enabled or vae.depth <= model.depth,
+        f"config.align.vae.depth={vae.depth}: the network has "
+        f"config.model.depth={model.depth} blocks",
+    )
+    require(
+        vae.t_min < vae.t_max,
+        f"config.align.vae.t_min={vae.t_min} must be below "
+        f"config.align.vae.t_max={vae.t_max}",
+    )
+    require(
+        config.batch_size % config.accumulate == 0,
+        f"config.batch_size={config.batch_size} is not divisible by "
+        f"config.accumulate={config.accumulate}",
+    )
+    require(
+        config.batch_size % config.data.streams == 0,
+        f"config.batch_size={config.batch_size} is not divisible by "
+        f"config.data.streams={config.data.streams}",
+    )
+    require(
+        config.run.checkpoint_every % config.run.log_every == 0,
+        f"config.run.checkpoint_every={config.run.checkpoint_every} must be a multiple "
+        f"of config.run.log_every={config.run.log_every}, so that a resumed run logs "
+        "the same rows",
+    )
+    require(config.mesh.data != 0, "config.mesh.data=0: must be -1 or at least 1")
+    require(
+        config.sampling.guidance_channels <= config.latents.channels,
+        f"config.sampling.guidance_channels={config.sampling.guidance_channels} exceeds "
+        f"config.latents.channels={config.latents.channels}",
+    )
+    if config.eval.proxy == "digits":
+        require(
+            config.data.num_classes == 10 and config.data.resolution == 32,
+            "config.eval.proxy='digits' needs config.data.num_classes=10 and "
+            "config.data.resolution=32",
+        )
+
+
+# A checkpoint trained with one value of these cannot go on, or go on as the same run,
+# with another.
+STATE_KEYS = ("latents", "model", "align", "transport", "data.num_classes", "optim")
+STATE_FREE = ("model.scan", "model.remat", "model.attention", "model.dtype")
+
+
+def differing(old: dict, new: dict) -> list[str]:
+    """Lines "config.KEY: saved, now" for the keys that shape the trained state."""
+    old, new = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"config.{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if key.startswith(STATE_KEYS)
+        and key not in STATE_FREE
+        and old.get(key) != new.get(key)
+    ]
+
+
+def to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=2) + "\n"

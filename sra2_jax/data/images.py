@@ -1,0 +1,229 @@
+"""Sources of labelled images, and the centre crop of ADM.
+
+A source is a folder with one sub-folder per class, any TFDS image-classification
+dataset (`tfds:NAME[:SPLIT]`), or `digits`. It only lists its images; `read` decodes
+and crops them in threads (Pillow releases the GIL).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sra2_jax.data import records
+from sra2_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An image not decoded yet; `load()` gives uint8 (H, W, 3) or raises."""
+
+    index: int
+    name: str
+    label: int
+    load: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSource:
+    """A listing of `length` images; `entries()` walks it in a fixed order."""
+
+    length: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    entries: Callable[[], Iterator[Entry]]
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """Centre crop of ADM: the square of `size` pixels that the VAE gets to see.
+
+    Halves with BOX while the short side is at least 2 * size, resizes with BICUBIC so
+    that the short side is `size`, crops the centre.
+
+    Args:
+      image: uint8 (H, W, 3).
+
+    Returns:
+      uint8 (size, size, 3).
+
+    Source: openai/guided-diffusion `center_crop_arr`, REPA `center-crop-dhariwal`.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        halves = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(halves, resample=Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(x * scale) for x in picture.size)
+    picture = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
+    x, y = (width - size) // 2, (height - size) // 2
+    return np.asarray(picture)[y : y + size, x : x + size]
+
+
+def decode_rgb(file: str | os.PathLike | io.BytesIO) -> np.ndarray:
+    """An image file of any mode as uint8 (H, W, 3); alpha is dropped, as upstream.
+
+    Raises:
+      Exception: whatever Pillow raises for a file that it cannot decode.
+    """
+    with Image.open(file) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow clips 16 bit greys at 255 instead of scaling them.
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[..., None], 3, axis=-1)
+        if image.mode == "P" and "transparency" in image.info:
+            # Pillow warns when it goes from here to RGB directly.
+            return np.asarray(image.convert("RGBA").convert("RGB"))
+        return np.asarray(image.convert("RGB"))
+
+
+def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
+    """List the images of a source.
+
+    Args:
+      spec: a folder with one sub-folder per class, `tfds:NAME[:SPLIT]`, or `digits`.
+      split: split to read of a source that has splits, unless `spec` names one.
+
+    Raises:
+      UserError: an unknown source, or one without images.
+    """
+    if spec == "digits":
+        return _digits(split)
+    if str(spec).startswith("tfds:"):
+        name, _, own_split = str(spec).removeprefix("tfds:").partition(":")
+        return _tfds(name, own_split or split)
+    return _folder(Path(spec))
+
+
+def _folder(folder: Path) -> ImageSource:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder of images; give a folder with one sub-folder "
+            "per class, tfds:NAME[:SPLIT] or digits"
+        )
+    classes = sorted(
+        f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."
+    )
+    files = [
+        (label, name)
+        for label, class_name in enumerate(classes)
+        for name in sorted(os.listdir(folder / class_name))
+        if name.lower().endswith(SUFFIXES) and name[0] != "."
+    ]
+    if not files:
+        raise UserError(
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in its sub-folders; "
+            "it must hold one sub-folder per class with the images in it"
+        )
+
+    def entries() -> Iterator[Entry]:
+        for index, (label, name) in enumerate(files):
+            relative = f"{classes[label]}/{name}"
+            load = functools.partial(decode_rgb, folder / relative)
+            yield Entry(index, relative, label, load)
+
+    return ImageSource(len(files), len(classes), tuple(classes), entries)
+
+
+def _digits(split: str) -> ImageSource:
+    from sra2_jax.data import digits
+
+    if split not in ("train", "test"):
+        raise UserError(f"digits: no split {split!r}; choose train or test")
+    images, labels = digits.load_digits(split)
+
+    def entries() -> Iterator[Entry]:
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            load = functools.partial(np.asarray, image)
+            yield Entry(index, f"digits/{split}/{index}", int(label), load)
+
+    return ImageSource(len(images), 10, tuple("0123456789"), entries)
+
+
+def _tfds(name: str, split: str) -> ImageSource:
+    records.tensorflow()
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"tfds:{name}: TFDS has no such dataset; see `tfds.list_builders()`"
+        ) from None
+    builder.download_and_prepare()
+    features = builder.info.features
+    if not {"image", "label"} <= set(features or ()):
+        raise UserError(
+            f"tfds:{name}: needs the features 'image' and 'label', has "
+            f"{sorted(features or ())}; choose an image-classification dataset"
+        )
+    if split not in builder.info.splits:
+        raise UserError(
+            f"tfds:{name}: no split {split!r}, only {sorted(builder.info.splits)}; "
+            f"give it as tfds:{name}:SPLIT"
+        )
+    length = builder.info.splits[split].num_examples
+    if not length:
+        raise UserError(f"tfds:{name}:{split}: no images; choose another split")
+    label = features["label"]
+
+    def entries() -> Iterator[Entry]:
+        # The encoded bytes: Pillow decodes them in our threads, and one image that
+        # cannot be decoded does not end the pass.
+        rows = tfds.as_numpy(
+            builder.as_dataset(
+                split=split,
+                shuffle_files=False,
+                decoders={"image": tfds.decode.SkipDecoding()},
+            )
+        )
+        for index, row in enumerate(rows):
+            load = functools.partial(_decode_bytes, row["image"])
+            yield Entry(index, f"{name}/{split}/{index}", int(row["label"]), load)
+
+    return ImageSource(length, label.num_classes, tuple(label.names or ()), entries)
+
+
+def _decode_bytes(data: bytes) -> np.ndarray:
+    return decode_rgb(io.BytesIO(data))
+
+
+def read(
+    source: ImageSource, size: int
+) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
+    """Decode and crop the images of a source, in its order, in threads.
+
+    Yields:
+      index, name, uint8 (size, size, 3) or the exception of an image that cannot be
+      decoded, label.
+    """
+
+    def work(entry: Entry) -> np.ndarray | Exception:
+        try:
+            return center_crop(entry.load(), size)
+        # Broken files raise nearly anything: OSError, SyntaxError, struct.error...
+        except Exception as error:
+            return error
+
+    threads = min(16, os.cpu_count() or 1)
+    waiting: collections.deque[tuple[Entry, Future[Any]]] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for entry in source.entries():
+            waiting.append((entry, pool.submit(work, entry)))
+            # Enough to keep every thread busy, few enough to bound the memory.
+            if len(waiting) > 8 * threads:
+                done, future = waiting.popleft()
+                yield done.index, done.name, future.result(), done.label
+        for done, future in waiting:
+            yield done.index, done.name, future.result(), done.label

@@ -1,0 +1,315 @@
+"""The schema of a latents dataset: the one place that knows it, for writer and reader.
+
+A latents dataset is a folder with
+
+* `latents-SPLIT.tfrecord-XXXXX-of-YYYYY`: tf.train.Example records of one image each:
+  `mean`, `std` (raw float16 bytes, (h, w, c), posterior of the VAE, not scaled),
+  `label` and `index` (position of the image in the source listing);
+* `features.json` and `dataset_info.json`, so that
+  `tfds.builder_from_directory(folder)` opens it;
+* `latents.json`, the facts of `LatentsInfo`, readable without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from sra2_jax.errors import UserError
+
+FORMAT = 1
+FILE = "latents.json"
+ENCODE = "python -m sra2_jax.data.encode"
+CROP = "centre (ADM: BOX halvings, then BICUBIC)"
+
+
+@functools.cache
+def tensorflow() -> Any:
+    """TensorFlow, imported on first use and kept off every GPU.
+
+    The only import of TensorFlow in this package: it reads and writes files here, and
+    a GPU that it took would be missing to JAX.
+    """
+    # Its C++ start-up notes would hide our one-line errors.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+@dataclasses.dataclass(frozen=True)
+class Shards:
+    """Number of records and size in bytes of each shard of a split, in order."""
+
+    records: tuple[int, ...]
+    bytes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "records", tuple(int(n) for n in self.records))
+        object.__setattr__(self, "bytes", tuple(int(n) for n in self.bytes))
+        if not self.records or len(self.records) != len(self.bytes):
+            raise ValueError("records and bytes must have one entry per shard")
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentsInfo:
+    """What `latents.json` says about a dataset of latents.
+
+    `latent_shape` is (h, w, c). A training latent is
+    (mean + std * N(0, 1) - shift_factor) * scaling_factor; `latent_mean` and
+    `latent_std` are its statistics over the dataset, one number per channel.
+    `class_names` is empty where the source has none.
+    """
+
+    vae: str
+    scaling_factor: float
+    shift_factor: float
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    num_examples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    splits: Mapping[str, Shards]
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    crop: str
+    versions: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        convert: dict[str, Callable[[Any], Any]] = {
+            "latent_shape": _ints,
+            "class_names": tuple,
+            "latent_mean": _floats,
+            "latent_std": _floats,
+            "scaling_factor": float,
+            "shift_factor": float,
+            "resolution": int,
+            "num_examples": int,
+            "num_classes": int,
+            "splits": dict,
+        }
+        for name, function in convert.items():
+            object.__setattr__(self, name, function(getattr(self, name)))
+        if len(self.latent_shape) != 3:
+            raise ValueError("latent_shape must be (h, w, c)")
+        if self.num_examples != sum(sum(s.records) for s in self.splits.values()):
+            raise ValueError("num_examples is not the number of records in the shards")
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> LatentsInfo:
+        """The description of the dataset in `folder` (local or gs://).
+
+        Raises:
+          UserError: no `latents.json` there, or one that this version cannot read.
+        """
+        path = epath.Path(folder) / FILE
+        make = f"make the dataset with `{ENCODE} --images=SOURCE --out={folder}`"
+        try:
+            fields = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{folder}: no {FILE} in this folder; {make}") from None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); {make}") from None
+        try:
+            if fields.pop("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            splits = {k: Shards(**v) for k, v in fields.pop("splits").items()}
+            return cls(splits=splits, **fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path}: does not describe a latents dataset ({error!r}); {make}"
+            ) from None
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Write `latents.json` into `folder`."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        (epath.Path(folder) / FILE).write_text(json.dumps(fields, indent=1) + "\n")
+
+
+def _ints(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(v) for v in values)
+
+
+def _floats(values: Sequence[Any]) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def check(
+    info: LatentsInfo,
+    *,
+    folder: str | os.PathLike,
+    resolution: int,
+    latent_shape: Sequence[int],
+    num_classes: int,
+    scaling_factor: float,
+    vae: str | None = None,
+) -> None:
+    """Compare what a config expects with what was encoded.
+
+    Args:
+      latent_shape: (h, w, c).
+      vae: name or folder of the VAE; None where the config does not say.
+
+    Raises:
+      UserError: one line with every contradiction, and the config key of each.
+    """
+    h, w, c = latent_shape
+    rows = [
+        ("data.resolution", "resolution", resolution, info.resolution),
+        ("latents.size", "", (h, w), info.latent_shape[:2]),
+        ("latents.channels", "", c, info.latent_shape[2]),
+        ("data.num_classes", "", num_classes, info.num_classes),
+        ("latents.scaling_factor", "vae", scaling_factor, info.scaling_factor),
+    ]
+    if vae is not None:
+        rows.append(("vae", "vae", vae, info.vae))
+    problems = []
+    for key, flag, wanted, found in rows:
+        if wanted == found:
+            continue
+        # A size is one number in the config; both sides of a square are equal.
+        wanted, found = (
+            v[0] if isinstance(v, tuple) and v[0] == v[1] else v
+            for v in (wanted, found)
+        )
+        # Only the flags of the encoder can change the dataset; the rest follows.
+        again = f" with --{flag}" if flag else ""
+        problems.append(
+            f"config says {key}={wanted}, dataset was encoded with {found}: "
+            f"change config.{key} or encode again{again}"
+        )
+    if problems:
+        raise UserError(f"{folder}: " + "; ".join(problems) + f" ({ENCODE})")
+
+
+def shard_path(
+    folder: str | os.PathLike, split: str, shard: int, shards: int
+) -> epath.Path:
+    """Path of a shard, named as TFDS expects it."""
+    return epath.Path(folder) / f"latents-{split}.tfrecord-{shard:05d}-of-{shards:05d}"
+
+
+def serialize(mean: np.ndarray, std: np.ndarray, label: int, index: int) -> bytes:
+    """One record: float16 (h, w, c) mean and std, label, index in the source."""
+    train = tensorflow().train
+
+    def raw(values: np.ndarray) -> Any:
+        data = np.ascontiguousarray(values, "<f2").tobytes()
+        return train.Feature(bytes_list=train.BytesList(value=[data]))
+
+    def integer(value: int) -> Any:
+        return train.Feature(int64_list=train.Int64List(value=[value]))
+
+    feature = {
+        "mean": raw(mean),
+        "std": raw(std),
+        "label": integer(label),
+        "index": integer(index),
+    }
+    return train.Example(features=train.Features(feature=feature)).SerializeToString()
+
+
+class ShardWriter:
+    """Context manager that writes records to the shard index % shards.
+
+    Listings are sorted by class: so every shard gets all classes.
+    """
+
+    def __init__(self, folder: str | os.PathLike, split: str, shards: int) -> None:
+        self._paths = [shard_path(folder, split, s, shards) for s in range(shards)]
+        self._counts = [0] * shards
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ShardWriter:
+        open_file = tensorflow().io.TFRecordWriter
+        self._files = [
+            self._stack.enter_context(open_file(os.fspath(path)))
+            for path in self._paths
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def write(self, mean: np.ndarray, std: np.ndarray, label: int, index: int) -> None:
+        """Append one record, see `serialize`."""
+        shard = index % len(self._files)
+        self._files[shard].write(serialize(mean, std, label, index))
+        self._counts[shard] += 1
+
+    def shards(self) -> Shards:
+        """Records and bytes of each shard; valid once the writer is closed."""
+        sizes = tuple(path.stat().length for path in self._paths)
+        return Shards(tuple(self._counts), sizes)
+
+
+def parse(serialized: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Tensors of a whole batch of records, in one vectorised parse.
+
+    Parsing a batch takes a third of the time of parsing its records one by one.
+
+    Args:
+      serialized: (B,) string tensor.
+
+    Returns:
+      `mean`, `std` (B, h, w, c) float16, `label` (B,) int32, `index` (B,) int64.
+    """
+    tf = tensorflow()
+    text, integer = (tf.io.FixedLenFeature([], t) for t in (tf.string, tf.int64))
+    fields = tf.io.parse_example(
+        serialized, {"mean": text, "std": text, "label": integer, "index": integer}
+    )
+    shape = (-1, *latent_shape)
+    return {
+        "mean": tf.reshape(tf.io.decode_raw(fields["mean"], tf.float16), shape),
+        "std": tf.reshape(tf.io.decode_raw(fields["std"], tf.float16), shape),
+        "label": tf.cast(fields["label"], tf.int32),
+        "index": fields["index"],
+    }
+
+
+def write_tfds_metadata(folder: str | os.PathLike, info: LatentsInfo) -> None:
+    """Write `features.json` and `dataset_info.json` next to finished shards.
+
+    TFDS reads the first example back, so a schema it cannot decode fails here.
+    """
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    def latent() -> Any:
+        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
+        return tfds.features.Tensor(
+            shape=info.latent_shape, dtype=np.float16, encoding="bytes"
+        )
+
+    if info.class_names:
+        label = tfds.features.ClassLabel(names=list(info.class_names))
+    else:
+        label = tfds.features.ClassLabel(num_classes=info.num_classes)
+    tfds.folder_dataset.write_metadata(
+        data_dir=os.fspath(folder),
+        features={
+            "mean": latent(),
+            "std": latent(),
+            "label": label,
+            "index": tfds.features.Scalar(dtype=np.int64),
+        },
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=list(shards.records),
+                num_bytes=sum(shards.bytes),
+            )
+            for name, shards in info.splits.items()
+        ],
+        description=f"Latents of {info.vae} at {info.resolution} pixels.",
+    )

@@ -1,0 +1,237 @@
+"""The diffusion transformer of SiT and DiT, channels last, one stacked block tree.
+
+Source: the reference `SiT` network (willisma/SiT), whose checkpoints
+`sra2_jax.convert` loads. Norms, softmax and the residual stream are float32; matrix
+products run in `dtype`; parameters are float32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+XAVIER = nn.initializers.xavier_uniform()
+NORMAL = nn.initializers.normal(0.02)
+ZEROS = nn.initializers.zeros_init()
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def sincos_positions(width: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table (grid * grid, width), float32, row-major tokens.
+
+    Half of the channels encode the column, then half the row; each half is
+    [sin, cos] with base 10000, computed in float64 as the reference does.
+    """
+    if width % 4:
+        raise ValueError(f"width {width} must be divisible by 4 for 2-D positions")
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
+    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+
+    def encode(position: np.ndarray) -> np.ndarray:
+        angles = position.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def timestep_features(t: Float[Array, " b"], size: int = 256) -> Float[Array, "b f"]:
+    """Sinusoidal features ordered [cos, sin], largest period 10000."""
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(size // 2) / (size // 2))
+    angles = t[:, None] * frequencies[None].astype(t.dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
+
+
+def patchify(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b t d"]:
+    """Image to row-major tokens; within a token (row, column, channel)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(tokens: Float[Array, "b t d"], p: int) -> Float[Array, "b h w c"]:
+    """Inverse of `patchify` for a square image."""
+    b, t, d = tokens.shape
+    n, c = round(t**0.5), d // (p * p)
+    x = tokens.reshape(b, n, n, p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, n * p, n * p, c)
+
+
+def layer_norm(x: Array) -> Array:
+    """LayerNorm without affine parameters, eps 1e-6, in float32 (or wider)."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """Apply adaLN's shift and scale, (B, D), to normalised tokens, (B, T, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero conditioning (DiT)."""
+
+    heads: int
+    mlp_ratio: float
+    attention: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
+        b, t, d = x.shape
+
+        def dense(size: int, name: str, init: Any = XAVIER) -> nn.Dense:
+            return nn.Dense(size, dtype=self.dtype, kernel_init=init, name=name)
+
+        modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c))
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
+
+        # One (D, 3D) matrix: xavier on separate q, k and v would start too large.
+        qkv = dense(3 * d, "qkv")(modulate(layer_norm(x), shift1, scale1))
+        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
+        mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
+        mixed = dense(d, "attention_out")(mixed.reshape(b, t, d))
+        x = x + gate1[:, None] * mixed
+
+        hidden = dense(int(d * self.mlp_ratio), "mlp_in")(
+            modulate(layer_norm(x), shift2, scale2)
+        )
+        hidden = dense(d, "mlp_out")(nn.gelu(hidden, approximate=True))
+        return x + gate2[:, None] * hidden
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, shift and scale from the condition, zero-initialised projection."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
+        d = x.shape[-1]
+        modulation = nn.Dense(
+            2 * d, dtype=self.dtype, kernel_init=ZEROS, name="modulation"
+        )(nn.silu(c))
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        return nn.Dense(
+            self.features, dtype=self.dtype, kernel_init=ZEROS, name="linear"
+        )(modulate(layer_norm(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """SiT/DiT backbone on latents of any square size and channel number.
+
+    Attributes:
+      size: side of the latent grid; channels: latent channels.
+      patch_size, width, depth, heads, mlp_ratio: as in DiT.
+      num_classes: labels run over [0, num_classes); num_classes is the null label.
+      time_scale: factor on t before its sinusoidal features (reference: 1).
+      scan: run the blocks as a loop (fast compile) or unrolled (less memory without
+        rematerialisation); the parameters are the same stacked tree either way.
+      remat: "none", "dots" or "full", see `REMAT_POLICIES`.
+      attention: "xla" or "cudnn".
+      dtype: compute type of the matrix products.
+    """
+
+    size: int
+    channels: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+    time_scale: float = 1.0
+    scan: bool = True
+    remat: str = "none"
+    attention: str = "xla"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        y: Int[Array, " b"],
+        features: tuple[int, ...] = (),
+    ) -> tuple[Float[Array, "b h w c"], dict[int, Array], Float[Array, "b d"]]:
+        """Predict from x_t.
+
+        Args:
+          x: noisy latents (B, size, size, channels).
+          t: times (B,) in [0, 1], 0 = data, 1 = noise.
+          y: labels (B,), num_classes for the null label.
+          features: 1-based numbers of the blocks whose output is wanted.
+
+        Returns:
+          prediction shaped like x (float32), {block: tokens (B, T, width)} for the
+          blocks asked for, and the condition vector (B, width).
+        """
+        p, d = self.patch_size, self.width
+        tokens = nn.Dense(d, dtype=self.dtype, kernel_init=XAVIER, name="patch")(
+            patchify(x, p)
+        )
+        # Adding the float32 table makes the residual stream float32, as it is under
+        # the reference's autocast.
+        tokens = tokens + sincos_positions(d, self.size // p).astype(x.dtype)
+        c = self._condition(t, y)
+        tokens, kept = self._blocks(tokens, c, features)
+        out = FinalLayer(p * p * self.channels, self.dtype, name="final")(tokens, c)
+        out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
+        return unpatchify(out, p), kept, c
+
+    def _condition(self, t: Array, y: Array) -> Array:
+        d = self.width
+        hidden = timestep_features(t * self.time_scale)
+        for name in ("time_in", "time_out"):
+            if name == "time_out":
+                hidden = nn.silu(hidden)
+            hidden = nn.Dense(d, dtype=self.dtype, kernel_init=NORMAL, name=name)(
+                hidden
+            )
+        labels = nn.Embed(self.num_classes + 1, d, embedding_init=NORMAL, name="label")
+        return hidden + labels(y)
+
+    def _blocks(
+        self, tokens: Array, c: Array, features: tuple[int, ...]
+    ) -> tuple[Array, dict[int, Array]]:
+        """Run the stack; keep the asked blocks' outputs in the carry.
+
+        Overwriting a carried buffer costs one token array for each kept block;
+        returning every block's output would cost `depth` of them.
+        """
+        block_type = Block
+        if self.remat != "none":
+            # Unrolled code needs the CSE barrier, or XLA would undo the remat.
+            block_type = nn.remat(
+                Block,
+                policy=REMAT_POLICIES[self.remat],
+                prevent_cse=not self.scan,
+            )
+
+        def body(block: nn.Module, carry: Any, number: Array) -> tuple[Any, None]:
+            x, kept = carry
+            x = block(x, c)
+            return (x, {n: jnp.where(number == n, x, k) for n, k in kept.items()}), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.depth,
+            unroll=1 if self.scan else self.depth,
+        )
+        block = block_type(
+            self.heads, self.mlp_ratio, self.attention, self.dtype, name="blocks"
+        )
+        kept = {n: jnp.zeros_like(tokens) for n in features}
+        (tokens, kept), _ = scan(block, (tokens, kept), jnp.arange(1, self.depth + 1))
+        return tokens, kept

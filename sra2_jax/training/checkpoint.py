@@ -1,0 +1,88 @@
+"""Orbax checkpoints of the training state, behind the few calls the loop needs."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sra2_jax.errors import UserError
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """"a/b/c" -> (shape, dtype); the same names for a state and for its metadata."""
+
+    def name(key: Any) -> str:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                return str(getattr(key, attribute))
+        return str(key)
+
+    return {
+        "/".join(name(key) for key in path): (tuple(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+class Checkpoints:
+    """The checkpoints/ folder of a run.
+
+    Args:
+      folder: absolute path; made when missing.
+      keep: newest checkpoints kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(folder, options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Save in the background; a step saved already is left alone."""
+        if step != self.latest():
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, abstract: Any) -> Any:
+        """The newest state, placed as `abstract` says.
+
+        Raises:
+          UserError: the checkpoint is of another model (the first array that differs
+            is named), or cannot be read.
+        """
+        step = self.latest()
+        where = f"checkpoint {self.folder / str(step)}"
+        try:
+            stored = _leaves(self._manager.item_metadata(step))
+        except Exception as error:
+            raise UserError(self._unreadable(where, step, error)) from error
+        wanted = _leaves(abstract)
+        for name in sorted(wanted.keys() | stored.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{where} is of another model: {name} is "
+                    f"{stored.get(name, 'missing')} there, "
+                    f"{wanted.get(name, 'missing')} in this config: "
+                    "use its config or another --workdir"
+                )
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise UserError(self._unreadable(where, step, error)) from error
+
+    def _unreadable(self, where: str, step: int | None, error: Exception) -> str:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        others = [s for s in self._manager.all_steps() if s != step]
+        way_out = (
+            f"move it away to go on from step {max(others)}"
+            if others
+            else "it is the only one: use another --workdir to start afresh"
+        )
+        return f"{where} cannot be read ({type(error).__name__}: {reason}): {way_out}"
+
+    def close(self) -> None:
+        """Wait for saves in the background; raises what they raised."""
+        self._manager.wait_until_finished()
+        self._manager.close()

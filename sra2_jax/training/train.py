@@ -1,0 +1,261 @@
+"""The training job: check, restore, loop."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import sra2_jax
+from sra2_jax import config as configuration
+from sra2_jax.data import records
+from sra2_jax.data.encode import encode
+from sra2_jax.data.pipeline import batches, prefetch_to_device
+from sra2_jax.errors import UserError
+from sra2_jax.evaluation.observe import Observer
+from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.training.log import Log
+from sra2_jax.training.optim import make_optimizer
+from sra2_jax.training.sharding import batch_sharding, make_mesh
+from sra2_jax.training.state import count_parameters, create_sharded
+from sra2_jax.training.step import make_step
+
+SPLIT = "train"
+
+
+def claim_workdir(config: ConfigDict, workdir: epath.Path) -> None:
+    """Make the folder and write config.json and versions.json.
+
+    Raises:
+      UserError: the folder holds the checkpoints of a run whose config differs in a
+        key that shapes the trained state. Nothing is changed then.
+    """
+    saved = workdir / "config.json"
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        try:
+            old = json.loads(saved.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{workdir} holds checkpoints, but {saved} cannot be read "
+                f"({type(error).__name__}): put the run's own config.json back or use "
+                "another --workdir"
+            ) from error
+        if lines := configuration.differing(old, config.to_dict()):
+            more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+            raise UserError(
+                f"{workdir} holds a run of another model: {'; '.join(lines[:3])}{more}: "
+                "use another --workdir"
+            )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        saved.write_text(configuration.to_json(config))
+        (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """What the run ran on: packages, commit, devices, date."""
+    root = Path(sra2_jax.__file__).parents[1]
+    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu")
+    return {
+        "sra2_jax": sra2_jax.__version__,
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    }
+
+
+def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+    """The dataset's folder; encodes config.data.images first where it is missing.
+
+    Raises:
+      UserError: no dataset and no images, or a dataset that contradicts the config.
+    """
+    folder = epath.Path(config.data.dir or workdir / "latents")
+    if not (folder / records.FILE).exists():
+        if not config.data.images:
+            raise UserError(
+                f"no latents dataset in {folder}: set --config.data.dir=FOLDER, or "
+                "--config.data.images=SOURCE to encode it first"
+            )
+        if jax.process_count() > 1:
+            raise UserError(
+                f"no latents dataset in {folder}: encode it on one machine first "
+                "(python -m sra2_jax.data.encode)"
+            )
+        encode(
+            config.data.images, folder, config.vae, config.data.resolution, split=SPLIT
+        )
+    info = records.LatentsInfo.read(folder)
+    size = config.latents.size
+    records.check(
+        info,
+        folder=folder,
+        resolution=config.data.resolution,
+        latent_shape=(size, size, config.latents.channels),
+        num_classes=config.data.num_classes,
+        scaling_factor=config.latents.scaling_factor,
+        shift_factor=config.latents.shift_factor,
+    )
+    return folder
+
+
+def compile_step(
+    config: ConfigDict, transform: Any, schedule: Any, mesh: Mesh, abstract: Any
+) -> tuple[Any, float]:
+    """The compiled step and the seconds it took; it cannot recompile later."""
+    began = time.perf_counter()
+    side, channels = config.latents.size, config.latents.channels
+
+    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        shape = (config.batch_size, *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+
+    moment = leaf((side, side, channels), jnp.float16)
+    batch = {"mean": moment, "std": moment, "label": leaf((), jnp.int32)}
+    step = make_step(config, transform, schedule, mesh, abstract)
+    return step.lower(abstract, batch).compile(), time.perf_counter() - began
+
+
+def write_facts(
+    workdir: epath.Path, abstract: Any, seconds: float, folder: epath.Path
+) -> None:
+    """run.json: what the report says of the run besides its config."""
+    info = records.LatentsInfo.read(folder)
+    facts = {
+        "parameters": {
+            "network": count_parameters(abstract.params["network"]),
+            "heads": count_parameters(abstract.params["heads"]),
+        },
+        "compile_seconds": round(seconds, 2),
+        "latents": {
+            "folder": str(folder),
+            "num_examples": info.num_examples,
+            "scaling_factor": info.scaling_factor,
+            "mean": info.latent_mean,
+            "std": info.latent_std,
+        },
+    }
+    if jax.process_index() == 0:
+        (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def train(config: ConfigDict, workdir: str) -> None:
+    """Run the whole job in `workdir`, from its newest checkpoint on if it has one.
+
+    Raises:
+      UserError: anything in the config, the data or the folder that a person must mend.
+    """
+    configuration.check(config)
+    mesh = make_mesh(**config.mesh, batch_size=config.batch_size, n=config.accumulate)
+    folder = epath.Path(workdir).absolute()
+    claim_workdir(config, folder)
+    data = latents_folder(config, folder)
+
+    transform, schedule = make_optimizer(**config.optim)
+    abstract, init = create_sharded(config, transform, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
+    start = checkpoints.latest() or 0
+    if start > config.steps:
+        raise UserError(
+            f"{checkpoints.folder} is at step {start}, beyond config.steps="
+            f"{config.steps}: raise it or use another --workdir"
+        )
+    state = checkpoints.restore(abstract) if start else init()
+
+    log = Log(
+        folder,
+        start=start,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        log_every=config.run.log_every,
+    )
+    observer = Observer(config, folder, mesh, log)
+    reference = observer.references(data)
+    step, seconds = compile_step(config, transform, schedule, mesh, abstract)
+    write_facts(folder, abstract, seconds, data)
+    log.message(f"{folder}: step {start} of {config.steps}, compiled in {seconds:.1f} s")
+    state = loop(
+        config, step, state, start, data, mesh=mesh, log=log,
+        checkpoints=checkpoints, observer=observer,
+    )  # fmt: skip
+    observer.finish(config.steps, state.ema["network"], reference)
+    log.close()
+    checkpoints.close()
+    log.message(f"done: {folder / 'report.html'}")
+
+
+def loop(
+    config: ConfigDict,
+    step_function: Any,
+    state: Any,
+    start: int,
+    data: epath.Path,
+    *,
+    mesh: Mesh,
+    log: Log,
+    checkpoints: Checkpoints,
+    observer: Observer,
+) -> Any:
+    """Steps start + 1 ... config.steps; returns the last state.
+
+    Step k is dispatched before the metrics of k - 1 are read, so the device never
+    waits for the host.
+    """
+    stream = batches(
+        data,
+        split=SPLIT,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start,
+        streams=config.data.streams,
+        shuffle_buffer=config.data.shuffle_buffer,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    pending = None
+    with prefetch_to_device(stream, batch_sharding(mesh)) as ready:
+        for step in range(start + 1, config.steps + 1):
+            batch = next(ready)
+            batch.pop("index")
+            state, metrics = step_function(state, batch)
+            if pending:
+                log.step(*pending)
+            pending = step, metrics
+
+            last = step == config.steps
+            saving = last or step % config.run.checkpoint_every == 0
+            sampling = not last and step % config.run.sample_every == 0
+            scoring = (
+                not last and observer.proxy and step % config.eval.every == 0
+            )
+            if not (saving or sampling or scoring):
+                continue
+            log.step(*pending)
+            pending = None
+            with log.paused():
+                if sampling:
+                    observer.sample(step, state.ema["network"])
+                if scoring:
+                    observer.score(step, state.ema["network"])
+                if saving:
+                    checkpoints.save(step, state)
+                    observer.report()
+    return state

@@ -1,0 +1,204 @@
+"""Check this machine's numbers against golden files: python -m sra2_jax.verify DIR.
+
+Every file in DIR (format: tests/golden/README.md) is one or more cases computed by
+public reference code. One line a case with its largest relative error; exit status 1
+if any is out of tolerance. Runs without TensorFlow.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sra2_jax import alignment, sampler
+from sra2_jax.convert import from_reference
+from sra2_jax.data.images import center_crop
+from sra2_jax.errors import UserError, run_program
+from sra2_jax.models.dit import DiT
+from sra2_jax.pretrained import load_vae
+from sra2_jax.transport import Transport, coefficients
+
+FLOAT32, TRAJECTORY32, FLOAT64 = 1e-4, 1e-3, 1e-6
+
+# (case, error, tolerance)
+Result = tuple[str, float, float]
+Arrays = Mapping[str, np.ndarray]
+
+
+def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+    """max|a - b| / max|b|; infinite where the shapes differ."""
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    if ours.shape != reference.shape:
+        return float("inf")
+    if not reference.size:
+        return 0.0
+    a, b = ours.astype(np.float64), reference.astype(np.float64)
+    scale = np.abs(b).max()
+    return float(np.abs(a - b).max() / (scale if scale > 0 else 1.0))
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)
+
+
+def sit(path: Path, data: Arrays) -> Iterator[Result]:
+    """The backbone with reference weights."""
+    config = json.loads(str(data["config"]))
+    weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
+    settings, params = from_reference(weights)
+    model = DiT(heads=config["num_heads"], **settings)
+    out, _, _ = jax.jit(model.apply)(
+        {"params": params}, nhwc(data["x"]), data["t"], data["y"]
+    )
+    yield "out", relative_error(out, nhwc(data["out"])), FLOAT32
+
+
+def vae(path: Path, data: Arrays) -> Iterator[Result]:
+    """AutoencoderKL loaded from the folder's diffusers files."""
+    model, params = load_vae(str(path.parent))
+    image, latent = nhwc(data["image"]), nhwc(data["latent"])
+
+    def run(method: str, x: np.ndarray) -> jax.Array:
+        return model.apply({"params": params}, x, method=method)
+
+    mean, std = run("encode", image)
+    for name, ours in {
+        "moments": run("moments", image),
+        "mean": mean,
+        "std": std,
+        "decoded": run("decode", latent),
+    }.items():
+        yield name, relative_error(ours, nhwc(data[name])), FLOAT32
+
+
+def samplers(path: Path, data: Arrays) -> Iterator[Result]:
+    """Trajectories on the analytic field of the golden README, in both precisions."""
+
+    def field(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
+        k = jnp.where(y == 1000, -1, y).reshape(-1, 1, 1, 1).astype(x.dtype)
+        t = t.reshape(-1, 1, 1, 1)
+        return 0.5 * x * jnp.cos(2 * t) + 0.1 * (k + 1) * jnp.sin(3 * x) + t
+
+    steps = int(data["steps"])
+    for dtype, tolerance in (("float32", TRAJECTORY32), ("float64", FLOAT64)):
+        with jax.enable_x64(dtype == "float64"):
+            noise = jnp.asarray(data["noise"], dtype)
+            for case in (k for k in data if "|" in k):
+                method, path_name, scale, low, high = case.split("|")
+                out = sampler.sample(
+                    field,
+                    jnp.asarray(data["latents"], dtype),
+                    jnp.asarray(data["y"], "int32"),
+                    null=1000,
+                    method=method,
+                    steps=steps,
+                    transport=Transport({"cosine": "gvp"}.get(path_name, path_name)),
+                    guidance=sampler.Guidance(float(scale), float(low), float(high)),
+                    noise=lambda i, noise=noise: noise[i],
+                )
+                yield f"{case} {dtype}", relative_error(out, data[case]), tolerance
+
+
+def interpolants(path: Path, data: Arrays) -> Iterator[Result]:
+    """alpha, sigma and derivatives; the reference's time runs the other way."""
+    names = ("alpha", "sigma", "d_alpha", "d_sigma")
+    with jax.enable_x64(True):
+        for name in sorted({k.split("|")[0] for k in data if "|" in k}):
+            values = coefficients(name, 1 - jnp.asarray(data["t"], "float64"))
+            for key, ours in zip(names, values, strict=True):
+                sign = -1 if key.startswith("d_") else 1
+                error = relative_error(sign * ours, data[f"{name}|{key}"])
+                yield f"{name} {key}", error, FLOAT64
+
+
+def alignment_losses(path: Path, data: Arrays) -> Iterator[Result]:
+    """Means of the elementwise losses and of 1 - cos over channels."""
+    for case, loss, a, b in (
+        ("smooth_l1_beta005", "smooth_l1", "a", "b"),
+        ("l1", "l1", "a", "b"),
+        ("l2", "l2", "a", "b"),
+        ("cosine", "cosine", "tokens_a", "tokens_b"),
+    ):
+        value = jnp.mean(alignment.elementwise(loss, data[a], data[b], 0.05))
+        yield case, relative_error(value, data[case]), FLOAT32
+
+
+def crops(path: Path, data: Arrays) -> Iterator[Result]:
+    """ADM's centre crop, exact."""
+    for case in (k for k in data if k.startswith("out_")):
+        _, number, size = case.split("_")
+        image = center_crop(data[f"in_{number}"], int(size))
+        yield case, relative_error(image, data[case]), 0.0
+
+
+def kind_of(data: Arrays) -> Callable[[Path, Arrays], Iterator[Result]] | None:
+    """The check that a file's keys call for; None where none exists yet."""
+    keys = set(data)
+    if "w/y_embedder.embedding_table.weight" in keys:
+        return sit if not keys & {"z", "projected"} else None
+    for key, check in {
+        "moments": vae,
+        "latents": samplers,
+        "linear|alpha": interpolants,
+        "smooth_l1_beta005": alignment_losses,
+        "in_0": crops,
+    }.items():
+        if key in keys:
+            return check
+    return None
+
+
+def verify(folder: Path, strict: bool = False) -> int:
+    """Check every .npz below `folder`; print a line a case; return the exit status.
+
+    Raises:
+      UserError: no such folder, or no golden file in it.
+    """
+    files = sorted(folder.rglob("*.npz"))
+    if not files:
+        raise UserError(f"{folder} holds no golden .npz files: name their folder")
+    failed = skipped = passed = 0
+    for path in files:
+        name = str(path.relative_to(folder))
+        try:
+            with np.load(path) as archive:
+                data = dict(archive)
+            check = kind_of(data)
+            if check is None:
+                skipped += 1
+                print(f"{name}: kind not covered yet")
+                continue
+            for case, error, tolerance in check(path, data):
+                ok = error <= tolerance  # false for NaN
+                failed, passed = failed + (not ok), passed + ok
+                verdict = "ok" if ok else "FAILED"
+                print(f"{name}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
+        except (UserError, OSError, KeyError, ValueError) as error:
+            failed += 1
+            print(f"{name}: FAILED: {type(error).__name__}: {error}")
+    device = jax.devices()[0]
+    print(
+        f"{passed} passed, {failed} failed, {skipped} files not covered; "
+        f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
+    )
+    return int(failed > 0 or (strict and skipped > 0))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="folder of golden files")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail on kinds not covered yet"
+    )
+    args = parser.parse_args()
+    # Accelerators round float32 products to bf16 or TF32 unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        return verify(args.folder, args.strict)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,435 @@
+"""models/vae.py, pretrained.py, data/digits.py and the shipped autoencoder."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.datasets
+from safetensors.numpy import load_file, save_file
+
+import sra2_jax.assets
+from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.errors import UserError
+from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from sra2_jax.pretrained import CONFIG, INDEX, WEIGHTS, load_vae, save_vae
+
+GOLDEN = Path(__file__).parent / "golden" / "vae"
+ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"
+
+
+def nhwc(x):
+    return x.transpose(0, 2, 3, 1)
+
+
+def relative_error(got, wanted):
+    return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
+
+
+def assert_same_tree(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def golden_vae():
+    return load_vae(str(GOLDEN))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN / "golden.npz") as file:
+        return {name: nhwc(file[name]) for name in file.files}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A writable copy of the golden autoencoder."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(GOLDEN / name, tmp_path / name)
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder):
+    """Split the weights of a folder in two files and an index, as diffusers does."""
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    weight_map = {}
+    for i, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+# The network
+
+
+def test_golden_encoder(golden_vae, golden):
+    vae, params = golden_vae
+    moments = vae.apply({"params": params}, golden["image"], method="moments")
+    mean, std = vae.apply({"params": params}, golden["image"], method="encode")
+    assert relative_error(moments, golden["moments"]) <= 1e-4
+    assert relative_error(mean, golden["mean"]) <= 1e-4
+    assert relative_error(std, golden["std"]) <= 1e-4
+
+
+def test_golden_decoder(golden_vae, golden):
+    vae, params = golden_vae
+    images = vae.apply({"params": params}, golden["latent"], method="decode")
+    assert images.dtype == jnp.float32
+    assert relative_error(images, golden["decoded"]) <= 1e-4
+
+
+def test_bfloat16_compute_stays_near_and_returns_float32(golden_vae, golden):
+    vae, params = golden_vae
+    half = vae.clone(dtype=jnp.bfloat16)
+    mean, std = half.apply({"params": params}, golden["image"], method="encode")
+    assert mean.dtype == std.dtype == jnp.float32
+    assert 1e-5 < relative_error(mean, golden["mean"]) < 0.05
+
+
+def test_sd_vae_size_and_shapes():
+    vae = AutoencoderKL(VAEConfig())
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+    variables = jax.eval_shape(vae.init, jax.random.key(0), image)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 83_653_863
+
+    def shape(method, x):
+        def run(variables, x):
+            return vae.apply(variables, x, method=method)
+
+        return jax.tree.map(lambda out: out.shape, jax.eval_shape(run, variables, x))
+
+    latent = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
+    assert vae.config.downsample == 8
+    assert shape("moments", image) == (1, 32, 32, 8)
+    assert shape("encode", image) == ((1, 32, 32, 4), (1, 32, 32, 4))
+    assert shape("decode", latent) == (1, 256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm_num_groups": 6},
+        {"norm_num_groups": 0},
+        {"block_out_channels": ()},
+        {"layers_per_block": -1},
+        {"scaling_factor": 0.0},
+    ],
+)
+def test_impossible_config_is_refused(changes):
+    with pytest.raises(UserError, match=r"VAE config: .*(scaling_factor|num|layers)"):
+        dataclasses.replace(VAEConfig(), **changes)
+
+
+# Reading and writing folders
+
+
+def test_config_is_read(golden_vae):
+    assert golden_vae[0].config == VAEConfig(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8
+    )
+
+
+def test_save_then_load_is_exact(tmp_path, golden_vae):
+    vae, params = golden_vae
+    config = dataclasses.replace(vae.config, scaling_factor=1.5305, shift_factor=0.0609)
+    save_vae(tmp_path, config, params)
+    again, loaded = load_vae(str(tmp_path))
+    assert again.config == config
+    assert_same_tree(params, loaded)
+
+
+def test_save_then_load_without_optional_parts(tmp_path):
+    config = VAEConfig(
+        latent_channels=16,
+        block_out_channels=(8,),
+        layers_per_block=2,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    vae = AutoencoderKL(config)
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(lambda x: draw(x.shape, np.float32), shapes["params"])
+    save_vae(tmp_path, config, params)
+    again, loaded = load_vae(str(tmp_path))
+    assert again.config == config
+    assert_same_tree(params, loaded)
+
+
+def test_saved_files_equal_those_of_diffusers(tmp_path, golden_vae):
+    save_vae(tmp_path, golden_vae[0].config, golden_vae[1])
+    ours, theirs = load_file(tmp_path / WEIGHTS), load_file(GOLDEN / WEIGHTS)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    reference = json.loads((GOLDEN / CONFIG).read_text())
+    del config["sample_size"], reference["sample_size"]
+    assert config == reference
+
+
+def test_sharded_folder(folder, golden_vae):
+    shard(folder)
+    assert_same_tree(golden_vae[1], load_vae(str(folder))[1])
+
+
+def test_saving_over_a_sharded_folder_wins(folder, golden_vae):
+    shard(folder)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, golden_vae[1])
+    save_vae(folder, golden_vae[0].config, doubled)
+    assert_same_tree(doubled, load_vae(str(folder))[1])
+
+
+@pytest.mark.parametrize("as_convolution", [False, True])
+def test_attention_names_of_sd_vae_ft_ema(folder, golden_vae, as_convolution):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if any(f".{new}.weight" in name for new in old) and as_convolution:
+            tensor = tensor[:, :, None, None]
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        tensors[name] = tensor
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, folder / WEIGHTS)
+    assert_same_tree(golden_vae[1], load_vae(str(folder))[1])
+
+
+def test_config_of_an_early_diffusers(folder):
+    path = folder / CONFIG
+    fields = json.loads(path.read_text())
+    for key in (
+        "scaling_factor",
+        "shift_factor",
+        "force_upcast",
+        "latents_mean",
+        "latents_std",
+        "mid_block_add_attention",
+        "use_quant_conv",
+        "use_post_quant_conv",
+    ):
+        del fields[key]
+    path.write_text(json.dumps(fields))
+    assert load_vae(str(folder))[0].config.scaling_factor == 0.18215
+
+
+def test_half_precision_files_load_as_float32(tmp_path, golden_vae):
+    vae, params = golden_vae
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    save_vae(tmp_path, vae.config, half)
+    loaded = load_vae(str(tmp_path))[1]
+    assert_same_tree(jax.tree.map(lambda leaf: leaf.astype(np.float32), half), loaded)
+
+
+# What a user may get wrong
+
+
+def refused(source, *words):
+    """load_vae(source) must fail with one line that holds all the words."""
+    with pytest.raises(UserError) as caught:
+        load_vae(str(source))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_folder(tmp_path):
+    refused(tmp_path / "nowhere", "nowhere", "no such folder", "owner/name")
+
+
+def test_file_instead_of_folder():
+    refused(GOLDEN / WEIGHTS, WEIGHTS, "folder")
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_missing_file(folder, name):
+    (folder / name).unlink()
+    refused(folder, str(folder / name), "no such file")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+def test_truncated_weights(folder, kept):
+    path = folder / WEIGHTS
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(folder, str(path), "truncated or malformed", "fetch it again")
+
+
+def test_garbage_weights(folder):
+    (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
+    refused(folder, str(folder / WEIGHTS), "truncated or malformed")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udc80"])
+def test_malformed_config(folder, text):
+    (folder / CONFIG).write_text(text, errors="surrogateescape")
+    refused(folder, str(folder / CONFIG), "JSON")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "AutoencoderDC"}, ["_class_name", "'AutoencoderDC'"]),
+        ({"_class_name": None}, ["_class_name", "AutoencoderKL"]),
+        ({"act_fn": "gelu"}, ["act_fn", "'gelu'", "'silu'"]),
+        ({"latents_mean": [0.0] * 4}, ["latents_mean"]),
+        (
+            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
+            ["down_block_types", "AttnDownEncoderBlock2D"],
+        ),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, ["up_block_types"]),
+        ({"block_out_channels": "16"}, ["block_out_channels"]),
+        ({"block_out_channels": [16, 32.5]}, ["block_out_channels"]),
+        ({"layers_per_block": "1"}, ["layers_per_block", "int expected"]),
+        ({"use_quant_conv": 1}, ["use_quant_conv", "bool expected"]),
+        ({"norm_num_groups": 7}, ["norm_num_groups 7", "16"]),
+    ],
+)
+def test_unsupported_config(folder, changes, words):
+    edit_config(folder, **changes)
+    refused(folder, str(folder / CONFIG), *words)
+
+
+def test_config_without_a_needed_key(folder):
+    fields = json.loads((folder / CONFIG).read_text())
+    del fields["latent_channels"]
+    (folder / CONFIG).write_text(json.dumps(fields))
+    refused(folder, str(folder / CONFIG), "latent_channels is missing")
+
+
+def test_missing_surplus_and_misshaped_tensors(folder):
+    path = folder / WEIGHTS
+    tensors = load_file(path)
+    name = "decoder.conv_in.weight"
+    save_file({key: t for key, t in tensors.items() if key != name}, path)
+    refused(folder, str(path), "1 tensors missing", name)
+    save_file(tensors | {"loss.weight": np.zeros(3, np.float32)}, path)
+    refused(folder, str(path), "1 tensors unexpected", "loss.weight")
+    save_file(tensors | {name: tensors[name][:, :3].copy()}, path)
+    refused(folder, str(path), name, "(32, 3, 3, 3)", "(32, 4, 3, 3)")
+
+
+def test_config_of_another_network(folder):
+    edit_config(folder, layers_per_block=2)
+    refused(folder, str(folder / WEIGHTS), "missing", CONFIG)
+
+
+def test_missing_shard_and_bad_index(folder):
+    shard(folder)
+    lost = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    lost.unlink()
+    refused(folder, str(lost), "no such file")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    refused(folder, str(folder / INDEX), "plain file name")
+    (folder / INDEX).write_text("{}")
+    refused(folder, str(folder / INDEX), "weight_map")
+
+
+def test_hub_id_is_downloaded(monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, **arguments):
+        asked.update(repo=repo, **arguments)
+        return str(GOLDEN)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_vae("owner/some-vae@v1.0")
+    assert (asked["repo"], asked["revision"]) == ("owner/some-vae", "v1.0")
+    assert all(
+        pattern.endswith((".json", ".safetensors"))
+        for pattern in asked["allow_patterns"]
+    )
+    load_vae("owner/some-vae")
+    assert asked["revision"] is None
+
+
+def test_unreachable_hub(monkeypatch):
+    def snapshot_download(repo, **arguments):
+        raise ConnectionError("no route to host\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    refused("owner/some-vae", "owner/some-vae", "no route to host", "folder")
+
+
+# The digits and the autoencoder shipped for them
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return {split: load_digits(split) for split in ("train", "test")}
+
+
+def test_digits_shapes_and_labels(digits):
+    for split, count in (("train", 1437), ("test", 360)):
+        images, labels = digits[split]
+        assert images.shape == (count, 32, 32, 3)
+        assert images.dtype == np.uint8
+        assert labels.shape == (count,)
+        assert labels.dtype == np.int64
+        assert (images == images[..., :1]).all()
+        share = np.bincount(labels, minlength=10) / count
+        np.testing.assert_allclose(share, 0.1, atol=0.004)
+
+
+def test_digits_splits_are_disjoint_and_fixed(digits):
+    rows = np.concatenate([to_8x8(images) for images, _ in digits.values()])
+    # No two of scikit-learn's 1,797 digits are equal, so neither are any two here.
+    assert len(np.unique(rows, axis=0)) == 1797
+    np.testing.assert_array_equal(load_digits("test")[0], digits["test"][0])
+
+
+def test_to_8x8_is_close_to_the_original_digits(digits):
+    source = sklearn.datasets.load_digits()
+    originals = source.data.astype(np.float32) / 16
+    features = to_8x8(digits["test"][0])
+    assert features.shape == (360, 64)
+    assert features.dtype == np.float32
+    assert features.min() >= 0
+    assert features.max() <= 1
+    distances = np.square(features[:, None] - originals[None]).mean(-1)
+    nearest = distances.argmin(1)
+    np.testing.assert_array_equal(source.target[nearest], digits["test"][1])
+    assert len(set(nearest)) == 360
+    assert np.sqrt(distances.min(1).mean()) < 0.08  # bicubic blurs a little
+
+
+def test_unknown_split():
+    with pytest.raises(ValueError, match="validation"):
+        load_digits("validation")
+
+
+def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
+    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 2_000_000
+    vae, params = load_vae(str(ASSET))
+    pixels = digits["test"][0]
+    images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+
+    @jax.jit
+    def rebuild(params, images):
+        mean, std = vae.apply({"params": params}, images, method="encode")
+        decoded = vae.apply({"params": params}, mean, method="decode")
+        return mean, std, decoded
+
+    mean, std, decoded = rebuild(params, images)
+    assert mean.shape == std.shape == (360, 4, 4, 4)
+    rebuilt = np.clip(127.5 * np.asarray(decoded) + 127.5, 0, 255)
+    assert 10 * np.log10(255**2 / np.square(rebuilt - pixels).mean()) > 22
+    scaled = vae.config.scaling_factor * np.asarray(mean)
+    np.testing.assert_allclose(scaled.std(), 1, atol=0.15)
