@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.data.shuffle_buffer = 2048
     c.vae = "digits"
     c.latents.size = 4
-    c.latents.scaling_factor = 1.0
+    c.latents.scaling_factor = 0.975897
     c.model.width, c.model.depth, c.model.heads = 96, 6, 4
     c.model.patch_size = 1
     c.model.scan = False

@@ -100,6 +100,10 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, 
 def unknown_key(key: str, config: ConfigDict) -> UserError:
     """The error for a key that no config has, with the nearest one that exists."""
     keys = [k for k, _ in flatten(config)]
+    if inside := [k for k in keys if k.startswith(f"{key}.")]:
+        return UserError(
+            f"config.{key} is a section: set its keys, as config.{inside[0]}"
+        )
     last = {k.rsplit(".", 1)[-1]: k for k in keys}
     near = difflib.get_close_matches(key, keys, 1) or [
         last[m]

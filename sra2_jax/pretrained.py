@@ -22,8 +22,9 @@ from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+DIGITS = Path(__file__).parent / "assets" / "digits_vae"
 HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
-# Attention names before diffusers 0.14, still in the file of sd-vae-ft-ema.
+# Attention names of early diffusers, still in the file of sd-vae-ft-ema.
 OLD_ATTENTION = {
     "query": "to_q",
     "key": "to_k",
@@ -57,7 +58,8 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     """Read an AutoencoderKL from a folder or from the Hugging Face hub.
 
     source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, or a hub
-    id `owner/name`, optionally `owner/name@revision`; an existing folder wins.
+    id `owner/name`, optionally `owner/name@revision`; an existing folder wins. "digits"
+    is the small one shipped with this package.
 
     Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
     its parameters: nested dict of float32 numpy arrays, the value of "params" in
@@ -67,7 +69,7 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
         UserError: no such folder or file, hub not reachable, a malformed file, another
             kind of model, or tensors that do not fit the config.
     """
-    folder = _fetch(source)
+    folder = _fetch(str(DIGITS) if source == "digits" else source)
     config = _read_config(folder / CONFIG)
     tensors, weights = _read_weights(folder)
     model = AutoencoderKL(config)

@@ -88,7 +88,7 @@ def sample(
     method: str,
     steps: int,
     transport: Transport,
-    guidance: Guidance = Guidance(),  # noqa: B008 (frozen)
+    guidance: Guidance = Guidance(),
     noise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Integrate from noise x at t = 1 to a sample at t = 0.

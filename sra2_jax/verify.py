@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,8 @@ def verify(folder: Path, strict: bool = False) -> int:
     for path in files:
         name = str(path.relative_to(folder))
         try:
-            with np.load(path) as archive:
+            # Opened here: np.load leaves a file that is no archive open.
+            with path.open("rb") as file, np.load(file) as archive:
                 data = dict(archive)
             check = kind_of(data)
             if check is None:
@@ -177,7 +179,7 @@ def verify(folder: Path, strict: bool = False) -> int:
                 failed, passed = failed + (not ok), passed + ok
                 verdict = "ok" if ok else "FAILED"
                 print(f"{name}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
-        except (UserError, OSError, KeyError, ValueError) as error:
+        except (BadZipFile, KeyError, OSError, ValueError) as error:
             failed += 1
             print(f"{name}: FAILED: {type(error).__name__}: {error}")
     device = jax.devices()[0]

@@ -71,8 +71,7 @@ def encode(
       UserError: no images, too many unreadable, `out` not empty, a resolution or
         number of shards that does not fit, latents not finite in float16.
     """
-    out = Path(out)
-    _check_vacant(out)
+    out = _vacant(out)
     source = image_sources.open_source(images, split)
     module, params = load_vae(vae)
     shape = _latent_shape(module.config, resolution, vae)
@@ -113,12 +112,16 @@ def _latent_shape(config: Any, resolution: int, vae: str) -> tuple[int, int, int
     return side, side, config.latent_channels
 
 
-def _check_vacant(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def _vacant(out: str | os.PathLike) -> Path:
+    if "://" in os.fspath(out):
+        raise UserError(f"{out}: encode into a local folder, then copy it there")
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(
-            f"{out}: exists and is not an empty folder; nothing is overwritten, "
+            f"{path}: exists and is not an empty folder; nothing is overwritten, "
             "choose another --out or remove it"
         )
+    return path
 
 
 def _choose_shards(shards: int | None, length: int, shape: tuple[int, int, int]) -> int:
@@ -135,6 +138,8 @@ def _choose_shards(shards: int | None, length: int, shape: tuple[int, int, int])
 
 def _make_encoder(module: Any, params: Any, batch_size: int) -> tuple[Encoder, int]:
     """The jitted encoder, sharded over the local devices, and the batch it takes."""
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size}: give at least one image")
     devices = jax.local_devices()
     mesh = Mesh(np.array(devices), ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -148,7 +153,7 @@ def _make_encoder(module: Any, params: Any, batch_size: int) -> tuple[Encoder, i
     def encoder(pixels: np.ndarray) -> tuple[jax.Array, jax.Array]:
         return apply(params, jax.device_put(pixels, rows))
 
-    return encoder, math.ceil(max(batch_size, 1) / len(devices)) * len(devices)
+    return encoder, math.ceil(batch_size / len(devices)) * len(devices)
 
 
 class _Readable:
@@ -158,7 +163,6 @@ class _Readable:
         self, source: Any, resolution: int, max_bad: float, name: str | os.PathLike
     ) -> None:
         self._source, self._resolution = source, resolution
-        self._allowed = int(max_bad * source.length)
         self._name, self._max_bad = name, max_bad
         self.count = self.seen = 0
         self.unreadable: list[str] = []
@@ -185,7 +189,7 @@ class _Readable:
 
     def _check(self) -> None:
         # At once, not at the end: the rest of a large source would be encoded in vain.
-        if len(self.unreadable) > self._allowed:
+        if len(self.unreadable) > self._max_bad * self._source.length:
             first = self.unreadable[0].replace("\t", ": ")
             raise UserError(
                 f"{self._name}: {len(self.unreadable)} of the first {self.seen} images "
@@ -275,8 +279,7 @@ def _appears_when_done(out: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        _check_vacant(out)
-        if out.exists():
+        if _vacant(out).exists():
             out.rmdir()
         folder.rename(out)
     finally:
@@ -301,12 +304,9 @@ class _Meter:
         if now - self._printed >= 10:
             self._printed = now
             rate = done / (now - self._start)
-            print(
-                f"{done:,} of {total:,} images, {rate:.0f} images/s, "
-                f"{(total - done) / rate / 60:.0f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = (total - done) / rate / 60
+            text = f"{done:,} of {total:,} images, {rate:.0f}/s, {left:.0f} min left"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _arguments() -> argparse.Namespace:

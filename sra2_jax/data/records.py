@@ -38,8 +38,10 @@ def tensorflow() -> Any:
     The only import of TensorFlow in this package: it reads and writes files here, and
     a GPU that it took would be missing to JAX.
     """
-    # Its C++ start-up notes would hide our one-line errors.
+    # Its C++ start-up notes would hide our one-line errors. oneDNN, which announces
+    # itself, only matters to networks run by TensorFlow.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -151,6 +153,7 @@ def check(
     latent_shape: Sequence[int],
     num_classes: int,
     scaling_factor: float,
+    shift_factor: float,
     vae: str | None = None,
 ) -> None:
     """Compare what a config expects with what was encoded.
@@ -169,6 +172,7 @@ def check(
         ("latents.channels", "", c, info.latent_shape[2]),
         ("data.num_classes", "", num_classes, info.num_classes),
         ("latents.scaling_factor", "vae", scaling_factor, info.scaling_factor),
+        ("latents.shift_factor", "vae", shift_factor, info.shift_factor),
     ]
     if vae is not None:
         rows.append(("vae", "vae", vae, info.vae))

@@ -29,7 +29,9 @@ def short(value: float | None) -> str:
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= 0.9995 * limit:
             scaled = value / (limit if limit > 1e4 else 1e3)
-            return f"{scaled:.0f}{unit}" if abs(scaled) >= 99.95 else f"{scaled:.3g}{unit}"
+            return (
+                f"{scaled:.0f}{unit}" if abs(scaled) >= 99.95 else f"{scaled:.3g}{unit}"
+            )
     if 0 < size < 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"

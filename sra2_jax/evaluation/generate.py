@@ -93,7 +93,9 @@ def make_generate(
         parts = []
         for start in range(0, len(indices), batch):
             rows = np.arange(start, start + batch).clip(max=len(indices) - 1)
-            z = run(params, indices[rows].astype(np.int32), labels[rows].astype(np.int32))
+            z = run(
+                params, indices[rows].astype(np.int32), labels[rows].astype(np.int32)
+            )
             parts.append(np.asarray(decode(vae_params, z)))
         return np.concatenate(parts)[: len(indices)]
 

@@ -112,7 +112,9 @@ class Observer:
         """Proxy metrics of balanced samples, also written to the log."""
         count = self.config.eval.num_samples
         labels = np.arange(count) % self.config.data.num_classes
-        scores = self.proxy.score(self.generate(params, np.arange(count), labels), labels)
+        scores = self.proxy.score(
+            self.generate(params, np.arange(count), labels), labels
+        )
         self.log.scalars(step, {f"eval/{k}": v for k, v in scores.items()})
         return scores
 

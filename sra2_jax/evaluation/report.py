@@ -12,6 +12,7 @@ import argparse
 import base64
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import math
@@ -26,9 +27,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sra2_jax.evaluation.curves import Series, curve, short
 from sra2_jax.errors import UserError, run_program
+from sra2_jax.evaluation.curves import Series, curve, short
 
+HERE = Path(__file__).parent
 PICTURE_SIDE = 1280  # pixels; larger grids are reduced, or the page would be huge
 STRIP_SIDE, STRIP_COUNT = 768, 24  # the same for the strip, and its number of grids
 WARMUP = 0.1  # share of the log left out of the median speed
@@ -46,82 +48,15 @@ QUALITY = {
     "frechet": ("Fréchet distance, proxy", "lower is better"),
     "accuracy": ("Share recognised as asked", "higher is better"),
 }
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What was found in a workdir; a file that is missing or broken is empty here."""
-
-    workdir: Path
-    config: dict[str, Any]
-    versions: dict[str, Any]
-    run: dict[str, Any]
-    results: dict[str, Any]
-    series: dict[str, Series]
-
-    @property
-    def step(self) -> int:
-        """The last step that anything was logged for."""
-        return int(max((steps[-1] for steps, _ in self.series.values()), default=0))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty if the file is missing or not (yet) an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def read_metrics(path: Path) -> dict[str, Series]:
-    """Each metric's series. Of a step logged twice (a resumed run) the later wins."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}
-    found: dict[str, dict[float, float]] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line being written, or one cut by a crash
-            continue
-        step = number(row, "step")
-        for key in row if step is not None else ():
-            value = number(row, key)
-            if value is not None and key != "step":
-                found.setdefault(key, {})[step] = value
-    return {k: tuple(np.array(sorted(v.items())).T) for k, v in found.items()}
-
-
-def read_run(workdir: Path) -> Run:
-    """Everything but the pictures. UserError where there is no run."""
-    if not workdir.is_dir():
-        raise UserError(f"no run: {workdir} is not a folder; give a run's workdir")
-    config = read_json(workdir / "config.json")
-    if not config:
-        raise UserError(
-            f"no run: {workdir / 'config.json'} is missing or not readable; "
-            "give the workdir of a run that has started"
-        )
-    versions, run, results = (
-        read_json(workdir / f"{name}.json") for name in ("versions", "run", "results")
-    )
-    series = read_metrics(workdir / "metrics.jsonl")
-    return Run(workdir, config, versions, run, results, series)
-
-
-def lookup(value: Any, *keys: str) -> Any:
-    """value[key][key]..., None where anything on the way is missing."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def number(value: Any, *keys: str) -> float | None:
-    """`lookup` for a finite number, None for anything else."""
-    found = lookup(value, *keys)
-    good = isinstance(found, int | float) and not isinstance(found, bool)
-    return float(found) if good and math.isfinite(found) else None
+REFERENCES = {
+    "train": "Real images<small>of the training set</small>",
+    "reconstruction": "Reconstructions<small>real images through the VAE</small>",
+}
+HOW = ("num_samples", "weights", "sampler", "steps", "guidance", "seed")
+HONEST = (
+    "A proxy: not FID, and not to be compared with any published FID. Real images, "
+    "measured the same way, give the level that good samples would reach."
+)
 
 
 def percent(value: float | None) -> str:
@@ -150,30 +85,10 @@ def section(title: str, lead: str, body: str) -> str:
 
 
 def pairs(values: Mapping[str, Any]) -> str:
-    rows = (f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in values.items())
-    return f'<dl class="pairs">{"".join(rows)}</dl>'
-
-
-def picture(path: Path, alt: str, side: int) -> str | None:
-    """An <img> with the file inside, at most `side` pixels wide; None if unreadable."""
-    try:
-        data = path.read_bytes()
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        if max(image.size) > side or image.format != "PNG":
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG", optimize=True)
-            data = buffer.getvalue()
-    except (OSError, SyntaxError, ValueError):  # Pillow's for a half-written PNG
-        return None
-    # small pictures are enlarged by the page: show their pixels, do not blur them
-    look = ' class="pixels"' if image.width <= 400 else ""
-    source = base64.b64encode(data).decode()
-    return (
-        f'<img{look} width="{image.width}" height="{image.height}" '
-        f'alt="{escape(alt)}" src="data:image/png;base64,{source}">'
+    rows = (
+        f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in values.items()
     )
+    return f'<dl class="pairs">{"".join(rows)}</dl>'
 
 
 def title(run: Run) -> str:
@@ -249,11 +164,15 @@ def tiles(run: Run) -> str:
     note = text(device) if device else ""
     if isinstance(devices, int) and devices > 1:
         note = f"{devices} × {note}"
-    cells.append(("Images per second", short(median), f"median after warm-up<br>{note}"))
+    cells.append(
+        ("Images per second", short(median), f"median after warm-up<br>{note}")
+    )
     seconds = "–" if compiled is None else f"{short(compiled)}<small> s</small>"
     cells.append(("Compile time", seconds, "before the first step"))
     network, heads = (number(run.run, "parameters", k) for k in ("network", "heads"))
-    extra = f"+ {short(heads)} in the head, used in training only" if heads else "network"
+    extra = (
+        f"+ {short(heads)} in the head, used in training only" if heads else "network"
+    )
     cells.append(("Parameters", short(network), extra))
     body = "".join(
         f'<div class="tile"><dt>{label}</dt><dd class="value">{value}</dd>'
@@ -261,15 +180,6 @@ def tiles(run: Run) -> str:
         for label, value, note in cells
     )
     return f'<dl class="tiles">{body}</dl>'
-
-
-def sample_grids(run: Run) -> list[tuple[int, Path]]:
-    """Saved sample grids by step."""
-    found = (
-        (re.fullmatch(r"step_(\d+)\.png", path.name), path)
-        for path in run.workdir.glob("samples/step_*.png")
-    )
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def panel(run: Run, grids: Sequence[tuple[int, Path]]) -> str:
@@ -319,22 +229,143 @@ def strip(run: Run, grids: Sequence[tuple[int, Path]]) -> str:
 
 
 def curves(run: Run) -> str:
-    """Quality first, then what the optimizer saw."""
-    last, series = max(run.step, 1), run.series
+    """Quality, where the run measures it, then what the optimizer saw."""
     figures = []
     for key, (label, _) in QUALITY.items():
+        if f"eval/{key}" not in run.series and not lookup(run.config, "eval", "proxy"):
+            continue
         level = number(run.results, "reference", f"train_{key}")
-        if f"eval/{key}" in series or lookup(run.config, "eval", "proxy"):
-            figures.append(
-                curve(label, series.get(f"eval/{key}"), last,
-                      functools.partial(shown, key), zero=True, level=level)
-            )  # fmt: skip
-    figures += ['<div class="note"><p><span class="key thin">as logged</span> '
-                '<span class="key">running mean over a twentieth of the log</span> ']
+        show = functools.partial(shown, key)
+        series = run.series.get(f"eval/{key}")
+        figures.append(curve(label, series, run.step, show, zero=True, level=level))
+    figures += ['<div class="note"></div>'] if figures else []
     aligned = lookup(run.config, "align", "vae", "enabled")
     for key, (label, zero, smoothed) in CURVES.items():
-        if key in series or aligned or "align" not in key:
-            figures.append(
-                curve(label, series.get(key), last, short, zero=zero, smoothed=smoothed)
-            )
-    return section("Curves", lead, f'<div class="charts">{"".join(figures)}</div>')
+        series = run.series.get(key)
+        if series is None and not aligned and "align" in key:
+            continue
+        figures.append(
+            curve(label, series, run.step, short, zero=zero, smoothed=smoothed)
+        )
+    key = (
+        '<p class="lead">Against step. <span class="key thin">as logged</span> '
+        '<span class="key">running mean over a twentieth of the log</span> '
+        '<span class="key dashed">level of real training images</span></p>'
+    )
+    return section("Curves", "", f'{key}<div class="charts">{"".join(figures)}</div>')
+
+
+def results(run: Run) -> str:
+    """The table of results.json, and what its numbers are and are not."""
+    metrics = lookup(run.results, "metrics")
+    if not isinstance(metrics, dict) or not metrics:
+        return section("Results", "", missing("No evaluation yet: no results.json."))
+    rows = ""
+    for key in metrics:
+        label, direction = QUALITY.get(key, (str(key), ""))
+        values = [number(metrics, key)]
+        values += [number(run.results, "reference", f"{k}_{key}") for k in REFERENCES]
+        cells = "".join(f"<td>{shown(key, v)}</td>" for v in values)
+        rows += f"<tr><th>{escape(label)}<small>{direction}</small></th>{cells}</tr>"
+    heads = "".join(f"<th>{what}</th>" for what in REFERENCES.values())
+    samples = f"Samples<small>step {text(lookup(run.results, 'step'))}</small>"
+    table = (
+        '<div class="scroll"><table class="numbers"><thead><tr><th></th>'
+        f"<th>{samples}</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+    how = {k: run.results[k] for k in HOW if k in run.results}
+    space, note = (lookup(run.results, k) for k in ("space", "note"))
+    words = [f"Measured in: {space}" if space else "", note, HONEST]
+    notes = "".join(f"<p>{escape(str(w))}</p>" for w in words if w)
+    return section(
+        "Results", "", f'{table}<div class="after note">{notes}</div>{pairs(how)}'
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested section with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        out |= {f"{prefix}{key}": value} if inner is None else inner
+    return out
+
+
+def configuration(run: Run) -> str:
+    """Every key of the resolved config, a section to fold out each."""
+    sections: dict[str, dict[str, Any]] = {"run as a whole": {}}
+    for key, value in run.config.items():
+        if isinstance(value, dict):
+            sections[key] = flat(value)
+        else:
+            sections["run as a whole"][key] = value
+    body = "".join(
+        f"<details><summary>{text(label)}<span>{len(values)}</span></summary>"
+        f"{pairs(values)}</details>"
+        for label, values in sections.items()
+        if values
+    )
+    return section("Configuration", "Every key, as resolved when the run began.", body)
+
+
+def versions(run: Run) -> str:
+    facts = flat(run.versions)
+    body = pairs(facts) if facts else missing("No versions.json.")
+    return section("Versions", "", body)
+
+
+def reproduce(run: Run) -> str:
+    """The command, from run.json where training noted it, else from the config."""
+    command, commit = lookup(run.run, "command"), lookup(run.versions, "commit")
+    lead = "The command that started this run."
+    if not isinstance(command, str):
+        words = ["python", "main.py", f"--config=configs/{run.config.get('name')}.py"]
+        for key in ("seed", "steps", "batch_size"):
+            if key in run.config:
+                words.append(f"--config.{key}={run.config[key]}")
+        command = " ".join(shlex.quote(word) for word in words)
+        lead = (
+            "From the config's name, seed, steps and batch size; keys changed on the "
+            "command line beyond these are in the configuration above."
+        )
+    lines = [f"git checkout {shlex.quote(str(commit))}"] if commit else []
+    code = escape("\n".join([*lines, command]))
+    return section("Reproduce", lead, f"<pre><code>{code}</code></pre>")
+
+
+def page(run: Run) -> str:
+    """The whole document."""
+    grids = sample_grids(run)
+    parts = [
+        tiles(run), panel(run, grids), strip(run, grids), curves(run), results(run),
+        configuration(run), versions(run), reproduce(run),
+    ]  # fmt: skip
+    style, script = ((HERE / f"report.{kind}").read_text() for kind in ("css", "js"))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{name(run)}, SRA 2 training run</title>\n<style>\n{style}</style>"
+        f"</head>\n<body><main>{title(run)}\n{chr(10).join(parts)}</main>\n"
+        "<footer>Written by sra2_jax.evaluation.report.</footer>\n"
+        f"<script>\n{script}</script></body></html>\n"
+    )
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Write WORKDIR/report.html and return its path. UserError where there is no run."""
+    folder = Path(workdir)
+    content = page(read_run(folder))
+    target, fresh = folder / "report.html", folder / "report.html.tmp"
+    fresh.write_text(content, encoding="utf-8")
+    fresh.replace(target)  # a reader never sees half a page
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("workdir", help="folder of a training run")
+    print(f"wrote {write_report(parser.parse_args().workdir)}")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -10,7 +10,7 @@ from sra2_jax.errors import UserError
 
 
 def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """"a/b/c" -> (shape, dtype); the same names for a state and for its metadata."""
+    """ "a/b/c" -> (shape, dtype); the same names for a state and for its metadata."""
 
     def name(key: Any) -> str:
         for attribute in ("key", "name", "idx"):

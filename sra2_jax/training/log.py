@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sra2_jax.data import records
+
 FIRST = ("loss", "loss_denoise")
 
 
@@ -33,12 +35,13 @@ class Log:
         if not self._active:
             return
         # clu's writers import TensorFlow (seconds): here, and on this process only.
+        records.tensorflow()  # first, so that it takes no GPU
         from clu import metric_writers
 
         path = workdir / "metrics.jsonl"
         kept = _rows_until(path, start)
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         self._bar = self._console = None
         if sys.stderr.isatty():
@@ -75,6 +78,7 @@ class Log:
         if self._active:
             ordered = {k: row[k] for k in FIRST if k in row} | row
             self._file.write(json.dumps({"step": step} | ordered) + "\n")
+            self._file.flush()
             self._tensorboard.write_scalars(step, row)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:

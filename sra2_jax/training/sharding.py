@@ -1,5 +1,7 @@
 """One mesh, and one rule that places every array of the training state on it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -10,8 +12,14 @@ from sra2_jax.errors import UserError
 MIN_SHARDED_SIZE = 2**16
 
 
-def make_mesh(data: int, fsdp: int, batch_size: int, n: int) -> Mesh:
-    """The ("data", "fsdp") mesh over all devices.
+def make_mesh(
+    data: int,
+    fsdp: int,
+    batch_size: int,
+    n: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The ("data", "fsdp") mesh over `devices`, all of them by default.
 
     Args:
       data: devices that hold copies of the state, -1 for all that are left.
@@ -21,7 +29,8 @@ def make_mesh(data: int, fsdp: int, batch_size: int, n: int) -> Mesh:
     Raises:
       UserError: the numbers do not fit the devices or the batch.
     """
-    count = jax.device_count()
+    devices = devices or jax.devices()
+    count = len(devices)
     if data == -1:
         data = max(count // fsdp, 1)
     if data * fsdp != count:
@@ -35,9 +44,8 @@ def make_mesh(data: int, fsdp: int, batch_size: int, n: int) -> Mesh:
             f"config.accumulate={n}"
         )
     # Auto: explicit axes, make_mesh's default, make FSDP parameters fail in Dense.
-    return jax.make_mesh(
-        (data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
-    )
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), auto, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -43,7 +43,6 @@ def make_loss(config: ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
             value = spec.loss_value(predicted, target, draws["t"])
             total = total + spec.weight_at(step) * value
             metrics[f"loss_align_{name}"] = value
-            metrics[f"ratio_align_{name}"] = spec.weight_at(step) * value / denoise
         return total, metrics | {"loss": total}
 
     return loss
@@ -61,9 +60,8 @@ def make_draw(config: ConfigDict) -> Callable[[Batch, Array], Batch]:
 
     def draw(batch: Batch, step: Array) -> Batch:
         key = jax.random.fold_in(jax.random.key(config.seed), step)
-        keys = dict(
-            zip(("latent", "time", "noise", "label"), jax.random.split(key, 4))
-        )
+        names = ("latent", "time", "noise", "label")
+        keys = dict(zip(names, jax.random.split(key, 4), strict=True))
         mean = scale * (batch["mean"].astype(jnp.float32) - shift)
         std = scale * batch["std"].astype(jnp.float32)
         z = mean + std * jax.random.normal(keys["latent"], mean.shape)
@@ -93,6 +91,7 @@ def make_step(
     stay on the device.
     """
     draw, loss = make_draw(config), make_loss(config)
+    alignments = build_alignments(config)
     rows = batch_sharding(mesh)
     n = config.accumulate
 
@@ -134,7 +133,10 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         decay = config.ema_decay
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        for name, spec in alignments.items():
+            weighted = spec.weight_at(state.step) * metrics[f"loss_align_{name}"]
+            metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]
+        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 

@@ -52,8 +52,8 @@ def claim_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         if lines := configuration.differing(old, config.to_dict()):
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
             raise UserError(
-                f"{workdir} holds a run of another model: {'; '.join(lines[:3])}{more}: "
-                "use another --workdir"
+                f"{workdir} holds a run of another model: {'; '.join(lines[:3])}{more}"
+                ": use another --workdir"
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,9 @@ def train(config: ConfigDict, workdir: str) -> None:
     reference = observer.references(data)
     step, seconds = compile_step(config, transform, schedule, mesh, abstract)
     write_facts(folder, abstract, seconds, data)
-    log.message(f"{folder}: step {start} of {config.steps}, compiled in {seconds:.1f} s")
+    log.message(
+        f"{folder}: at step {start} of {config.steps}, compiled ({seconds:.1f} s)"
+    )
     state = loop(
         config, step, state, start, data, mesh=mesh, log=log,
         checkpoints=checkpoints, observer=observer,
@@ -243,9 +245,7 @@ def loop(
             last = step == config.steps
             saving = last or step % config.run.checkpoint_every == 0
             sampling = not last and step % config.run.sample_every == 0
-            scoring = (
-                not last and observer.proxy and step % config.eval.every == 0
-            )
+            scoring = not last and observer.proxy and step % config.eval.every == 0
             if not (saving or sampling or scoring):
                 continue
             log.step(*pending)

@@ -1,0 +1,54 @@
+"""Eight simulated CPU devices for every test; types checked at public functions."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def golden() -> Path:
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture
+def tiny() -> ConfigDict:
+    """The quickstart with a network of 2 blocks and width 16, and 8 rows a step."""
+    from configs import quickstart
+
+    c = quickstart.get_config()
+    c.name = "tiny"
+    c.steps = 4
+    c.batch_size = 16
+    c.model.width, c.model.depth, c.model.heads = 16, 2, 2
+    c.model.scan = True
+    c.align.vae.depth = 1
+    c.align.vae.head_layers = 2
+    c.sampling.steps = 3
+    c.run.log_every = 1
+    c.run.checkpoint_every = 2
+    c.run.grid_columns = 1
+    c.eval.num_samples = 80
+    return c
+
+
+@pytest.fixture
+def batch() -> dict[str, np.ndarray]:
+    """16 records of made-up latents for `tiny`."""
+    draw = np.random.default_rng(0)
+    return {
+        "mean": draw.normal(size=(16, 4, 4, 4)).astype(np.float16),
+        "std": draw.uniform(0.1, 0.3, size=(16, 4, 4, 4)).astype(np.float16),
+        "label": (np.arange(16) % 10).astype(np.int32),
+    }

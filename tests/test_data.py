@@ -1,0 +1,574 @@
+"""Images, latents datasets and the order of the batches."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
+
+from sra2_jax.data import images, pipeline, records
+from sra2_jax.data.encode import encode
+from sra2_jax.errors import UserError
+from sra2_jax.pretrained import load_vae
+
+GOLDEN = Path(__file__).parent / "golden"
+VAE = str(GOLDEN / "vae")
+SIDE, CLASSES = 16, ("ant", "bee")
+BAD = {"ant/cut.jpg", "bee/text.png"}
+EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of two classes: every mode and format, two files that are not images."""
+    folder = tmp_path_factory.mktemp("images") / "source"
+    rng = np.random.default_rng(0)
+
+    def pixels(*shape):
+        return rng.integers(0, 256, shape, np.uint8)
+
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+    rgb = [Image.fromarray(pixels(h, w, 3)) for h, w in [(40, 20), (16, 16), (17, 33)]]
+    for i, image in enumerate(rgb):
+        image.save(folder / "ant" / f"{i}.JPEG", "jpeg", quality=95)
+    rgb[0].save(folder / "ant" / "a.png")
+    rgb[1].save(folder / "ant" / "b.bmp")
+    rgb[2].save(folder / "ant" / "c.webp", lossless=True)
+    Image.fromarray(pixels(30, 30)).save(folder / "bee" / "grey.png")
+    Image.fromarray(pixels(30, 30, 4)).save(folder / "bee" / "alpha.png")
+    Image.fromarray(pixels(30, 30, 4), "CMYK").save(folder / "bee" / "cmyk.jpg")
+    palette = rgb[0].convert("P")
+    palette.save(folder / "bee" / "palette.png", transparency=bytes(range(200)))
+    deep = rng.integers(0, 2**16, (20, 20), np.uint16)
+    Image.fromarray(deep).save(folder / "bee" / "deep.PNG")
+    whole = (folder / "ant" / "2.JPEG").read_bytes()
+    (folder / "ant" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "bee" / "text.png").write_text("not an image")
+    (folder / "bee" / "notes.txt").write_text("not listed")
+    (folder / "README").write_text("not a class")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoded") / "latents"
+    info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4)
+    assert [p.name for p in out.parent.iterdir()] == ["latents"]  # no leftovers
+    return out, info
+
+
+def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10):
+    """A dataset of (2, 2, 1) latents that hold their own index."""
+    folder.mkdir()
+    with records.ShardWriter(folder, "train", SHARDS) as writer:
+        for index in range(examples):
+            latent = np.full((2, 2, 1), index, np.float16)
+            writer.write(latent, latent / 2, label(index), index)
+    info = records.LatentsInfo(
+        vae="vae",
+        scaling_factor=0.18215,
+        shift_factor=0.0,
+        resolution=16,
+        latent_shape=(2, 2, 1),
+        num_examples=examples,
+        num_classes=10,
+        class_names=(),
+        splits={"train": writer.shards()},
+        latent_mean=(0.0,),
+        latent_std=(1.0,),
+        crop=records.CROP,
+        versions={},
+    )
+    info.write(folder)
+    return info
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "latents"
+    write_dataset(folder)
+    return folder
+
+
+def take(folder, steps, **changes):
+    """`steps` batches, stacked by key."""
+    arguments = {
+        "split": "train",
+        "batch_size": BATCH,
+        "seed": 0,
+        "start_step": 0,
+        "streams": STREAMS,
+        "shuffle_buffer": 40,
+        "process_index": 0,
+        "process_count": 1,
+    }
+    iterator = pipeline.batches(folder, **(arguments | changes))
+    rows = list(itertools.islice(iterator, steps))
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def read_with_tfds(folder):
+    records.tensorflow()
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    rows = tfds.as_numpy(builder.as_dataset(split="train"))
+    return builder.info, {int(row["index"]): row for row in rows}
+
+
+# Images
+
+
+def test_center_crop_is_exactly_adm():
+    data = np.load(GOLDEN / "center_crop.npz")
+    cases = [name for name in data if name.startswith("out_")]
+    assert len(cases) == 4
+    for case in cases:
+        _, number, size = case.split("_")
+        cropped = images.center_crop(data[f"in_{number}"], int(size))
+        np.testing.assert_array_equal(cropped, data[case])
+
+
+def test_read_keeps_order_and_reports_what_cannot_be_decoded(folder):
+    source = images.open_source(folder, "train")
+    rows = list(images.read(source, SIDE))
+    assert source.class_names == CLASSES
+    assert len(rows) == source.length == 13
+    assert [row[0] for row in rows] == list(range(13))
+    for _, name, image, label in rows:
+        assert name.split("/")[0] == CLASSES[label]
+        assert isinstance(image, Exception) == (name in BAD)
+        if name not in BAD:
+            assert image.shape == (SIDE, SIDE, 3)
+            assert image.dtype == np.uint8
+
+
+def test_modes_become_rgb(folder):
+    decoded = {
+        p.stem: images.decode_rgb(p)
+        for p in (folder / "bee").glob("*.[pP]*")
+        if p.stem != "text"
+    }
+    with Image.open(folder / "bee" / "alpha.png") as image:
+        np.testing.assert_array_equal(decoded["alpha"], np.asarray(image)[..., :3])
+    with Image.open(folder / "bee" / "deep.PNG") as image:
+        deep = np.asarray(image) // 256
+    np.testing.assert_array_equal(decoded["deep"], np.stack([deep] * 3, -1))
+    grey = decoded["grey"]
+    np.testing.assert_array_equal(grey, grey[..., :1].repeat(3, -1))
+
+
+def test_digits_and_unknown_sources(tmp_path):
+    source = images.open_source("digits", "test")
+    index, _, image, label = next(iter(images.read(source, 32)))
+    assert (index, source.num_classes, image.shape) == (0, 10, (32, 32, 3))
+    assert 0 <= label < 10
+    with pytest.raises(UserError, match="no split 'val'"):
+        images.open_source("digits", "val")
+    with pytest.raises(UserError, match="no such folder"):
+        images.open_source(tmp_path / "missing", "train")
+    with pytest.raises(UserError, match="TFDS has no such dataset"):
+        images.open_source("tfds:no_such_dataset_at_all", "train")
+
+
+def test_tfds_source(tmp_path, monkeypatch):
+    tf = records.tensorflow()
+    import tensorflow_datasets as tfds
+
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), np.uint8)
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(20, 24, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
+        }
+    )
+    path = tmp_path / "tiny-test.tfrecord-00000-of-00001"
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for i, image in enumerate(pixels):
+            example = features.encode_example({"image": image, "label": i % 3})
+            writer.write(features.serialize_example(example))
+    tfds.folder_dataset.write_metadata(data_dir=tmp_path, features=features)
+    builder = tfds.builder_from_directory(tmp_path)
+    monkeypatch.setattr(tfds, "builder", lambda name: builder)
+    source = images.open_source("tfds:tiny:test", "train")
+    assert (source.length, source.class_names) == (5, ("x", "y", "z"))
+    rows = list(images.read(source, SIDE))
+    assert [row[0] for row in rows] == list(range(5))
+    wanted = {
+        images.center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)
+    }
+    assert {image.tobytes(): label for _, _, image, label in rows} == wanted
+    with pytest.raises(UserError, match="no split 'train'"):
+        images.open_source("tfds:tiny", "train")
+
+
+# Encoding
+
+
+def test_encoded_latents_are_those_of_the_vae(folder, encoded):
+    out, info = encoded
+    assert info == records.LatentsInfo.read(out)
+    tfds_info, rows = read_with_tfds(out)
+    assert tuple(tfds_info.features["label"].names) == CLASSES
+    assert tfds_info.splits["train"].num_examples == len(rows) == 11
+    unreadable = (out / "unreadable.txt").read_text().splitlines()
+    assert {line.split("\t")[0] for line in unreadable} == BAD
+
+    module, params = load_vae(VAE)
+    apply = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
+    sampled = []
+    for index, name, image, label in images.read(
+        images.open_source(folder, "train"), SIDE
+    ):
+        if name in BAD:
+            assert index not in rows
+            continue
+        mean, std = apply(image[None] / np.float32(127.5) - 1)
+        row = rows[index]
+        assert row["label"] == label
+        assert row["mean"].dtype == np.float16
+        np.testing.assert_allclose(row["mean"], mean[0], rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(row["std"], std[0], rtol=2e-3, atol=2e-3)
+        noise = np.random.default_rng(index).standard_normal((4000, *std.shape))
+        sampled.append((mean + std * noise) * 0.18215)
+    drawn = np.stack(sampled).reshape(-1, 4)
+    scale = drawn.std(0).max()
+    np.testing.assert_allclose(info.latent_mean, drawn.mean(0), atol=0.01 * scale)
+    np.testing.assert_allclose(info.latent_std, drawn.std(0), atol=0.01 * scale)
+
+
+def test_encoded_dataset_feeds_the_pipeline(encoded):
+    out, info = encoded
+    assert info.latent_shape == (8, 8, 4)
+    rows = take(out, 2, streams=2)
+    assert rows["mean"].shape == rows["std"].shape == (2, BATCH, 8, 8, 4)
+    assert set(rows["label"].ravel()) == {0, 1}
+    _, stored = read_with_tfds(out)
+    means = rows["mean"].reshape(-1, 8, 8, 4)
+    for index, mean in zip(rows["index"].ravel(), means, strict=True):
+        np.testing.assert_array_equal(mean, stored[int(index)]["mean"])
+
+
+def test_encode_refuses(folder, encoded, tmp_path):
+    out, _ = encoded
+    before = sorted(p.name for p in out.iterdir())
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        encode(folder, out, VAE, SIDE, max_bad=0.2)
+    assert sorted(p.name for p in out.iterdir()) == before
+    with pytest.raises(UserError, match=r"more than --max_bad=0.1 .*(cut|text)"):
+        encode(folder, tmp_path / "a", VAE, SIDE, max_bad=0.1)
+    with pytest.raises(UserError, match="not a multiple of 2"):
+        encode(folder, tmp_path / "a", VAE, 15)
+    with pytest.raises(UserError, match="--shards=14 for 13 images"):
+        encode(folder, tmp_path / "a", VAE, SIDE, shards=14)
+    empty = tmp_path / "empty"
+    (empty / "class").mkdir(parents=True)
+    with pytest.raises(UserError, match="no images"):
+        encode(empty, tmp_path / "a", VAE, SIDE)
+    (empty / "class" / "x.png").write_text("nothing")
+    with pytest.raises(UserError, match="none of its images"):
+        encode(empty, tmp_path / "a", VAE, SIDE, max_bad=1.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+def test_latents_too_large_for_float16_are_refused(tmp_path, monkeypatch):
+    source = tmp_path / "source" / "class"
+    source.mkdir(parents=True)
+    Image.new("RGB", (SIDE, SIDE)).save(source / "x.png")
+    module, params = load_vae(VAE)
+    params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e5
+    monkeypatch.setattr("sra2_jax.data.encode.load_vae", lambda vae: (module, params))
+    with pytest.raises(UserError, match="float16"):
+        encode(source.parent, tmp_path / "out", VAE, SIDE)
+
+
+# Schema
+
+
+def test_float16_survives_exactly(tmp_path):
+    folder = tmp_path / "latents"
+    info = write_dataset(folder)
+    records.write_tfds_metadata(folder, info)
+    tfds_info, rows = read_with_tfds(folder)
+    assert tfds_info.features["label"].num_classes == 10
+    assert set(rows) == set(range(EXAMPLES))
+    for index, row in rows.items():
+        latent = np.full((2, 2, 1), index, np.float16)
+        assert row["mean"].dtype == row["std"].dtype == np.float16
+        np.testing.assert_array_equal(row["mean"], latent)
+        np.testing.assert_array_equal(row["std"], latent / 2)
+        assert row["label"] == index % 10
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"format": 2}'])
+def test_missing_or_garbled_description(tmp_path, text):
+    if text is not None:
+        (tmp_path / records.FILE).write_text(text)
+    with pytest.raises(UserError, match=r"sra2_jax\.data\.encode") as error:
+        records.LatentsInfo.read(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("latent_shape", [2, 2]), ("num_examples", 5), ("splits", {"train": {}})],
+)
+def test_description_that_contradicts_itself(tmp_path, key, value):
+    write_dataset(tmp_path / "latents")
+    path = tmp_path / "latents" / records.FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match="does not describe"):
+        records.LatentsInfo.read(path.parent)
+
+
+def test_check_names_every_contradiction(dataset):
+    info = records.LatentsInfo.read(dataset)
+    good = {
+        "folder": dataset,
+        "resolution": 16,
+        "latent_shape": (2, 2, 1),
+        "num_classes": 10,
+        "scaling_factor": 0.18215,
+        "shift_factor": 0.0,
+        "vae": "vae",
+    }
+    records.check(info, **good)
+    bad = {
+        "resolution": 256,
+        "latent_shape": (32, 32, 4),
+        "num_classes": 1000,
+        "scaling_factor": 1.0,
+        "shift_factor": 0.5,
+        "vae": "other",
+    }
+    with pytest.raises(UserError) as error:
+        records.check(info, **(good | bad))
+    message = str(error.value)
+    for part in (
+        "data.resolution=256, dataset was encoded with 16:",
+        "latents.size=32, dataset was encoded with 2:",
+        "latents.channels=4, dataset was encoded with 1:",
+        "data.num_classes=1000, dataset was encoded with 10:",
+        "latents.scaling_factor=1.0, dataset was encoded with 0.18215:",
+        "latents.shift_factor=0.5, dataset was encoded with 0.0:",
+        "vae=other, dataset was encoded with vae:",
+        str(dataset),
+    ):
+        assert part in message
+    assert "\n" not in message
+    with pytest.raises(UserError) as error:
+        records.check(info, **(good | {"num_classes": 11}))
+    assert "latents.size" not in str(error.value)
+
+
+# Order of the batches
+
+
+def test_order_does_not_depend_on_processes(dataset):
+    whole = take(dataset, 30)
+    for count in (2, 4):
+        parts = [
+            take(dataset, 30, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+        for key, value in whole.items():
+            joined = np.concatenate([part[key] for part in parts], axis=1)
+            np.testing.assert_array_equal(joined, value)
+    assert [(whole[k].dtype.name) for k in ("mean", "std", "label", "index")] == [
+        "float16",
+        "float16",
+        "int32",
+        "int64",
+    ]
+    np.testing.assert_array_equal(whole["mean"][..., 0, 0, 0], whole["index"])
+    np.testing.assert_array_equal(whole["label"], whole["index"] % 10)
+
+
+# A stream holds 25 to 27 records and 2 rows of a batch: an epoch is about 13 steps.
+def test_resume_continues_exactly(dataset):
+    whole = take(dataset, 70)
+    for start in (1, 12, 13, 14, 39, 57):
+        tail = take(dataset, 70 - start, start_step=start)
+        for key, value in whole.items():
+            np.testing.assert_array_equal(tail[key], value[start:])
+
+
+@pytest.mark.parametrize("shuffle_buffer", [1, 40, 1000])
+def test_an_epoch_visits_each_record_once(dataset, shuffle_buffer):
+    rows = BATCH // STREAMS
+    index = take(dataset, 45, shuffle_buffer=shuffle_buffer)["index"]
+    for v in range(STREAMS):
+        own = {i for i in range(EXAMPLES) if i % SHARDS % STREAMS == v}
+        stream = index[:, v * rows : (v + 1) * rows].ravel()
+        epochs = [stream[e * len(own) : (e + 1) * len(own)] for e in range(3)]
+        for epoch in epochs:
+            assert set(epoch) == own
+        # Without a buffer only the order of its two files could differ.
+        if shuffle_buffer > 1:
+            assert not np.array_equal(epochs[0], epochs[1])
+            assert not np.array_equal(epochs[0], np.sort(epochs[0]))
+
+
+def test_seeds_differ_and_repeat(dataset):
+    first, again, other = (take(dataset, 5, seed=s)["index"] for s in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_dataset_smaller_than_the_batch_repeats(tmp_path):
+    write_dataset(tmp_path / "latents", examples=5)
+    index = take(tmp_path / "latents", 3, batch_size=16)["index"]
+    assert set(index.ravel()) == set(range(5))
+    write_dataset(tmp_path / "fewer", examples=2)
+    with pytest.raises(UserError, match="no records"):
+        take(tmp_path / "fewer", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"batch_size": 10}, "not a multiple of the 4 data streams"),
+        ({"process_count": 3}, "do not divide among 3 processes"),
+        ({"streams": 16, "batch_size": 16}, "--shards=16"),
+        ({"split": "test"}, "no split 'test'"),
+    ],
+)
+def test_numbers_that_do_not_fit(dataset, changes, match):
+    with pytest.raises(UserError, match=match):
+        take(dataset, 1, **changes)
+
+
+def test_label_out_of_range(tmp_path):
+    folder = tmp_path / "latents"
+    write_dataset(folder, label=lambda index: 10 if index == 57 else 0)
+    with pytest.raises(UserError, match=r"index 57 has label 10") as error:
+        take(folder, 20)
+    assert str(folder) in str(error.value)
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    elif how == "cut":
+        del data[-10:]
+    elif how == "junk":
+        data += b"extra"
+    path.write_bytes(data)
+    if how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "junk", "missing"])
+def test_damaged_shard_is_named(tmp_path, how):
+    folder = tmp_path / "latents"
+    write_dataset(folder)
+    path = folder / "latents-train.tfrecord-00005-of-00008"
+    damage(path, how)
+    with pytest.raises(UserError, match=path.name) as error:
+        take(folder, 20)
+    assert str(folder) in str(error.value)
+
+
+def test_a_shard_with_too_few_records_is_named(tmp_path):
+    folder = tmp_path / "latents"
+    info = write_dataset(folder)
+    shards = info.splits["train"]
+    claimed = dataclasses.replace(
+        shards, records=(shards.records[0] + 1, *shards.records[1:])
+    )
+    dataclasses.replace(
+        info, num_examples=EXAMPLES + 1, splits={"train": claimed}
+    ).write(folder)
+    with pytest.raises(UserError, match="has 13 records, not 14"):
+        take(folder, 20)
+
+
+def test_another_schema_is_an_error(tmp_path):
+    folder = tmp_path / "latents"
+    info = write_dataset(folder)
+    dataclasses.replace(info, latent_shape=(3, 3, 1)).write(folder)
+    with pytest.raises(UserError, match="not parsed with this schema"):
+        take(folder, 1)
+
+
+# Prefetching
+
+
+def sharding():
+    devices = jax.local_devices()
+    return NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+
+
+def numbered(count):
+    for i in range(count):
+        yield {"x": np.full((8, 2), i), "label": np.full(8, i)}
+
+
+def prefetch_threads():
+    return [t for t in threading.enumerate() if t.name == "prefetch_to_device"]
+
+
+def test_prefetch_yields_all_in_order():
+    wanted = sharding()
+    with pipeline.prefetch_to_device(numbered(20), wanted) as placed:
+        rows = list(placed)
+    assert [int(row["x"][0, 0]) for row in rows] == list(range(20))
+    assert rows[0]["x"].sharding == wanted
+    assert rows[0]["label"].shape == (8,)
+    assert not prefetch_threads()
+
+
+def test_prefetch_raises_what_the_iterator_raised():
+    def failing():
+        yield from numbered(3)
+        raise UserError("shard 7 is damaged")
+
+    placed = pipeline.prefetch_to_device(failing(), sharding())
+    assert len(list(itertools.islice(placed, 3))) == 3
+    with pytest.raises(UserError, match="shard 7"):
+        next(placed)
+    assert not prefetch_threads()
+    with pytest.raises(StopIteration):
+        next(placed)
+
+
+def test_prefetch_stops_when_closed_or_forgotten():
+    endless = (batch for _ in itertools.count() for batch in numbered(1))
+    with pipeline.prefetch_to_device(endless, sharding()) as placed:
+        next(placed)
+    assert not prefetch_threads()
+    forgotten = pipeline.prefetch_to_device(numbered(10), sharding())
+    next(forgotten)
+    del forgotten
+    assert not prefetch_threads()
+
+
+def test_no_tensorflow_at_import_and_no_thread_left_at_exit():
+    program = """
+import itertools, sys
+import jax, numpy as np
+from sra2_jax.data import encode, images, pipeline, records
+assert "tensorflow" not in sys.modules
+endless = ({"x": np.zeros((8, 2))} for _ in itertools.count())
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+placed = pipeline.prefetch_to_device(endless, sharding)
+next(placed)
+"""
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        timeout=60,
+        cwd=Path(__file__).parents[1],
+    )

@@ -1,0 +1,165 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.default import SIZES
+from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify
+from sra2_jax.models.heads import latent_head
+from sra2_jax.training.state import count_parameters
+
+
+def make(**changes) -> DiT:
+    fields = dict(
+        size=8, channels=3, patch_size=2, width=16, depth=3, heads=2, num_classes=5
+    )
+    return DiT(**(fields | changes))
+
+
+def inputs(model: DiT, batch: int = 2):
+    x = jax.random.normal(jax.random.key(1), (batch, model.size, model.size, 3))
+    return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch)
+
+
+def apply(model: DiT, params, *args, features=()):
+    run = jax.jit(lambda p, *a: model.apply({"params": p}, *a, features))
+    return run(params, *args)
+
+
+def random_params(model: DiT):
+    """All parameters random: zero-initialised layers would hide mistakes."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs(model))["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    draws = [
+        0.3 * jax.random.normal(k, s.shape) for k, s in zip(keys, leaves, strict=True)
+    ]
+    return tree.unflatten(draws)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"),
+    [("S", 32.96), ("B", 130.50), ("L", 458.09), ("XL", 675.11)],
+)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_parameter_counts(size, millions, patch):
+    """protocol.md's counts at patch 2; the position table counts there, it is fixed."""
+    width, depth, heads = SIZES[size]
+    model = make(
+        size=32, channels=4, patch_size=patch, width=width, depth=depth, heads=heads,
+        num_classes=1000,
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
+    t, y = (
+        jax.ShapeDtypeStruct((1,), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0), x, t, y)["params"]
+    tokens = (32 // patch) ** 2
+    count = count_parameters(params) + tokens * width
+    # patch embedding and output layer: p*p*4 inputs with no bias of their own
+    patch_part = (patch**2 - 4) * 4 * (2 * width + 1) + (tokens - 256) * width
+    assert round((count - patch_part) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "final", "millions"),
+    [
+        ("B", 5, False, 8.29),
+        ("XL", 5, False, 18.63),
+        ("B", 2, False, 1.21),
+        ("XL", 5, True, 18.6),
+    ],
+)
+def test_head_parameter_counts(size, layers, final, millions):
+    """The paper's 8M (B), 18M (XL) and 1M (two layers), as method.md derives them."""
+    width = SIZES[size][0]
+    head = latent_head(
+        width, 16, layers=layers, width_ratio=2.0, final_layer=final, dtype=jnp.float32
+    )
+    tokens = jax.ShapeDtypeStruct((1, 4, width), jnp.float32)
+    c = jax.ShapeDtypeStruct((1, width), jnp.float32)
+    count = count_parameters(jax.eval_shape(head.init, jax.random.key(0), tokens, c))
+    assert abs(count / 1e6 - millions) < 0.06
+
+
+def test_patchify_order():
+    """Tokens row-major; inside a token row, column, channel."""
+    x = np.arange(2 * 4 * 4 * 3, dtype=np.float32).reshape(2, 4, 4, 3)
+    tokens = patchify(jnp.asarray(x), 2)
+    np.testing.assert_array_equal(tokens[1, 1], x[1, 0:2, 2:4].reshape(-1))
+    np.testing.assert_array_equal(tokens[1, 2], x[1, 2:4, 0:2].reshape(-1))
+    np.testing.assert_array_equal(unpatchify(tokens, 2), x)
+
+
+def test_positions_put_the_column_first():
+    table = sincos_positions(8, 3)
+    angles = 1 * 10000.0 ** (-np.arange(2) / 2)
+    row0_column1 = np.concatenate([np.sin(angles), np.cos(angles), [0, 0], [1, 1]])
+    np.testing.assert_allclose(table[1], row0_column1, rtol=1e-6)
+
+
+def test_initial_state():
+    """Output zero (adaLN-Zero); qkv is one xavier matrix, bound sqrt(6 / 4D)."""
+    model = make(width=64, heads=4)
+    params = jax.jit(model.init)(jax.random.key(0), *inputs(model))["params"]
+    out, _, _ = jax.jit(model.apply)({"params": params}, *inputs(model))
+    assert not out.any()
+    bound = (6 / (4 * 64)) ** 0.5
+    assert 0.98 * bound < jnp.abs(params["blocks"]["qkv"]["kernel"]).max() <= bound
+    assert abs(params["label"]["embedding"].std() - 0.02) < 0.003
+    assert abs(params["time_in"]["kernel"].std() - 0.02) < 0.001
+    for layer in (params["blocks"]["modulation"], *params["final"].values()):
+        assert not layer["kernel"].any()
+
+
+def test_features_do_not_change_the_output_and_are_the_blocks_outputs():
+    model = make()
+    params = random_params(model)
+    plain, none, _ = apply(model, params, *inputs(model))
+    out, kept, _ = apply(model, params, *inputs(model), features=(1, 3))
+    assert none == {}
+    np.testing.assert_array_equal(plain, out)
+    # A network cut after block 1 ends with the same tokens.
+    cut = dict(params, blocks=jax.tree.map(lambda p: p[:1], params["blocks"]))
+    _, first, _ = apply(make(depth=1), cut, *inputs(model), features=(1,))
+    np.testing.assert_allclose(kept[1], first[1], rtol=1e-5, atol=1e-5)
+    assert jnp.abs(kept[3] - kept[1]).max() > 0.1
+
+
+def test_scan_remat_and_dtype_compute_the_same():
+    params = random_params(make())
+
+    def loss(model, params):
+        out, kept, _ = model.apply({"params": params}, *inputs(model), (2,))
+        return jnp.mean(out**2) + jnp.mean(kept[2] ** 2)
+
+    def value_and_grad(**changes):
+        return jax.jit(jax.value_and_grad(lambda p: loss(make(**changes), p)))(params)
+
+    value, grad = value_and_grad()
+    for changes in (
+        {"scan": False},
+        {"remat": "dots"},
+        {"scan": False, "remat": "full"},
+    ):
+        other, other_grad = value_and_grad(**changes)
+        assert abs(value - other) < 1e-5 * value
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+            grad,
+            other_grad,
+        )
+    low, _ = value_and_grad(dtype=jnp.bfloat16)
+    assert 0 < abs(low - value) < 0.05 * value
+
+
+def test_time_scale_and_mlp_ratio():
+    model = make()
+    params = random_params(model)
+    x, t, y = inputs(model)
+    scaled, _, _ = apply(make(time_scale=2.0), params, x, t / 2, y)
+    plain, _, _ = apply(model, params, x, t, y)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-5, atol=1e-5)
+    shapes = jax.eval_shape(make(mlp_ratio=2.0).init, jax.random.key(0), x, t, y)
+    assert shapes["params"]["blocks"]["mlp_in"]["kernel"].shape == (3, 16, 32)

@@ -1,0 +1,190 @@
+"""The jitted step against formulas of its own, and on 1 and 8 devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sra2_jax import config as configuration
+from sra2_jax.models.dit import patchify
+from sra2_jax.training.optim import make_optimizer
+from sra2_jax.training.sharding import batch_sharding, make_mesh
+from sra2_jax.training.state import build_networks, create_sharded
+from sra2_jax.training.step import make_draw, make_loss, make_step
+
+
+def run(config, batch, steps=2, devices=1):
+    """Final state and the metrics of each step."""
+    configuration.check(config)
+    mesh = make_mesh(
+        **config.mesh,
+        batch_size=config.batch_size,
+        n=config.accumulate,
+        devices=jax.devices()[:devices],
+    )
+    transform, schedule = make_optimizer(**config.optim)
+    abstract, init = create_sharded(config, transform, mesh)
+    step = make_step(config, transform, schedule, mesh, abstract)
+    state, rows = init(), []
+    placed = jax.device_put(batch, batch_sharding(mesh))
+    for _ in range(steps):
+        state, metrics = step(state, placed)
+        rows.append({k: float(v) for k, v in metrics.items()})
+    assert step._cache_size() == (steps > 0)  # compiled once
+    return state, rows
+
+
+def assert_close(a, b, rtol=2e-4, atol=2e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b
+    )
+
+
+def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
+    """Losses and parameters to float tolerance; FSDP really shards the state."""
+    from sra2_jax.training import sharding
+
+    state, rows = run(tiny, batch)
+    assert rows[0]["loss"] != rows[1]["loss"]
+    for fsdp, accumulate in ((1, 1), (4, 2)):
+        tiny.mesh.fsdp, tiny.accumulate = fsdp, accumulate
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
+            other, other_rows = run(tiny, batch, devices=8)
+        for row, other_row in zip(rows, other_rows, strict=True):
+            assert row == pytest.approx(other_row, rel=1e-4)
+        # Adam divides by the root of tiny squares: compare where gradients are large
+        assert_close(state.ema, other.ema, atol=2e-5)
+        kernel = other.params["network"]["blocks"]["qkv"]["kernel"]
+        local = kernel.addressable_shards[0].data.shape
+        assert kernel.shape[0] == local[0] == 2  # never over the layer axis
+        assert np.prod(local) * fsdp == kernel.size
+        moment = other.opt_state[1][0].mu["network"]["blocks"]["qkv"]["kernel"]
+        assert moment.sharding == kernel.sharding
+
+
+def test_loss_is_the_papers(tiny, batch):
+    """L = mean (f - v)^2 + lambda mean smooth_l1(head(h) - z), from the draws."""
+    tiny.align.vae.weight = 0.7
+    network, heads = build_networks(tiny)
+    transform, _ = make_optimizer(**tiny.optim)
+    _, init = create_sharded(tiny, transform, make_mesh(1, 1, 16, 1, jax.devices()[:1]))
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), init().params
+    )
+    draws = make_draw(tiny)(batch, jnp.asarray(5))
+    total, metrics = make_loss(tiny)(params, draws, jnp.asarray(5))
+
+    z, t = np.asarray(draws["latent_sample"]), np.asarray(draws["t"])
+    t4 = t.reshape(-1, 1, 1, 1)
+    noise = (draws["x_t"] - (1 - t4) * z) / t4
+    np.testing.assert_allclose(draws["target"], noise - z, rtol=1e-3, atol=1e-3)
+    out, kept, c = network.apply(
+        {"params": params["network"]}, draws["x_t"], draws["t"], draws["y"], (1,)
+    )
+    head = heads["vae"].apply({"params": params["heads"]["vae"]}, kept[1], c)
+    denoise = np.mean((np.asarray(out) - np.asarray(draws["target"])) ** 2)
+    d = np.abs(np.asarray(head) - np.asarray(patchify(z, 1)))
+    align = np.mean(np.where(d < 0.05, d**2 / 0.1, d - 0.025))
+    assert float(total) == pytest.approx(denoise + 0.7 * align, rel=1e-5)
+    assert float(metrics["loss_align_vae"]) == pytest.approx(align, rel=1e-5)
+
+
+def test_draws(tiny, batch):
+    """Latents are scale * (mean - shift + std * n); labels dropped at their rate."""
+    tiny.latents.scaling_factor, tiny.latents.shift_factor = 0.5, 0.25
+    big = {k: np.tile(v, (500,) + (1,) * (v.ndim - 1)) for k, v in batch.items()}
+    draws = jax.jit(make_draw(tiny))(big, jnp.asarray(0))
+    mean, std = (big[k].astype(np.float32) for k in ("mean", "std"))
+    normal = (draws["latent_sample"] / 0.5 + 0.25 - mean) / std
+    assert abs(normal.mean()) < 0.01
+    assert abs(normal.std() - 1) < 0.01
+    dropped = np.asarray(draws["y"]) == 10
+    assert abs(dropped.mean() - 0.1) < 0.012
+    np.testing.assert_array_equal(draws["y"][~dropped], big["label"][~dropped])
+    again = make_draw(tiny)(big, jnp.asarray(1))
+    assert not np.array_equal(draws["t"], again["t"])
+
+
+def test_first_update_ema_and_warm_up(tiny, batch):
+    """Adam's first step is rate * sign(gradient); EMA = d old + (1 - d) new."""
+    tiny.optim.warmup_steps = 4
+    tiny.ema_decay = 0.75
+    start, _ = run(tiny, batch, steps=0)
+    start = jax.device_get(start)
+    state, rows = run(tiny, batch, steps=1)
+    move = jax.tree.map(lambda a, b: np.abs(a - b), state.params, start.params)
+    assert rows[0]["learning_rate"] == pytest.approx(tiny.optim.learning_rate / 4)
+    largest = max(m.max() for m in jax.tree.leaves(move))
+    assert largest == pytest.approx(tiny.optim.learning_rate / 4, rel=1e-3)
+    expected = jax.tree.map(
+        lambda a, b: 0.75 * a + 0.25 * b, start.params, state.params
+    )
+    assert_close(state.ema, expected, rtol=1e-6, atol=1e-8)
+    row = rows[0]
+    assert row["ratio_align_vae"] == pytest.approx(
+        row["loss_align_vae"] / row["loss_denoise"]
+    )
+    assert int(state.step) == 1
+
+
+def test_clip_and_weight_decay(tiny, batch):
+    """Both act: a tiny clip leaves Adam's eps to damp; decay shrinks weights."""
+    tiny.optim.clip_norm = 1e-8
+    state, rows = run(tiny, batch, steps=1)
+    start, _ = run(tiny, batch, steps=0)
+    small = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, start.params)
+    assert max(jax.tree.leaves(small)) < 0.6 * tiny.optim.learning_rate
+    assert rows[0]["grad_norm"] > 0.01  # logged before the clip
+    tiny.optim.weight_decay = 1.0
+    decayed, _ = run(tiny, batch, steps=1)
+    label = ("network", "label", "embedding")
+    kernels = [
+        s.params[label[0]][label[1]][label[2]][3] for s in (start, state, decayed)
+    ]
+    shrunk = kernels[1] - tiny.optim.learning_rate * kernels[0]
+    np.testing.assert_allclose(kernels[2], shrunk, rtol=1e-5, atol=1e-7)
+
+
+# Every choice of configs/default.py runs through the jitted step, a few at a time.
+VARIANTS = [
+    {"transport.path": "gvp", "align.vae.loss": "l1", "model.remat": "dots"},
+    {
+        "transport.path": "vp",
+        "transport.prediction": "noise",
+        "transport.time": "lognormal",
+        "align.vae.loss": "cosine",
+        "align.vae.head_final_layer": True,
+        "align.vae.head_layers": 3,
+        "model.dtype": "bfloat16",
+    },
+    {
+        "transport.prediction": "data",
+        "align.vae.loss": "l2",
+        "align.vae.target": "mean",
+        "align.vae.zscore": True,
+        "align.vae.schedule": "exponential",
+        "align.vae.t_max": 0.5,
+        "model.patch_size": 2,
+        "model.scan": False,
+        "model.remat": "full",
+    },
+    {"align.vae.enabled": False, "label_dropout": 1.0},
+    {"align.vae.schedule": "cosine", "align.vae.head_layers": 1, "align.vae.depth": 2},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_variants_train(tiny, batch, changes):
+    """Ten steps on one batch bring the denoising loss down; values stay finite."""
+    tiny.update_from_flattened_dict(changes)
+    tiny.optim.learning_rate = 1e-2
+    state, rows = run(tiny, batch, steps=10)
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    first, last = (np.mean([r["loss"] for r in part]) for part in (rows[:3], rows[-3:]))
+    assert last < first
+    if changes.get("align.vae.enabled") is False:
+        assert state.params["heads"] == {}
+        assert not [k for k in rows[0] if "align" in k]
+    leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
+    assert {leaf.dtype.name for leaf in leaves} <= {"float32", "int32"}

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sra2_jax.transport import PATHS, PREDICTIONS, Transport, coefficients
+
+T = jnp.array([0.1, 0.4, 0.75, 0.95])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_derivatives(path):
+    """Against automatic differentiation; values against golden files in test_verify."""
+    _, _, d_alpha, d_sigma = coefficients(path, T)
+    for index, ours in ((0, d_alpha), (1, d_sigma)):
+        exact = jax.vmap(jax.grad(lambda t, i=index: coefficients(path, t)[i]))(T)
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_conversions(path, prediction):
+    """A perfect output gives back a'x + s'eps, the score -eps/sigma, and x."""
+    transport = Transport(path, prediction)
+    keys = jax.random.split(jax.random.key(0))
+    x, noise = (jax.random.normal(k, (4, 3, 3, 2)) for k in keys)
+    x_t, target = transport.interpolate(x, noise, T)
+    alpha, sigma, d_alpha, d_sigma = (
+        c.reshape(-1, 1, 1, 1) for c in coefficients(path, T)
+    )
+    np.testing.assert_allclose(x_t, alpha * x + sigma * noise, rtol=1e-6)
+    velocity = transport.velocity(target, x_t, T)
+    exact = d_alpha * x + d_sigma * noise
+    scale = jnp.abs(exact).max()
+    np.testing.assert_allclose(velocity / scale, exact / scale, atol=2e-5)
+    score = transport.score(velocity, x_t, T)
+    np.testing.assert_allclose(score, -noise / sigma, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(transport.data(velocity, x_t, T), x, atol=2e-2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_times(path):
+    """Uniform fills its range; lognormal makes log(sigma / alpha) normal."""
+    key = jax.random.key(0)
+    low, high = Transport(path, "noise").train_range
+    t = Transport(path, "noise").sample_times(key, 20_000)
+    assert low <= t.min() < low + 1e-3
+    assert high - 1e-3 < t.max() <= high
+    assert abs(t.mean() - 0.5) < 0.01
+
+    t = Transport(path, time="lognormal", time_mean=-0.5, time_std=0.8).sample_times(
+        key, 20_000
+    )
+    alpha, sigma, _, _ = coefficients(path, t.astype(jnp.float32))
+    log_ratio = jnp.log(sigma / alpha)
+    assert abs(log_ratio.mean() + 0.5) < 0.03
+    assert abs(log_ratio.std() - 0.8) < 0.03
+
+
+def test_unknown_path():
+    with pytest.raises(ValueError, match="unknown path"):
+        coefficients("cubic", T)
