@@ -178,8 +178,8 @@ def check(config: ConfigDict) -> None:
     require(config.mesh.data != 0, "config.mesh.data=0: must be -1 or at least 1")
     require(
         config.sampling.guidance_channels <= config.latents.channels,
-        f"config.sampling.guidance_channels={config.sampling.guidance_channels} exceeds "
-        f"config.latents.channels={config.latents.channels}",
+        f"config.sampling.guidance_channels={config.sampling.guidance_channels} "
+        f"exceeds config.latents.channels={config.latents.channels}",
     )
     if config.eval.proxy == "digits":
         require(

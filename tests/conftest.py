@@ -7,11 +7,17 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
+# The tests of the whole job compile the same programs again and again.
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,3 +58,13 @@ def batch() -> dict[str, np.ndarray]:
         "std": draw.uniform(0.1, 0.3, size=(16, 4, 4, 4)).astype(np.float16),
         "label": (np.arange(16) % 10).astype(np.int32),
     }
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training digits, encoded once."""
+    from sra2_jax.data.encode import encode
+
+    folder = tmp_path_factory.mktemp("data") / "latents"
+    encode("digits", folder, "digits", 32)
+    return folder

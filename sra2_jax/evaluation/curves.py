@@ -24,27 +24,30 @@ count = itertools.count()
 def short(value: float | None) -> str:
     """About three significant digits: 0.412, 1,234, 56.7k, 675M, 1e-4."""
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     size = abs(value)
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if size >= 0.9995 * limit:
-            scaled = value / (limit if limit > 1e4 else 1e3)
-            return (
-                f"{scaled:.0f}{unit}" if abs(scaled) >= 99.95 else f"{scaled:.3g}{unit}"
-            )
-    if 0 < size < 1e-3:
+    for unit, letter, least in ((1e9, "B", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
+        if size >= 0.9995 * least:
+            digits = ".3g" if size < 99.95 * unit else ",.0f"
+            return f"{value / unit:{digits}}{letter}"
+    if 0 < size <= 1e-3:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a twentieth of the log; shorter at the ends."""
-    half = len(values) // 40
-    sums = np.concatenate([[0.0], np.cumsum(values)])
+    """Centred running mean over about a twentieth of the log, shorter at the ends.
+
+    Taken twice over half the width: a spike becomes a hump, not a plateau.
+    """
+    half = len(values) // 60
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(values)])
+        values = (sums[high] - sums[low]) / (high - low)
+    return values
 
 
 def thin(steps: np.ndarray, values: np.ndarray) -> Series:
@@ -127,13 +130,17 @@ class Axes:
     def grid(self, show: Show) -> str:
         """Horizontal rules with their values, and steps below."""
         parts = []
-        for v in ticks(self.low, self.high, 4, self.log):
-            y, label = self.y(v), show(v)
+        levels = ticks(self.low, self.high, 5, self.log)
+        labels = [escape(show(v)).replace(".0%", "%") for v in levels]
+        if len(set(labels)) < len(labels):  # a range too narrow for three digits
+            labels = [f"{v:.6g}" for v in levels]
+        for v, label in zip(levels, labels, strict=True):
+            y = self.y(v)
             parts.append(
                 f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
                 f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>'
             )
-        for v in ticks(0, self.last, 4):
+        for v in ticks(0, self.last, 5):
             anchor = "end" if self.x(v) > RIGHT - 12 else "middle"
             parts.append(
                 f'<text x="{self.x(v)}" y="{HEIGHT - 6}" text-anchor="{anchor}">'
@@ -155,12 +162,11 @@ def curve(
     series: Series | None,
     last: float,
     show: Show,
-    *,
     zero: bool = False,
     smoothed: bool = False,
     level: float | None = None,
 ) -> str:
-    """A figure: the raw line, the running mean over it, and a level to compare with.
+    """A figure: the raw line, a smoothed one over it, a level to compare with.
 
     Args:
       series: None if nothing was logged.
@@ -180,9 +186,10 @@ def curve(
     if len(steps) <= MARKED:
         drawn += axes.dots(series)
     drawn += "" if level is None else axes.level(level, show)
+    points = hover_points(axes, (steps, mean), show)
     name, value = f"plot{next(count)}", escape(show(float(mean[-1])))
     return (
-        f'<figure class="chart" data-points="{hover_points(axes, (steps, mean), show)}">'
+        f'<figure class="chart" data-points="{points}">'
         f"{head}<output>{value}</output></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}'
         f' against step: {value} at step {steps[-1]:,.0f}">{axes.grid(show)}'

@@ -22,7 +22,8 @@ Generate = Callable[[Any, np.ndarray, np.ndarray], np.ndarray]
 def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b h w 3"]:
     """Images in [-1, 1] to bytes, cutting off the fraction as the references do.
 
-    "truncate": 255 clip((x + 1) / 2) (REPA, SRA); "sit": clip(127.5 x + 128) (SiT, DiT).
+    "truncate": 255 clip((x + 1) / 2), as REPA and SRA; "sit": clip(127.5 x + 128), as
+    SiT and DiT.
     """
     if rounding == "sit":
         return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)

@@ -30,7 +30,7 @@ class DigitsProxy:
         self._real = gaussian(to_8x8(self.test[0]))
 
     def score(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """{"frechet", "accuracy"} of uint8 images (N, 32, 32, 3) asked for as labels."""
+        """{"frechet", "accuracy"} of uint8 images (N, 32, 32, 3) for their labels."""
         features = to_8x8(images)
         return {
             "frechet": frechet_distance(*gaussian(features), *self._real),

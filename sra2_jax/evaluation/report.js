@@ -18,20 +18,25 @@ for (const chart of document.querySelectorAll("[data-points]")) {
     chart.classList.remove("hover");
   });
 }
-const stage = document.querySelector(".stage");
-if (stage) {
-  const figures = [...document.querySelectorAll(".strip figure")];
-  const slider = stage.querySelector("input"), image = stage.querySelector("img");
+const film = document.querySelector(".film");
+if (film) {
+  const figures = [...film.querySelectorAll("figure")];
+  const large = film.querySelector(".large"), control = film.querySelector(".control");
+  const slider = control.querySelector("input");
   const show = i => {
-    const picture = figures[i].querySelector("img");
-    image.src = picture.src; image.alt = picture.alt; image.className = picture.className;
-    stage.querySelector("p").textContent = picture.alt;
-    slider.value = i; slider.setAttribute("aria-valuetext", picture.alt);
-    figures.forEach((f, j) => f.toggleAttribute("aria-current", i == j));
+    const small = figures[i].querySelector("img");
+    large.src = small.src;
+    large.alt = small.alt;
+    large.classList.toggle("pixels", small.classList.contains("pixels"));
+    control.querySelector("p").textContent = small.alt;
+    slider.value = i;
+    slider.setAttribute("aria-valuetext", small.alt);
+    figures.forEach((f, j) => f.toggleAttribute("data-current", i === j));
   };
   figures.forEach((f, i) => f.addEventListener("click", () => show(i)));
   slider.addEventListener("input", () => show(+slider.value));
-  stage.hidden = false;
-  stage.parentElement.classList.add("live");
+  large.hidden = false;
+  control.hidden = figures.length < 2;
+  film.classList.add("live");
   show(figures.length - 1);
 }

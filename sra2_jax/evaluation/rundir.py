@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import time
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -17,6 +19,8 @@ from PIL import Image
 
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.curves import Series
+
+WARMUP = 0.1  # share of the log left out of the median speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,36 @@ class Run:
     run: dict[str, Any]
     results: dict[str, Any]
     series: dict[str, Series]
+
+    @property
+    def name(self) -> str:
+        return str(lookup(self.config, "name") or self.workdir.resolve().name)
+
+    @property
+    def date(self) -> str:
+        """The day the run began: from versions.json, else the age of the config."""
+        if noted := lookup(self.versions, "date"):
+            return str(noted)[:10]
+        written = (self.workdir / "config.json").stat().mtime
+        return time.strftime("%Y-%m-%d", time.gmtime(written))
+
+    @property
+    def speed(self) -> float | None:
+        """Median images a second, without the first rows: they hold the compilation."""
+        if "images_per_second" not in self.series:
+            return None
+        _, values = self.series["images_per_second"]
+        return float(np.median(values[math.ceil(WARMUP * (len(values) - 1)) :]))
+
+    def newest(self, key: str) -> tuple[float | None, int]:
+        """A quality metric's newest value and step, of results.json or the log."""
+        value = number(self.results, "metrics", key)
+        step = int(number(self.results, "step") or 0)
+        if f"eval/{key}" in self.series:
+            steps, values = self.series[f"eval/{key}"]
+            if value is None or steps[-1] > step:
+                return float(values[-1]), int(steps[-1])
+        return value, step
 
     @property
     def step(self) -> int:
@@ -101,6 +135,15 @@ def number(value: Any, *keys: str) -> float | None:
         return float(found) if math.isfinite(found) else None
     except OverflowError:  # an integer beyond float
         return None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested section with dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        whole = f"{prefix}{key}"
+        out |= flat(value, f"{whole}.") if isinstance(value, dict) else {whole: value}
+    return out
 
 
 def sample_grids(run: Run) -> list[tuple[int, epath.Path]]:

@@ -35,7 +35,12 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        # The handler is named so that metadata can be read before anything is restored.
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=options,
+            item_handlers={"state": ocp.StandardCheckpointHandler()},
+        )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -43,7 +48,8 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Save in the background; a step saved already is left alone."""
         if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+            item = ocp.args.StandardSave(state)
+            self._manager.save(step, args=ocp.args.Composite(state=item))
 
     def restore(self, abstract: Any) -> Any:
         """The newest state, placed as `abstract` says.
@@ -55,7 +61,7 @@ class Checkpoints:
         step = self.latest()
         where = f"checkpoint {self.folder / str(step)}"
         try:
-            stored = _leaves(self._manager.item_metadata(step))
+            stored = _leaves(self._manager.item_metadata(step).state.tree)
         except Exception as error:
             raise UserError(self._unreadable(where, step, error)) from error
         wanted = _leaves(abstract)
@@ -68,7 +74,9 @@ class Checkpoints:
                     "use its config or another --workdir"
                 )
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            item = ocp.args.StandardRestore(abstract)
+            args = ocp.args.Composite(state=item)
+            return self._manager.restore(step, args=args).state
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(self._unreadable(where, step, error)) from error
 

@@ -99,6 +99,7 @@ class Log:
         self._clock += time.perf_counter() - began
 
     def close(self) -> None:
+        """Flush and close the writers."""
         if self._active:
             self._tensorboard.flush()
             self._tensorboard.close()

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -171,37 +172,42 @@ def train(config: ConfigDict, workdir: str) -> None:
 
     transform, schedule = make_optimizer(**config.optim)
     abstract, init = create_sharded(config, transform, mesh)
-    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
-    start = checkpoints.latest() or 0
-    if start > config.steps:
-        raise UserError(
-            f"{checkpoints.folder} is at step {start}, beyond config.steps="
-            f"{config.steps}: raise it or use another --workdir"
+    with ExitStack() as stack:
+        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
+        stack.callback(checkpoints.close)
+        start = checkpoints.latest() or 0
+        if start > config.steps:
+            raise UserError(
+                f"{checkpoints.folder} is at step {start}, beyond config.steps="
+                f"{config.steps}: raise it or use another --workdir"
+            )
+        state = checkpoints.restore(abstract) if start else init()
+        log = Log(
+            folder,
+            start=start,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            log_every=config.run.log_every,
         )
-    state = checkpoints.restore(abstract) if start else init()
-
-    log = Log(
-        folder,
-        start=start,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        log_every=config.run.log_every,
-    )
-    observer = Observer(config, folder, mesh, log)
-    reference = observer.references(data)
-    step, seconds = compile_step(config, transform, schedule, mesh, abstract)
-    write_facts(folder, abstract, seconds, data)
-    log.message(
-        f"{folder}: at step {start} of {config.steps}, compiled ({seconds:.1f} s)"
-    )
-    state = loop(
-        config, step, state, start, data, mesh=mesh, log=log,
-        checkpoints=checkpoints, observer=observer,
-    )  # fmt: skip
-    observer.finish(config.steps, state.ema["network"], reference)
-    log.close()
-    checkpoints.close()
-    log.message(f"done: {folder / 'report.html'}")
+        stack.callback(log.close)
+        observer = Observer(config, folder, mesh, log)
+        reference = observer.references(data)
+        step, seconds = compile_step(config, transform, schedule, mesh, abstract)
+        write_facts(folder, abstract, seconds, data)
+        log.message(f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s")
+        state = loop(
+            config,
+            step,
+            state,
+            start,
+            data,
+            mesh=mesh,
+            log=log,
+            checkpoints=checkpoints,
+            observer=observer,
+        )
+        observer.finish(config.steps, state.ema["network"], reference)
+        log.message(f"done: {folder / 'report.html'}")
 
 
 def loop(
