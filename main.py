@@ -71,4 +71,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(lambda: app.run(main, sys.argv, parse_flags))
+    run_program(lambda: app.run(main, sys.argv, flags_parser=parse_flags))

@@ -13,8 +13,8 @@ from configs import default
 def get_config() -> ConfigDict:
     c = default.get_config()
     c.name = "quickstart"
-    c.steps = 1000
-    c.batch_size = 128
+    c.steps = 1500
+    c.batch_size = 64
     c.data.images = "digits"
     c.data.resolution = 32
     c.data.num_classes = 10
@@ -29,16 +29,16 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"
     c.model.dtype = "float32"
     c.align.vae.depth = 2
-    c.optim.learning_rate = 1e-3
-    c.ema_decay = 0.995
+    c.optim.learning_rate = 2e-3
+    c.ema_decay = 0.99
     c.sampling.steps = 50
     c.sampling.batch_size = 128
     c.run.log_every = 10
-    c.run.checkpoint_every = 250
-    c.run.sample_every = 250
+    c.run.checkpoint_every = 500
+    c.run.sample_every = 300
     c.run.grid_classes = 10
     c.run.grid_columns = 10
     c.eval.proxy = "digits"
-    c.eval.every = 250
+    c.eval.every = 300
     c.eval.num_samples = 360
     return c

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ BLOCK = {
 
 def from_reference(
     weights: Mapping[str, np.ndarray],
-) -> tuple[dict[str, int | float], dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Convert a reference SiT state dict.
 
     Args:

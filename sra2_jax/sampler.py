@@ -88,8 +88,8 @@ def sample(
     method: str,
     steps: int,
     transport: Transport,
+    noise: Callable[[Array], Array],
     guidance: Guidance = Guidance(),
-    noise: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "b h w c"]:
     """Integrate from noise x at t = 1 to a sample at t = 0.
 
@@ -100,7 +100,7 @@ def sample(
       method: "euler" or "heun" (ODE), "euler_maruyama" (SDE with g^2 = 2t).
       steps: number of steps; network calls: steps, Heun 2 steps - 1.
       transport: the path, needed for the score.
-      noise: step number -> unit Gaussian noise shaped like x (SDE only).
+      noise: step number -> unit Gaussian noise shaped like x; only the SDE calls it.
     """
     times = time_grid(method, steps, transport)
     inside = (guidance.low <= times) & (times <= guidance.high)

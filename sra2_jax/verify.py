@@ -9,11 +9,13 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from sra2_jax import alignment, sampler
 from sra2_jax.convert import from_reference
@@ -30,7 +32,7 @@ Result = tuple[str, float, float]
 Arrays = Mapping[str, np.ndarray]
 
 
-def relative_error(ours: np.ndarray, reference: np.ndarray) -> float:
+def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
     """max|a - b| / max|b|; infinite where the shapes differ."""
     ours, reference = np.asarray(ours), np.asarray(reference)
     if ours.shape != reference.shape:
@@ -52,9 +54,8 @@ def sit(path: Path, data: Arrays) -> Iterator[Result]:
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     settings, params = from_reference(weights)
     model = DiT(heads=config["num_heads"], **settings)
-    out, _, _ = jax.jit(model.apply)(
-        {"params": params}, nhwc(data["x"]), data["t"], data["y"]
-    )
+    apply: Any = jax.jit(model.apply)
+    out, _, _ = apply({"params": params}, nhwc(data["x"]), data["t"], data["y"])
     yield "out", relative_error(out, nhwc(data["out"])), FLOAT32
 
 
@@ -63,7 +64,7 @@ def vae(path: Path, data: Arrays) -> Iterator[Result]:
     model, params = load_vae(str(path.parent))
     image, latent = nhwc(data["image"]), nhwc(data["latent"])
 
-    def run(method: str, x: np.ndarray) -> jax.Array:
+    def run(method: str, x: np.ndarray) -> Any:
         return model.apply({"params": params}, x, method=method)
 
     mean, std = run("encode", image)
@@ -87,7 +88,7 @@ def samplers(path: Path, data: Arrays) -> Iterator[Result]:
     steps = int(data["steps"])
     for dtype, tolerance in (("float32", TRAJECTORY32), ("float64", FLOAT64)):
         with jax.enable_x64(dtype == "float64"):
-            noise = jnp.asarray(data["noise"], dtype)
+            noise = jnp.asarray(data["noise"], dtype).__getitem__
             for case in (k for k in data if "|" in k):
                 method, path_name, scale, low, high = case.split("|")
                 out = sampler.sample(
@@ -99,7 +100,7 @@ def samplers(path: Path, data: Arrays) -> Iterator[Result]:
                     steps=steps,
                     transport=Transport({"cosine": "gvp"}.get(path_name, path_name)),
                     guidance=sampler.Guidance(float(scale), float(low), float(high)),
-                    noise=lambda i, noise=noise: noise[i],
+                    noise=noise,
                 )
                 yield f"{case} {dtype}", relative_error(out, data[case]), tolerance
 
@@ -124,7 +125,8 @@ def alignment_losses(path: Path, data: Arrays) -> Iterator[Result]:
         ("l2", "l2", "a", "b"),
         ("cosine", "cosine", "tokens_a", "tokens_b"),
     ):
-        value = jnp.mean(alignment.elementwise(loss, data[a], data[b], 0.05))
+        sides = jnp.asarray(data[a]), jnp.asarray(data[b])
+        value = jnp.mean(alignment.elementwise(loss, *sides, 0.05))
         yield case, relative_error(value, data[case]), FLOAT32
 
 

@@ -111,4 +111,4 @@ def test_proxy_knows_real_digits():
     assert wrong["frechet"] > 1
     reference = proxy.reference(images)
     assert reference["reconstruction_accuracy"] == real["accuracy"]
-    assert 0 < reference["train_frechet"] < 0.1
+    assert 0 < reference["real_frechet"] < 0.1

@@ -31,7 +31,7 @@ RESULTS = {
     "step": 40,
     "num_samples": 20,
     "metrics": {"frechet": 1.29, "accuracy": 0.936},
-    "reference": {"train_frechet": 0.21, "reconstruction_accuracy": 0.978},
+    "reference": {"real_frechet": 0.21, "reconstruction_accuracy": 0.978},
     "space": "a space",
     "note": "a note",
 }

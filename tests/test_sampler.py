@@ -112,7 +112,8 @@ def test_guidance_channels():
 
     x = sample(
         velocity, jnp.zeros((1, 1, 1, 3)), jnp.array([1]), null=9, method="euler",
-        steps=4, transport=Transport(), guidance=Guidance(3.0, channels=2),
+        steps=4, transport=Transport(), noise=jnp.zeros,
+        guidance=Guidance(3.0, channels=2),
     )  # fmt: skip
     np.testing.assert_allclose(x[0, 0, 0], [-3, -3, -1], rtol=1e-6)
 
@@ -134,5 +135,6 @@ def test_every_prediction_samples_a_point_mass(path, prediction):
     x = sample(
         velocity, jax.random.normal(jax.random.key(0), (8, 1, 1, 2)),
         jnp.zeros(8, jnp.int32), null=0, method="heun", steps=200, transport=transport,
+        noise=jnp.zeros,
     )  # fmt: skip
     np.testing.assert_allclose(x.reshape(8, 2), jnp.tile(p, (8, 1)), atol=0.05)

@@ -66,7 +66,7 @@ def test_what_a_run_leaves_behind(finished):
     assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
     results = json.loads((workdir / "results.json").read_text())
     assert results["step"] == 4
-    assert results["metrics"]["frechet"] > 10 * results["reference"]["train_frechet"]
+    assert results["metrics"]["frechet"] > 10 * results["reference"]["real_frechet"]
     assert results["reference"]["reconstruction_accuracy"] > 0.97
     real, decoded, samples = (
         np.asarray(Image.open(workdir / f"{name}.png"), np.float32)

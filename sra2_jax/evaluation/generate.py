@@ -42,6 +42,7 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
     guidance = sampler.Guidance(
         s.guidance, s.guidance_low, s.guidance_high, s.guidance_channels
     )
+    apply: Any = network.apply
     shape = (network.size, network.size, network.channels)
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
@@ -53,7 +54,7 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
             return jax.vmap(draw)(keys)
 
         def velocity(x: Array, t: Array, y: Array) -> Array:
-            output, _, _ = network.apply({"params": params}, x, t, y)
+            output, _, _ = apply({"params": params}, x, t, y)
             return transport.velocity(output, x, t)
 
         x = jax.lax.with_sharding_constraint(noise(s.steps), batch_sharding(mesh))
@@ -83,7 +84,7 @@ def make_generate(
     @jax.jit
     def decode(vae_params: Any, z: Array) -> Array:
         raw = z / latents.scaling_factor + latents.shift_factor
-        images = vae.apply({"params": vae_params}, raw, method="decode")
+        images: Any = vae.apply({"params": vae_params}, raw, method="decode")
         images = to_uint8(images, rounding)
         return jax.lax.with_sharding_constraint(images, replicated(mesh))
 

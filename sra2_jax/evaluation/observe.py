@@ -47,10 +47,11 @@ class Observer:
 
     def _encode(self, params: Any, images: Array) -> tuple[Array, Array]:
         pixels = images.astype(jnp.float32) / 127.5 - 1
-        return self.vae.apply({"params": params}, pixels, method="encode")
+        moments: Any = self.vae.apply({"params": params}, pixels, method="encode")
+        return moments
 
     def _decode(self, params: Any, latents: Array) -> Array:
-        images = self.vae.apply({"params": params}, latents, method="decode")
+        images: Any = self.vae.apply({"params": params}, latents, method="decode")
         return to_uint8(images, self.config.sampling.rounding)
 
     def picture(self, name: str, images: np.ndarray) -> np.ndarray:
@@ -110,6 +111,7 @@ class Observer:
 
     def score(self, step: int, params: Any) -> dict[str, float]:
         """Proxy metrics of balanced samples, also written to the log."""
+        assert self.proxy is not None
         count = self.config.eval.num_samples
         labels = np.arange(count) % self.config.data.num_classes
         scores = self.proxy.score(

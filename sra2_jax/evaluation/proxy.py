@@ -44,8 +44,8 @@ class DigitsProxy:
         train = self.score(self.train[0], self.train[1])
         decoded = self.score(reconstruction, self.test[1])
         return {
-            "train_frechet": train["frechet"],
-            "test_accuracy": self.score(*self.test)["accuracy"],
+            "real_frechet": train["frechet"],
+            "real_accuracy": self.score(*self.test)["accuracy"],
             "reconstruction_frechet": decoded["frechet"],
             "reconstruction_accuracy": decoded["accuracy"],
         }

@@ -52,7 +52,7 @@ QUALITY = {
     "frechet": ("Fréchet distance, proxy", "lower is better", "floor, real images"),
 }
 REFERENCES = {
-    "train": "Real images<small>of the training set</small>",
+    "real": "Real images<small>distance: training set, share: held out</small>",
     "reconstruction": "Through the VAE<small>held-out real images</small>",
 }
 PROSE = ("metrics", "reference", "space", "note", "step")  # shown apart from the rest
@@ -128,7 +128,7 @@ def quality_tiles(run: Run) -> list[tuple[str, str, str]]:
         for key, (label, _, level) in QUALITY.items():
             value, step = run.newest(key)
             where = "not evaluated yet" if value is None else f"step {step:,}"
-            real = number(run.results, "reference", f"train_{key}")
+            real = number(run.results, "reference", f"real_{key}")
             where += "" if real is None else f"<br>{level} {shown(key, real)}"
             cells.append((label, shown(key, value), where))
         return cells
@@ -221,7 +221,7 @@ def curves(run: Run) -> str:
         series = run.series.get(f"eval/{key}")
         if series is None and not lookup(run.config, "eval", "proxy"):
             continue
-        level = number(run.results, "reference", f"train_{key}")
+        level = number(run.results, "reference", f"real_{key}")
         show = functools.partial(shown, key)
         quality += curve(label, series, run.step, show, zero=True, level=level)
     if quality:

@@ -5,7 +5,7 @@ Source: the reference `SiT` network (willisma/SiT), whose checkpoints
 products run in `dtype`; parameters are float32.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -81,7 +81,7 @@ class Block(nn.Module):
 
     heads: int
     mlp_ratio: float
-    attention: str
+    attention: Literal["xla", "cudnn"]
     dtype: Any
 
     @nn.compact
@@ -152,7 +152,7 @@ class DiT(nn.Module):
     time_scale: float = 1.0
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    attention: Literal["xla", "cudnn"] = "xla"
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -43,11 +43,10 @@ class Log:
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-        self._bar = self._console = None
+        self._console = metric_writers.LoggingWriter()
+        self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=start, unit="step", smoothing=0.05)
-        else:
-            self._console = metric_writers.LoggingWriter()
 
     def step(self, step: int, metrics: dict[str, Any]) -> None:
         """Take the metrics of a step; waits until the device has finished it."""

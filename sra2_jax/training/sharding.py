@@ -73,8 +73,7 @@ def state_shardings(state: object, mesh: Mesh) -> object:
         if size == 1 or not axes or np.prod(leaf.shape) < MIN_SHARDED_SIZE:
             return replicated(mesh)
         largest = max(axes, key=lambda a: leaf.shape[a])
-        spec = [None] * leaf.ndim
-        spec[largest] = "fsdp"
+        spec = ["fsdp" if a == largest else None for a in range(leaf.ndim)]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(place, state)

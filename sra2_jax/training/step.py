@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -28,17 +29,17 @@ def make_loss(config: ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
     network, heads = build_networks(config)
     alignments = build_alignments(config)
     depths = tuple(sorted({a.depth for a in alignments.values()}))
+    apply: Any = network.apply
 
     def loss(params: Any, draws: Batch, step: Array) -> tuple[Array, Metrics]:
-        prediction, features, c = network.apply(
-            {"params": params["network"]}, draws["x_t"], draws["t"], draws["y"], depths
-        )
+        inputs = draws["x_t"], draws["t"], draws["y"]
+        prediction, features, c = apply({"params": params["network"]}, *inputs, depths)
         denoise = jnp.mean(jnp.square(prediction - draws["target"]))
         total, metrics = denoise, {"loss_denoise": denoise}
         for name, spec in alignments.items():
-            predicted = heads[name].apply(
-                {"params": params["heads"][name]}, features[spec.depth], c
-            )
+            head: Any = heads[name].apply
+            variables = {"params": params["heads"][name]}
+            predicted = head(variables, features[spec.depth], c)
             target = patchify(draws[f"latent_{spec.target}"], network.patch_size)
             value = spec.loss_value(predicted, target, draws["t"])
             total = total + spec.weight_at(step) * value
@@ -83,7 +84,7 @@ def make_step(
     schedule: optax.Schedule,
     mesh: Mesh,
     abstract: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Wrapped:
     """The jitted step, (state, batch) -> (state, metrics); the state is donated.
 
     The batch holds mean, std (B, h, w, c) float16 and label (B,) int32, sharded over

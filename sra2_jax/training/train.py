@@ -194,7 +194,9 @@ def train(config: ConfigDict, workdir: str) -> None:
         reference = observer.references(data)
         step, seconds = compile_step(config, transform, schedule, mesh, abstract)
         write_facts(folder, abstract, seconds, data)
-        log.message(f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s")
+        log.message(
+            f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
+        )
         state = loop(
             config,
             step,
