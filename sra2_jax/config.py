@@ -119,6 +119,11 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: the first key that is wrong, its value and what is allowed.
     """
+    _check_values(config)
+    _check_combinations(config)
+
+
+def _check_values(config: ConfigDict) -> None:
     for key, value in flatten(config):
         if key in CHOICES and value not in CHOICES[key]:
             allowed = ", ".join(repr(v) for v in CHOICES[key])
@@ -129,6 +134,9 @@ def check(config: ConfigDict) -> None:
                 raise UserError(
                     f"config.{key}={value}: must lie between {low:g} and {high:g}"
                 )
+
+
+def _check_combinations(config: ConfigDict) -> None:
     model, vae = config.model, config.align.vae
 
     def require(condition: bool, message: str) -> None:

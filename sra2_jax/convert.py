@@ -1,7 +1,7 @@
 """Import of reference (PyTorch layout) SiT weights into this project's tree."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,9 @@ import numpy as np
 from sra2_jax.errors import UserError
 from sra2_jax.models.dit import sincos_positions
 
-# reference name of a linear layer -> path in our tree
-OUTER = {
-    "t_embedder.mlp.0": ("time_in",),
-    "t_embedder.mlp.2": ("time_out",),
-    "final_layer.adaLN_modulation.1": ("final", "modulation"),
-}
+Layer = dict[str, np.ndarray]
+
+# reference name of a block's linear layer -> ours
 BLOCK = {
     "attn.qkv": "qkv",
     "attn.proj": "attention_out",
@@ -49,7 +46,7 @@ def from_reference(
             raise UserError(f"not a SiT checkpoint: it has no {name!r}")
         return np.asarray(rest.pop(name), np.float32)
 
-    def linear(name: str) -> dict[str, np.ndarray]:
+    def linear(name: str) -> Layer:
         return {"kernel": take(f"{name}.weight").T, "bias": take(f"{name}.bias")}
 
     patch = take("x_embedder.proj.weight")
@@ -59,50 +56,49 @@ def from_reference(
     if not np.allclose(positions[0], sincos_positions(width, grid), atol=1e-5):
         raise UserError("pos_embed is not the fixed sine-cosine table: unsupported")
 
-    params: dict = {
+    params: dict[str, Any] = {
         "patch": {
             "kernel": patch.transpose(2, 3, 1, 0).reshape(p * p * channels, width),
             "bias": take("x_embedder.proj.bias"),
         },
         "label": {"embedding": labels},
-        "final": {"linear": _final_linear(linear("final_layer.linear"), p, channels)},
-    }
-    for name, path in OUTER.items():
-        node = params
-        for key in path[:-1]:
-            node = node[key]
-        node[path[-1]] = linear(name)
-    depth = 1 + max(
-        (int(m[1]) for k in rest if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1
-    )
-    blocks = [
-        {ours: linear(f"blocks.{i}.{name}") for name, ours in BLOCK.items()}
-        for i in range(depth)
-    ]
-    params["blocks"] = {
-        name: {
-            leaf: np.stack([block[name][leaf] for block in blocks])
-            for leaf in ("kernel", "bias")
-        }
-        for name in BLOCK.values()
+        "time_in": linear("t_embedder.mlp.0"),
+        "time_out": linear("t_embedder.mlp.2"),
+        "blocks": _blocks(rest, linear),
+        "final": {
+            "modulation": linear("final_layer.adaLN_modulation.1"),
+            "linear": _final_linear(linear("final_layer.linear"), p, channels),
+        },
     }
     if rest:
-        first = ", ".join(sorted(rest)[:3])
-        raise UserError(f"{len(rest)} tensors do not belong to a SiT network: {first}")
-    hidden = params["blocks"]["mlp_in"]["bias"].shape[-1]
+        raise UserError(f"not names of a SiT network: {', '.join(sorted(rest)[:3])}")
+    hidden = params["blocks"]["mlp_in"]["bias"]
     settings = {
         "size": grid * p,
         "channels": channels,
         "patch_size": p,
         "width": width,
-        "depth": depth,
+        "depth": len(hidden),
         "num_classes": len(labels) - 1,
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": hidden.shape[-1] / width,
     }
     return settings, params
 
 
-def _final_linear(layer: dict, p: int, channels: int) -> dict:
+def _blocks(names: Iterable[str], linear: Callable[[str], Layer]) -> dict[str, Layer]:
+    """The blocks' layers, each stacked over the blocks."""
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in names)
+    depth = 1 + max((int(m[1]) for m in found if m), default=-1)
+    if not depth:
+        raise UserError("not a SiT checkpoint: it has no 'blocks.0'")
+    stacked = {}
+    for name, ours in BLOCK.items():
+        layers = [linear(f"blocks.{i}.{name}") for i in range(depth)]
+        stacked[ours] = {k: np.stack([layer[k] for layer in layers]) for k in layers[0]}
+    return stacked
+
+
+def _final_linear(layer: Layer, p: int, channels: int) -> Layer:
     """Keep the first `channels` of each pixel's output (all but learn_sigma's half)."""
     kernel = layer["kernel"].reshape(-1, p, p, layer["bias"].size // (p * p))
     bias = layer["bias"].reshape(p, p, -1)

@@ -1,5 +1,6 @@
 """The one exception that a person, not a programmer, is meant to read."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,9 @@ def run_program(main: Callable[[], int | None]) -> None:
     try:
         status = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # At once: on their way out the libraries' threads print thousands of lines
+        # about the same error, or hang.
+        os._exit(2)
     sys.exit(status)

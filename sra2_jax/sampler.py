@@ -94,7 +94,7 @@ def sample(
     """Integrate from noise x at t = 1 to a sample at t = 0.
 
     Args:
-      velocity: (x (B, ...), t (B,), y (B,)) -> dx/dt; B may be doubled by guidance.
+      velocity: (x, t (B,), y (B,)) -> dx/dt; guidance doubles B.
       x: unit Gaussian noise; its dtype is the dtype of the whole computation.
       y: labels; null: the label that stands for no condition.
       method: "euler" or "heun" (ODE), "euler_maruyama" (SDE with g^2 = 2t).
@@ -132,12 +132,10 @@ def sample(
         spread = jnp.sqrt(2 * t * jnp.abs(dt))
         return x + dt * drift(x, t, on) + spread * noise(i), None
 
+    body, last = [r[:-1] for r in rows], [r[-1] for r in rows]
     step = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}[method]
-    body, last = jax.tree.map(lambda r: r[:-1], rows), [r[-1] for r in rows]
-    if method == "euler":
-        return jax.lax.scan(euler, x, rows)[0]
-    x, _ = jax.lax.scan(step, x, body)
-    if method == "heun":
-        return euler(x, tuple(last))[0]
+    x, _ = jax.lax.scan(step, x, tuple(body))
+    if method != "euler_maruyama":
+        return euler(x, tuple(last))[0]  # Heun ends with an Euler step
     t, dt, on, _ = last
     return x + dt * drift(x, t, on)

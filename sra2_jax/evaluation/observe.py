@@ -17,9 +17,11 @@ from sra2_jax.evaluation.generate import grid, make_generate, to_uint8
 from sra2_jax.evaluation.report import write_report
 from sra2_jax.pretrained import load_vae
 from sra2_jax.training.log import Log
+from sra2_jax.training.sharding import replicated
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
+RESULTS = "results.json"
 
 
 class Observer:
@@ -35,7 +37,8 @@ class Observer:
         self, config: ConfigDict, workdir: epath.Path, mesh: Mesh, log: Log
     ) -> None:
         self.config, self.workdir, self.log = config, workdir, log
-        self.vae, self.vae_params = load_vae(config.vae)
+        self.vae, vae_params = load_vae(config.vae)
+        self.vae_params = jax.device_put(vae_params, replicated(mesh))
         self.generate = make_generate(config, mesh, self.vae, self.vae_params)
         self.encode = jax.jit(self._encode)
         self.decode = jax.jit(self._decode)
@@ -121,34 +124,40 @@ class Observer:
         return scores
 
     def finish(self, step: int, params: Any, reference: dict[str, float]) -> None:
-        """Last samples, results.json and the report."""
+        """Last samples, results.json (the mark of a finished run) and the report."""
         self.sample(step, params)
+        results: dict[str, Any] = {
+            "step": step,
+            "weights": "ema",
+            "vae": self.config.vae,
+            "seed": self.config.seed,
+            **self.config.sampling,
+        }
         if self.proxy is not None:
             from sra2_jax.evaluation.proxy import NOTE, SPACE
 
-            s = self.config.sampling
-            results = {
-                "step": step,
+            results |= {
                 "num_samples": self.config.eval.num_samples,
                 "labels": "balanced",
-                "weights": "ema",
-                "sampler": s.method,
-                "steps": s.steps,
-                "guidance": s.guidance,
-                "guidance_interval": [s.guidance_low, s.guidance_high],
-                "rounding": s.rounding,
-                "vae": self.config.vae,
-                "seed": self.config.seed,
                 "metrics": self.score(step, params),
                 "reference": reference,
                 "space": SPACE,
                 "note": NOTE,
             }
-            if jax.process_index() == 0:
-                path = self.workdir / "results.json"
-                path.write_text(json.dumps(results, indent=2) + "\n")
+        if jax.process_index() == 0:
+            path = self.workdir / RESULTS
+            path.write_text(json.dumps(results, indent=2) + "\n")
         self.report()
 
     def report(self) -> None:
+        """Write report.html anew."""
         if jax.process_index() == 0:
             write_report(self.workdir)
+
+
+def finished(workdir: epath.Path, step: int) -> bool:
+    """Whether a run of `step` steps has written its results in `workdir`."""
+    try:
+        return json.loads((workdir / RESULTS).read_text())["step"] == step
+    except (OSError, ValueError, KeyError):
+        return False

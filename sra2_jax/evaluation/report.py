@@ -124,7 +124,7 @@ def header(run: Run) -> str:
 def quality_tiles(run: Run) -> list[tuple[str, str, str]]:
     """Proxy metrics with the level of real images, or losses where there are none."""
     cells = []
-    if lookup(run.config, "eval", "proxy") or run.results:
+    if lookup(run.config, "eval", "proxy"):
         for key, (label, _, level) in QUALITY.items():
             value, step = run.newest(key)
             where = "not evaluated yet" if value is None else f"step {step:,}"

@@ -80,7 +80,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise UserError(self._unreadable(where, step, error)) from error
 
-    def _unreadable(self, where: str, step: int | None, error: Exception) -> str:
+    def _unreadable(self, where: str, step: int | None, error: BaseException) -> str:
+        while error.__cause__:
+            error = error.__cause__  # what TensorStore said
         reason = (str(error).splitlines() or [""])[0][:200]
         others = [s for s in self._manager.all_steps() if s != step]
         way_out = (

@@ -18,6 +18,8 @@ from sra2_jax.transport import Transport
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
+# (params, draws, step) -> gradients of params, metrics
+Gradients = Callable[[Any, Batch, Array], tuple[Any, Metrics]]
 
 
 def make_loss(config: ConfigDict) -> Callable[..., tuple[Array, Metrics]]:
@@ -78,6 +80,32 @@ def make_draw(config: ConfigDict) -> Callable[[Batch, Array], Batch]:
     return draw
 
 
+def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
+    """The mean of `gradients` over n micro-batches of every n-th row, one at a time."""
+    if n == 1:
+        return gradients
+    spec = jax.sharding.PartitionSpec(None, *batch_sharding(mesh).spec)
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+
+    def split(x: Array) -> Array:
+        # Strided, so that each device's rows stay on it.
+        x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def accumulated(params: Any, draws: Batch, step: Array) -> tuple[Any, Metrics]:
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            value = gradients(params, part, step)
+            return jax.tree.map(lambda a, b: a + b / n, total, value), None
+
+        parts = jax.tree.map(split, draws)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, params, first, step)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return accumulated
+
+
 def make_step(
     config: ConfigDict,
     transform: optax.GradientTransformation,
@@ -93,43 +121,12 @@ def make_step(
     """
     draw, loss = make_draw(config), make_loss(config)
     alignments = build_alignments(config)
-    rows = batch_sharding(mesh)
-    n = config.accumulate
-
-    def gradients(params: Any, draws: Batch, step: Array) -> tuple[Any, Metrics]:
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
-            params, draws, step
-        )
-        return grads, metrics
-
-    def accumulated(params: Any, draws: Batch, step: Array) -> tuple[Any, Metrics]:
-        """Mean gradients and metrics over n micro-batches of every n-th row."""
-
-        def micro(x: Array) -> Array:
-            # Strided, so that each device's rows stay on it.
-            x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
-            spec = jax.sharding.PartitionSpec(None, *rows.spec)
-            return jax.lax.with_sharding_constraint(
-                x, jax.sharding.NamedSharding(mesh, spec)
-            )
-
-        def body(total: Any, part: Batch) -> tuple[Any, None]:
-            value = gradients(params, part, step)
-            return jax.tree.map(lambda a, b: a + b / n, total, value), None
-
-        parts = jax.tree.map(micro, draws)
-        shapes = jax.eval_shape(
-            gradients, params, jax.tree.map(lambda x: x[0], parts), step
-        )
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(body, zeros, parts)[0]
+    gradients = accumulate(jax.grad(loss, has_aux=True), config.accumulate, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         draws = draw(batch, state.step)
-        draws = jax.lax.with_sharding_constraint(draws, rows)
-        grads, metrics = (accumulated if n > 1 else gradients)(
-            state.params, draws, state.step
-        )
+        draws = jax.lax.with_sharding_constraint(draws, batch_sharding(mesh))
+        grads, metrics = gradients(state.params, draws, state.step)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = config.ema_decay

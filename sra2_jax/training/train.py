@@ -21,7 +21,7 @@ from sra2_jax.data import records
 from sra2_jax.data.encode import encode
 from sra2_jax.data.pipeline import batches, prefetch_to_device
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.observe import Observer
+from sra2_jax.evaluation.observe import Observer, finished
 from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.log import Log
 from sra2_jax.training.optim import make_optimizer
@@ -181,6 +181,9 @@ def train(config: ConfigDict, workdir: str) -> None:
                 f"{checkpoints.folder} is at step {start}, beyond config.steps="
                 f"{config.steps}: raise it or use another --workdir"
             )
+        if start == config.steps and finished(folder, start):
+            print(f"{folder}: finished at step {start} already: nothing to do")
+            return
         state = checkpoints.restore(abstract) if start else init()
         log = Log(
             folder,
