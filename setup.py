@@ -28,7 +28,7 @@ setup(
             "pytest-timeout==2.4.0",
             "ruff==0.17.6",
             "mypy==2.4.1",
-            "typeguard==4.6.0",
+            "beartype==0.23.1",
         ],
     },
 )

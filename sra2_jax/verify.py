@@ -44,8 +44,9 @@ def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
     return float(np.abs(a - b).max() / (scale if scale > 0 else 1.0))
 
 
-def nhwc(x: np.ndarray) -> np.ndarray:
-    return np.moveaxis(x, 1, -1)
+def nhwc(x: np.ndarray) -> jax.Array:
+    """Channels last, on the device."""
+    return jnp.moveaxis(jnp.asarray(x), 1, -1)
 
 
 def sit(path: Path, data: Arrays) -> Iterator[Result]:
@@ -64,7 +65,7 @@ def vae(path: Path, data: Arrays) -> Iterator[Result]:
     model, params = load_vae(str(path.parent))
     image, latent = nhwc(data["image"]), nhwc(data["latent"])
 
-    def run(method: str, x: np.ndarray) -> Any:
+    def run(method: str, x: jax.Array) -> Any:
         return model.apply({"params": params}, x, method=method)
 
     mean, std = run("encode", image)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from ml_collections import ConfigDict
 
 # The tests of the whole job compile the same programs again and again.
@@ -21,6 +22,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+# Shapes and types named in annotations are checked here and cost nothing elsewhere.
+TYPED = ("models", "transport", "alignment", "sampler", "evaluation.generate")
+install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 
 @pytest.fixture

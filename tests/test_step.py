@@ -84,7 +84,7 @@ def test_loss_is_the_papers(tiny, batch):
     )
     head = heads["vae"].apply({"params": params["heads"]["vae"]}, kept[1], c)
     denoise = np.mean((np.asarray(out) - np.asarray(draws["target"])) ** 2)
-    d = np.abs(np.asarray(head) - np.asarray(patchify(z, 1)))
+    d = np.abs(np.asarray(head) - np.asarray(patchify(jnp.asarray(z), 1)))
     align = np.mean(np.where(d < 0.05, d**2 / 0.1, d - 0.025))
     assert float(total) == pytest.approx(denoise + 0.7 * align, rel=1e-5)
     assert float(metrics["loss_align_vae"]) == pytest.approx(align, rel=1e-5)

@@ -23,7 +23,7 @@ ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"
 
 
 def nhwc(x):
-    return x.transpose(0, 2, 3, 1)
+    return jnp.asarray(x.transpose(0, 2, 3, 1))
 
 
 def relative_error(got, wanted):

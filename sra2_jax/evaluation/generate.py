@@ -49,7 +49,7 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
         base = jax.random.fold_in(jax.random.key(config.seed), 2**31)  # not a step
         keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
 
-        def noise(i: Array) -> Array:
+        def noise(i: Array | int) -> Array:
             draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
             return jax.vmap(draw)(keys)
 

@@ -89,7 +89,8 @@ class Observer:
                 process_count=1,
             )
             means = next(records)["mean"].astype(np.float32)
-            self.picture("images/reconstruction", self.decode(self.vae_params, means))
+            decoded = np.asarray(self.decode(self.vae_params, means))
+            self.picture("images/reconstruction", decoded)
             return {}
         images, labels = self.proxy.test
         means, _ = self.encode(self.vae_params, images)

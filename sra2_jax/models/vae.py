@@ -7,6 +7,7 @@ that `sra2_jax.pretrained` converts weights by rule instead of by table.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -74,7 +75,7 @@ class GroupNorm(nn.Module):
     """Group normalisation with statistics in float32, result in `dtype`."""
 
     groups: int
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -90,7 +91,7 @@ class GroupNorm(nn.Module):
         return (normed * scale + bias).astype(self.dtype)
 
 
-def _conv3(features: int, dtype: jnp.dtype, name: str) -> nn.Conv:
+def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:
     return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
 
 
@@ -99,7 +100,7 @@ class ResnetBlock(nn.Module):
 
     features: int
     groups: int
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
@@ -118,7 +119,7 @@ class AttentionBlock(nn.Module):
     """Self-attention over all positions with a single head as wide as the features."""
 
     groups: int
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -140,7 +141,7 @@ class MidBlock(nn.Module):
     """Resnet, attention (optional), resnet at the lowest resolution."""
 
     config: VAEConfig
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -154,7 +155,7 @@ class MidBlock(nn.Module):
 class Downsample(nn.Module):
     """Convolution with stride 2, padded on the lower and right side only."""
 
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
@@ -171,7 +172,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Each pixel doubled along both axes, then a convolution."""
 
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
@@ -189,7 +190,7 @@ class Stage(nn.Module):
     layers: int
     groups: int
     resample: str | None
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
@@ -208,7 +209,7 @@ class Encoder(nn.Module):
     """Images to twice `latent_channels` maps, each stage but the last halving them."""
 
     config: VAEConfig
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
@@ -233,7 +234,7 @@ class Decoder(nn.Module):
     """Latents to images; one resnet more per stage than in the encoder."""
 
     config: VAEConfig
-    dtype: jnp.dtype
+    dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
@@ -263,7 +264,7 @@ class AutoencoderKL(nn.Module):
     """
 
     config: VAEConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
 
     def setup(self) -> None:
         cfg = self.config
@@ -278,7 +279,7 @@ class AutoencoderKL(nn.Module):
 
     def moments(
         self, images: Float[Array, "b height width c"]
-    ) -> Float[Array, "b h w 2*z"]:
+    ) -> Float[Array, "b h w moments"]:
         """Posterior mean, then log variance before clipping, along the last axis.
 
         images: (B, H, W, in_channels) in [-1, 1]. Returns float32
