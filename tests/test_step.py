@@ -1,5 +1,8 @@
 """The jitted step against formulas of its own, and on 1 and 8 devices."""
 
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,3 +191,11 @@ def test_variants_train(tiny, batch, changes):
         assert not [k for k in rows[0] if "align" in k]
     leaves = jax.tree.leaves((state.params, state.ema, state.opt_state))
     assert {leaf.dtype.name for leaf in leaves} <= {"float32", "int32"}
+
+
+def test_first_steps_are_the_stored_ones(tiny, batch):
+    """For refactors: a change of these numbers must be meant, and said."""
+    stored = json.loads((Path(__file__).parent / "first_steps.json").read_text())
+    _, rows = run(tiny, batch, steps=len(stored))
+    for row, expected in zip(rows, stored, strict=True):
+        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-4)

@@ -196,6 +196,7 @@ def test_without_proxy_metrics(finished, tmp_path):
     config = config.copy_and_resolve_references()
     config.eval.proxy, config.steps, config.run.sample_every = "", 2, 1
     config.align.vae.enabled = False
+    config.run.checkpoint_every, config.run.keep_checkpoints = 1, 1
     train(config, str(tmp_path / "run"))
     names = {p.name for p in (tmp_path / "run").rglob("*.png")}
     assert names == {"reconstruction.png", "step_00000001.png", "step_00000002.png"}
@@ -203,6 +204,8 @@ def test_without_proxy_metrics(finished, tmp_path):
     assert "metrics" not in results
     assert results["method"] == "euler_maruyama"
     assert (tmp_path / "run" / "report.html").exists()
+    kept = [p.name for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
+    assert kept == ["2"]
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):

@@ -433,3 +433,20 @@ def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
     assert 10 * np.log10(255**2 / np.square(rebuilt - pixels).mean()) > 22
     scaled = vae.config.scaling_factor * np.asarray(mean)
     np.testing.assert_allclose(scaled.std(), 1, atol=0.15)
+
+
+def test_file_names_and_config_are_those_of_diffusers(tmp_path):
+    """Its own constants and config loader (no PyTorch needed) agree with ours."""
+    from diffusers import ConfigMixin, utils
+
+    class Loader(ConfigMixin):
+        config_name = utils.CONFIG_NAME
+
+    assert utils.CONFIG_NAME == CONFIG
+    assert utils.SAFETENSORS_WEIGHTS_NAME == WEIGHTS
+    assert utils.SAFE_WEIGHTS_INDEX_NAME == INDEX
+    model, params = load_vae("digits")
+    save_vae(tmp_path, model.config, params)
+    fields = Loader.load_config(tmp_path)
+    assert fields["_class_name"] == "AutoencoderKL"
+    assert fields["scaling_factor"] == model.config.scaling_factor

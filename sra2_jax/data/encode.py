@@ -172,6 +172,11 @@ class _Readable:
             self._source, self._resolution
         ):
             self.seen += 1
+            if not 0 <= label < self._source.num_classes:
+                raise UserError(
+                    f"{self._name}: {name} has no valid label ({label}); choose a "
+                    f"split with labels in [0, {self._source.num_classes})"
+                )
             if isinstance(image, Exception):
                 self.unreadable.append(f"{name}\t{_one_line(image)}")
                 self._check()
