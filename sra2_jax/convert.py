@@ -27,8 +27,8 @@ def from_reference(
     """Convert a reference SiT state dict.
 
     Args:
-      weights: reference parameter names -> arrays in PyTorch's layouts, conv kernels
-        (out, in, h, w) and matrices (out, in).
+      weights: reference names -> arrays, conv kernels (out, in, h, w) and matrices
+        (out, in).
 
     Returns:
       (settings, params): the DiT attributes the shapes determine (all but `heads`,
@@ -36,8 +36,7 @@ def from_reference(
       learn_sigma the unused second half of the output is dropped.
 
     Raises:
-      UserError: names are missing or left over, or the position table is not the
-        fixed sine-cosine one.
+      UserError: missing or foreign names, another position table than the fixed one.
     """
     rest = {k.removeprefix("module."): v for k, v in weights.items()}
 

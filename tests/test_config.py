@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from configs import default
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError
+from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
-from sra2_jax.training.state import build_networks
+from sra2_jax.training.state import build_networks, create_sharded
+from sra2_jax.training.step import make_step
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -25,6 +28,21 @@ def test_configs_are_valid(name):
     network, heads = build_networks(config)
     assert network.depth == config.model.depth
     assert set(heads) == ({"vae"} if config.align.vae.enabled else set())
+
+    # The whole step at its real size, as shapes only.
+    transform, schedule = make_optimizer(**config.optim)
+    mesh = make_mesh(**config.mesh, batch_size=config.batch_size)
+    abstract, _ = create_sharded(config, transform, mesh)
+    side, rows = config.latents.size, config.batch_size
+    moment = jax.ShapeDtypeStruct((rows, side, side, 4), np.float16)
+    label = jax.ShapeDtypeStruct((rows,), np.int32)
+    step = make_step(config, transform, schedule, mesh, abstract)
+    batch = {"mean": moment, "std": moment, "label": label}
+    after, metrics = jax.eval_shape(step, abstract, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), abstract
+    )
+    assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize(

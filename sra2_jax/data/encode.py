@@ -168,9 +168,8 @@ class _Readable:
         self.unreadable: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        for index, name, image, label in image_sources.read(
-            self._source, self._resolution
-        ):
+        images = image_sources.read(self._source, self._resolution)
+        for index, name, image, label in images:
             self.seen += 1
             if not 0 <= label < self._source.num_classes:
                 raise UserError(

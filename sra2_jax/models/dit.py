@@ -91,7 +91,8 @@ class Block(nn.Module):
         def dense(size: int, name: str, init: Any = XAVIER) -> nn.Dense:
             return nn.Dense(size, dtype=self.dtype, kernel_init=init, name=name)
 
-        modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c))
+        # In x's type: 1 + scale would lose half of scale's digits in bf16.
+        modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c)).astype(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
         # One (D, 3D) matrix: xavier on separate q, k and v would start too large.
@@ -101,7 +102,8 @@ class Block(nn.Module):
         mixed = dense(d, "attention_out")(mixed.reshape(b, t, d))
         x = x + gate1[:, None] * mixed
 
-        hidden = dense(int(d * self.mlp_ratio), "mlp_in")(
+        # The ratio may come from hidden / d of a checkpoint, off by rounding.
+        hidden = dense(int(d * self.mlp_ratio + 1e-6), "mlp_in")(
             modulate(layer_norm(x), shift2, scale2)
         )
         hidden = dense(d, "mlp_out")(nn.gelu(hidden, approximate=True))
@@ -120,7 +122,7 @@ class FinalLayer(nn.Module):
         modulation = nn.Dense(
             2 * d, dtype=self.dtype, kernel_init=ZEROS, name="modulation"
         )(nn.silu(c))
-        shift, scale = jnp.split(modulation, 2, axis=-1)
+        shift, scale = jnp.split(modulation.astype(c.dtype), 2, axis=-1)
         return nn.Dense(
             self.features, dtype=self.dtype, kernel_init=ZEROS, name="linear"
         )(modulate(layer_norm(x), shift, scale))
