@@ -1,6 +1,6 @@
 """Time the training step on made-up latents, vanilla SiT and SRA 2 by turns.
 
-    python benchmarks/train_step.py --config=configs/sra2_s.py --batch_size=4
+    python -m benchmarks.train_step --config=configs/sra2_s.py --batch_size=4
 
 Runs without TensorFlow. Prints the seconds to compile each step and, over rounds in
 which both run, the median images/s with its range and the median of SRA 2's time over

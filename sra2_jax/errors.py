@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -15,14 +16,24 @@ class UserError(ValueError):
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's main and exit with its status.
 
-    A `UserError` becomes one line, `error: ...`, and status 2, without a traceback.
+    A `UserError` becomes one line, `error: ...`, and status 2, without a traceback;
+    Ctrl-C becomes one line and status 130.
     """
     try:
         status = main()
     except UserError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # At once: on their way out the libraries' threads print thousands of lines
-        # about the same error, or hang.
-        os._exit(2)
+        _exit(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
     sys.exit(status)
+
+
+def _exit(line: str, status: int) -> NoReturn:
+    """Print a line and end at once.
+
+    On their way out the libraries' threads would print thousands of lines about the
+    same error, or hang.
+    """
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
+    os._exit(status)
