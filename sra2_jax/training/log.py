@@ -40,7 +40,9 @@ class Log:
 
         path = workdir / "metrics.jsonl"
         kept = _rows_until(path, start)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        fresh = workdir / "metrics.jsonl.tmp"
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        fresh.replace(path)  # whole, or as it was
         self._file = path.open("a")
         self._tensorboard = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
         self._console = metric_writers.LoggingWriter()

@@ -193,10 +193,11 @@ def train(config: ConfigDict, workdir: str) -> None:
             log_every=config.run.log_every,
         )
         stack.callback(log.close)
-        observer = Observer(config, folder, mesh, log)
-        reference = observer.references(data)
-        step, seconds = compile_step(config, transform, schedule, mesh, abstract)
-        write_facts(folder, abstract, seconds, data)
+        with log.paused():
+            observer = Observer(config, folder, mesh, log)
+            reference = observer.references(data)
+            step, seconds = compile_step(config, transform, schedule, mesh, abstract)
+            write_facts(folder, abstract, seconds, data)
         log.message(
             f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
         )
