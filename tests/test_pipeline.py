@@ -1,4 +1,4 @@
-"""Images, latents datasets and the order of the batches."""
+"""The schema of a latents dataset and the order of the batches read from it."""
 
 import dataclasses
 import itertools
@@ -12,58 +12,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image
 
-from sra2_jax.data import images, pipeline, records
-from sra2_jax.data.encode import encode
+from sra2_jax.data import pipeline, records
 from sra2_jax.errors import UserError
-from sra2_jax.pretrained import load_vae
 
-GOLDEN = Path(__file__).parent / "golden"
-VAE = str(GOLDEN / "vae")
-SIDE, CLASSES = 16, ("ant", "bee")
-BAD = {"ant/cut.jpg", "bee/text.png"}
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Images of two classes: every mode and format, two files that are not images."""
-    folder = tmp_path_factory.mktemp("images") / "source"
-    rng = np.random.default_rng(0)
-
-    def pixels(*shape):
-        return rng.integers(0, 256, shape, np.uint8)
-
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-    rgb = [Image.fromarray(pixels(h, w, 3)) for h, w in [(40, 20), (16, 16), (17, 33)]]
-    for i, image in enumerate(rgb):
-        image.save(folder / "ant" / f"{i}.JPEG", "jpeg", quality=95)
-    rgb[0].save(folder / "ant" / "a.png")
-    rgb[1].save(folder / "ant" / "b.bmp")
-    rgb[2].save(folder / "ant" / "c.webp", lossless=True)
-    Image.fromarray(pixels(30, 30)).save(folder / "bee" / "grey.png")
-    Image.fromarray(pixels(30, 30, 4)).save(folder / "bee" / "alpha.png")
-    Image.fromarray(pixels(30, 30, 4), "CMYK").save(folder / "bee" / "cmyk.jpg")
-    palette = rgb[0].convert("P")
-    palette.save(folder / "bee" / "palette.png", transparency=bytes(range(200)))
-    deep = rng.integers(0, 2**16, (20, 20), np.uint16)
-    Image.fromarray(deep).save(folder / "bee" / "deep.PNG")
-    whole = (folder / "ant" / "2.JPEG").read_bytes()
-    (folder / "ant" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    (folder / "bee" / "text.png").write_text("not an image")
-    (folder / "bee" / "notes.txt").write_text("not listed")
-    (folder / "README").write_text("not a class")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoded(folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("encoded") / "latents"
-    info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4)
-    assert [p.name for p in out.parent.iterdir()] == ["latents"]  # no leftovers
-    return out, info
 
 
 def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10):
@@ -123,173 +76,6 @@ def read_with_tfds(folder):
     builder = tfds.builder_from_directory(folder)
     rows = tfds.as_numpy(builder.as_dataset(split="train"))
     return builder.info, {int(row["index"]): row for row in rows}
-
-
-# Images
-
-
-def test_center_crop_is_exactly_adm():
-    data = np.load(GOLDEN / "center_crop.npz")
-    cases = [name for name in data if name.startswith("out_")]
-    assert len(cases) == 4
-    for case in cases:
-        _, number, size = case.split("_")
-        cropped = images.center_crop(data[f"in_{number}"], int(size))
-        np.testing.assert_array_equal(cropped, data[case])
-
-
-def test_read_keeps_order_and_reports_what_cannot_be_decoded(folder):
-    source = images.open_source(folder, "train")
-    rows = list(images.read(source, SIDE))
-    assert source.class_names == CLASSES
-    assert len(rows) == source.length == 13
-    assert [row[0] for row in rows] == list(range(13))
-    for _, name, image, label in rows:
-        assert name.split("/")[0] == CLASSES[label]
-        assert isinstance(image, Exception) == (name in BAD)
-        if name not in BAD:
-            assert image.shape == (SIDE, SIDE, 3)
-            assert image.dtype == np.uint8
-
-
-def test_modes_become_rgb(folder):
-    decoded = {
-        p.stem: images.decode_rgb(p)
-        for p in (folder / "bee").glob("*.[pP]*")
-        if p.stem != "text"
-    }
-    with Image.open(folder / "bee" / "alpha.png") as image:
-        np.testing.assert_array_equal(decoded["alpha"], np.asarray(image)[..., :3])
-    with Image.open(folder / "bee" / "deep.PNG") as image:
-        deep = np.asarray(image) // 256
-    np.testing.assert_array_equal(decoded["deep"], np.stack([deep] * 3, -1))
-    grey = decoded["grey"]
-    np.testing.assert_array_equal(grey, grey[..., :1].repeat(3, -1))
-
-
-def test_digits_and_unknown_sources(tmp_path):
-    source = images.open_source("digits", "test")
-    index, _, image, label = next(iter(images.read(source, 32)))
-    assert (index, source.num_classes, image.shape) == (0, 10, (32, 32, 3))
-    assert 0 <= label < 10
-    with pytest.raises(UserError, match="no split 'val'"):
-        images.open_source("digits", "val")
-    with pytest.raises(UserError, match="no such folder"):
-        images.open_source(tmp_path / "missing", "train")
-    with pytest.raises(UserError, match="TFDS has no such dataset"):
-        images.open_source("tfds:no_such_dataset_at_all", "train")
-
-
-def test_tfds_source(tmp_path, monkeypatch):
-    tf = records.tensorflow()
-    import tensorflow_datasets as tfds
-
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), np.uint8)
-
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(20, 24, 3), encoding_format="png"),
-            "label": tfds.features.ClassLabel(names=["x", "y", "z"]),
-        }
-    )
-    path = tmp_path / "tiny-test.tfrecord-00000-of-00001"
-    with tf.io.TFRecordWriter(str(path)) as writer:
-        for i, image in enumerate(pixels):
-            example = features.encode_example({"image": image, "label": i % 3})
-            writer.write(features.serialize_example(example))
-    tfds.folder_dataset.write_metadata(data_dir=tmp_path, features=features)
-    builder = tfds.builder_from_directory(tmp_path)
-    monkeypatch.setattr(tfds, "builder", lambda name: builder)
-    source = images.open_source("tfds:tiny:test", "train")
-    assert (source.length, source.class_names) == (5, ("x", "y", "z"))
-    rows = list(images.read(source, SIDE))
-    assert [row[0] for row in rows] == list(range(5))
-    wanted = {
-        images.center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)
-    }
-    assert {image.tobytes(): label for _, _, image, label in rows} == wanted
-    with pytest.raises(UserError, match="no split 'train'"):
-        images.open_source("tfds:tiny", "train")
-
-
-# Encoding
-
-
-def test_encoded_latents_are_those_of_the_vae(folder, encoded):
-    out, info = encoded
-    assert info == records.LatentsInfo.read(out)
-    tfds_info, rows = read_with_tfds(out)
-    assert tuple(tfds_info.features["label"].names) == CLASSES
-    assert tfds_info.splits["train"].num_examples == len(rows) == 11
-    unreadable = (out / "unreadable.txt").read_text().splitlines()
-    assert {line.split("\t")[0] for line in unreadable} == BAD
-
-    module, params = load_vae(VAE)
-    apply = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
-    sampled = []
-    for index, name, image, label in images.read(
-        images.open_source(folder, "train"), SIDE
-    ):
-        if name in BAD:
-            assert index not in rows
-            continue
-        mean, std = apply(image[None] / np.float32(127.5) - 1)
-        row = rows[index]
-        assert row["label"] == label
-        assert row["mean"].dtype == np.float16
-        np.testing.assert_allclose(row["mean"], mean[0], rtol=2e-3, atol=2e-3)
-        np.testing.assert_allclose(row["std"], std[0], rtol=2e-3, atol=2e-3)
-        noise = np.random.default_rng(index).standard_normal((4000, *std.shape))
-        sampled.append((mean + std * noise) * 0.18215)
-    drawn = np.stack(sampled).reshape(-1, 4)
-    scale = drawn.std(0).max()
-    np.testing.assert_allclose(info.latent_mean, drawn.mean(0), atol=0.01 * scale)
-    np.testing.assert_allclose(info.latent_std, drawn.std(0), atol=0.01 * scale)
-
-
-def test_encoded_dataset_feeds_the_pipeline(encoded):
-    out, info = encoded
-    assert info.latent_shape == (8, 8, 4)
-    rows = take(out, 2, streams=2)
-    assert rows["mean"].shape == rows["std"].shape == (2, BATCH, 8, 8, 4)
-    assert set(rows["label"].ravel()) == {0, 1}
-    _, stored = read_with_tfds(out)
-    means = rows["mean"].reshape(-1, 8, 8, 4)
-    for index, mean in zip(rows["index"].ravel(), means, strict=True):
-        np.testing.assert_array_equal(mean, stored[int(index)]["mean"])
-
-
-def test_encode_refuses(folder, encoded, tmp_path):
-    out, _ = encoded
-    before = sorted(p.name for p in out.iterdir())
-    with pytest.raises(UserError, match="nothing is overwritten"):
-        encode(folder, out, VAE, SIDE, max_bad=0.2)
-    assert sorted(p.name for p in out.iterdir()) == before
-    with pytest.raises(UserError, match=r"more than --max_bad=0.1 .*(cut|text)"):
-        encode(folder, tmp_path / "a", VAE, SIDE, max_bad=0.1)
-    with pytest.raises(UserError, match="not a multiple of 2"):
-        encode(folder, tmp_path / "a", VAE, 15)
-    with pytest.raises(UserError, match="--shards=14 for 13 images"):
-        encode(folder, tmp_path / "a", VAE, SIDE, shards=14)
-    empty = tmp_path / "empty"
-    (empty / "class").mkdir(parents=True)
-    with pytest.raises(UserError, match="no images"):
-        encode(empty, tmp_path / "a", VAE, SIDE)
-    (empty / "class" / "x.png").write_text("nothing")
-    with pytest.raises(UserError, match="none of its images"):
-        encode(empty, tmp_path / "a", VAE, SIDE, max_bad=1.0)
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
-
-
-def test_latents_too_large_for_float16_are_refused(tmp_path, monkeypatch):
-    source = tmp_path / "source" / "class"
-    source.mkdir(parents=True)
-    Image.new("RGB", (SIDE, SIDE)).save(source / "x.png")
-    module, params = load_vae(VAE)
-    params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e5
-    monkeypatch.setattr("sra2_jax.data.encode.load_vae", lambda vae: (module, params))
-    with pytest.raises(UserError, match="float16"):
-        encode(source.parent, tmp_path / "out", VAE, SIDE)
 
 
 # Schema
@@ -559,7 +345,10 @@ def test_no_tensorflow_at_import_and_no_thread_left_at_exit():
     program = """
 import itertools, sys
 import jax, numpy as np
+from sra2_jax import verify
 from sra2_jax.data import encode, images, pipeline, records
+from sra2_jax.evaluation import generate, report
+from sra2_jax.training import step
 assert "tensorflow" not in sys.modules
 endless = ({"x": np.zeros((8, 2))} for _ in itertools.count())
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
