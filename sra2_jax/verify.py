@@ -22,6 +22,7 @@ from sra2_jax.convert import from_reference
 from sra2_jax.data.images import center_crop
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.models.dit import DiT
+from sra2_jax.models.heads import MLPHead
 from sra2_jax.pretrained import load_vae
 from sra2_jax.transport import Transport, coefficients
 
@@ -50,14 +51,30 @@ def nhwc(x: np.ndarray) -> jax.Array:
 
 
 def sit(path: Path, data: Arrays) -> Iterator[Result]:
-    """The backbone with reference weights."""
+    """The backbone with reference weights, and REPA's or SRA's head on its block."""
     config = json.loads(str(data["config"]))
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
-    settings, params = from_reference(weights)
+    settings, params, heads = from_reference(weights)
     model = DiT(heads=config["num_heads"], **settings)
-    apply: Any = jax.jit(model.apply)
-    out, _, _ = apply({"params": params}, nhwc(data["x"]), data["t"], data["y"])
+    depth = config.get("encoder_depth", config.get("align_depth", 1))
+    apply: Any = jax.jit(model.apply, static_argnums=4)
+    out, kept, c = apply(
+        {"params": params}, nhwc(data["x"]), data["t"], data["y"], (depth,)
+    )
     yield "out", relative_error(out, nhwc(data["out"])), FLOAT32
+    results = {"hidden": kept[depth]}
+    for tree in heads.values():
+        *widths, features = (layer["bias"].size for layer in tree.values())
+        head = MLPHead(tuple(widths), features)
+        projected: Any = head.apply({"params": tree}, kept[depth], c)
+        results |= {"z": projected, "projected": projected}
+    if "target" in data:
+        losses = alignment.elementwise(
+            "cosine", results["z"], jnp.asarray(data["target"]), 0.0
+        )
+        results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
+    for name in sorted({"hidden", "projected", "projection_loss", "z"} & data.keys()):
+        yield name, relative_error(results[name], data[name]), FLOAT32
 
 
 def vae(path: Path, data: Arrays) -> Iterator[Result]:
@@ -143,7 +160,7 @@ def kind_of(data: Arrays) -> Callable[[Path, Arrays], Iterator[Result]] | None:
     """The check that a file's keys call for; None where none exists yet."""
     keys = set(data)
     if "w/y_embedder.embedding_table.weight" in keys:
-        return sit if not keys & {"z", "projected"} else None
+        return sit
     for key, check in {
         "moments": vae,
         "latents": samplers,

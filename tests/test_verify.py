@@ -7,19 +7,20 @@ from sra2_jax.convert import from_reference
 from sra2_jax.errors import UserError
 from sra2_jax.verify import relative_error, verify
 
-COVERED = (
-    "alignment_losses", "center_crop", "interpolants", "samplers", "sit",
-    "sit_learn_sigma", "vae",
-)  # fmt: skip
-LATER = ("adm_metrics", "dinov2", "inception", "mmdit", "repa_sit", "sra_sit")
+# file -> number of its cases
+COVERED = {
+    "alignment_losses": 4, "center_crop": 4, "interpolants": 12, "samplers": 24,
+    "sit": 1, "sit_learn_sigma": 1, "repa_sit": 3, "sra_sit": 3, "vae": 4,
+}  # fmt: skip
+LATER = ("adm_metrics", "dinov2", "inception", "mmdit")
 
 
 def test_golden_files_pass(golden, capsys):
     assert verify(golden) == 0
     lines = capsys.readouterr().out.splitlines()
-    for name in COVERED:
+    for name, cases in COVERED.items():
         rows = [x for x in lines if x.startswith((f"{name}.npz: ", f"{name}/"))]
-        assert rows, name
+        assert len(rows) == cases, name
         assert all(row.endswith(" ok") for row in rows)
     skipped = [x for x in lines if x.endswith("kind not covered yet")]
     assert len(skipped) == len(LATER)
@@ -53,6 +54,16 @@ def test_damaged_files_fail(tmp_path, golden, capsys):
     assert "2 failed" in out
 
 
+def test_a_lost_head_fails(tmp_path, golden, capsys):
+    """Expected outputs that nothing computes are not passed over."""
+    data = {
+        k: v for k, v in np.load(golden / "sra_sit.npz").items() if "ap_head" not in k
+    }
+    np.savez(tmp_path / "sra.npz", **data)
+    assert verify(tmp_path) == 1
+    assert "projected" in capsys.readouterr().out
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(UserError, match="no golden"):
         verify(tmp_path)
@@ -61,11 +72,12 @@ def test_empty_folder(tmp_path):
 def test_foreign_weights_are_refused(golden):
     weights = {k[2:]: v for k, v in np.load(golden / "sit.npz").items() if k[0] == "w"}
     renamed = {f"module.{k}": v for k, v in weights.items()}
-    settings, _ = from_reference(renamed)
+    settings, _, heads = from_reference(renamed)
     assert settings == {
         "size": 8, "channels": 4, "patch_size": 2, "width": 64, "depth": 3,
         "num_classes": 10, "mlp_ratio": 4.0,
     }  # fmt: skip
+    assert heads == {}
     with pytest.raises(UserError, match="extra"):
         from_reference(weights | {"extra.weight": np.zeros(3)})
     with pytest.raises(UserError, match="not a SiT checkpoint"):
