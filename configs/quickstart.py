@@ -29,6 +29,12 @@ def get_config() -> ConfigDict:
     c.model.remat = "none"
     c.model.dtype = "float32"
     c.align.vae.depth = 2
+    c.align.encoder.depth = 2
+    c.align.encoder.model = "digits"
+    c.align.encoder.width = 64
+    c.align.encoder.head_width = 192
+    c.align.teacher.depth, c.align.teacher.teacher_depth = 2, 4
+    c.align.teacher.schedule = "constant"
     c.optim.learning_rate = 2e-3
     c.ema_decay = 0.99
     c.sampling.steps = 50

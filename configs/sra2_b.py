@@ -15,5 +15,4 @@ def get_config() -> ConfigDict:
     c.name = "sra2_b"
     c.steps = 400_000
     default.set_size(c, "B")
-    c.align.vae.depth = 2
     return c

@@ -15,5 +15,4 @@ def get_config() -> ConfigDict:
     c.name = "sra2_l"
     c.steps = 400_000
     default.set_size(c, "L")
-    c.align.vae.depth = 8
     return c

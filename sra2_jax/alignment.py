@@ -1,7 +1,10 @@
-"""Targets and losses of the auxiliary alignment (SRA 2, arXiv 2601.17830).
+"""Targets and losses of the auxiliary alignments.
 
-An early block's tokens, through a head, predict the clean VAE latent of the very
-sample whose noisy version the network sees. The head is used in training only.
+An early block's tokens, through a head that is used in training only, predict a target:
+the clean VAE latent of the very sample whose noisy version the network sees (SRA 2,
+arXiv 2601.17830), an encoder's patch features of the clean image (REPA, arXiv
+2410.06940), or a later block of the EMA network at a lower noise level (SRA, arXiv
+2505.02831). Any combination of them trains in one step.
 """
 
 from dataclasses import dataclass
@@ -11,23 +14,23 @@ from jaxtyping import Array, Float
 
 LOSSES = ("smooth_l1", "l1", "l2", "cosine")
 TARGETS = ("sample", "mean")
+SOURCES = ("images", "features")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """One alignment term; the defaults are SRA 2's at XL size.
+    """What every alignment term has; the defaults are SRA 2's at XL size.
 
     Attributes:
       depth: 1-based number of the aligned block (B: 2, L and XL: 8).
       weight: lambda of the paper; schedule, see `weight_at`.
       loss: "smooth_l1" (with beta), "l1", "l2" or "cosine".
-      target: "sample" (the scaled latent that x_t is built from) or "mean" (the
-        scaled posterior mean).
       zscore: standardise prediction and target per sample, for VAEs whose latents
         are not of unit scale.
       t_min, t_max: samples whose time lies outside are left out (in [0, 1]).
-      head_layers, head_width, head_final_layer: the head; width as a multiple of D.
+      head_layers, head_width, head_final_layer: the head, see `models.heads`;
+        hidden channels, 0 for twice the network's width.
     """
 
     depth: int = 8
@@ -37,12 +40,11 @@ class Alignment:
     schedule_steps: int = 1
     loss: str = "smooth_l1"
     beta: float = 0.05
-    target: str = "sample"
     zscore: bool = False
     t_min: float = 0.0
     t_max: float = 1.0
     head_layers: int = 5
-    head_width: float = 2.0
+    head_width: int = 0
     head_final_layer: bool = False
 
     def weight_at(self, step: Array) -> Array:
@@ -76,6 +78,55 @@ class Alignment:
         losses = elementwise(self.loss, prediction, target, self.beta)
         losses = losses.reshape(losses.shape[0], -1).mean(axis=1)
         return jnp.mean(losses * ((t >= self.t_min) & (t <= self.t_max)))
+
+
+@dataclass(frozen=True)
+class LatentAlignment(Alignment):
+    """SRA 2: the scaled latent.
+
+    target: "sample" (the one that x_t is built from) or "mean" (the posterior's).
+    """
+
+    target: str = "sample"
+
+
+@dataclass(frozen=True)
+class EncoderAlignment(Alignment):
+    """REPA: an encoder's patch features.
+
+    model: where its weights are; width: of its tokens; source: "images" (the encoder
+    runs in the step on the records' images) or "features" (stored in the records).
+    """
+
+    model: str = ""
+    width: int = 768
+    source: str = "images"
+
+
+@dataclass(frozen=True)
+class TeacherAlignment(Alignment):
+    """SRA: the output of the EMA network's block `teacher_depth`.
+
+    It sees the same sample, noise and dropped label at a time that lies up to
+    `interval` before the student's, see `teacher_times`.
+    """
+
+    teacher_depth: int = 20
+    interval: float = 0.2
+
+    def teacher_times(
+        self, t: Float[Array, " b"], u: Float[Array, " b"]
+    ) -> Float[Array, " b"]:
+        """clamp(t - interval * u, 0, 1), u uniform in [0, 1) for each sample."""
+        return jnp.clip(t - self.interval * u, 0.0, 1.0)
+
+
+# section of config.align -> its class
+KINDS: dict[str, type[Alignment]] = {
+    "vae": LatentAlignment,
+    "encoder": EncoderAlignment,
+    "teacher": TeacherAlignment,
+}
 
 
 def zscore(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

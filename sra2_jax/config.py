@@ -1,12 +1,15 @@
 """Reading and checking configurations: every mistake is one clear line, early."""
 
+import argparse
 import difflib
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from sra2_jax import alignment, sampler, transport
 from sra2_jax.errors import UserError
@@ -14,7 +17,8 @@ from sra2_jax.models.dit import REMAT_POLICIES
 
 INF = math.inf
 
-# key -> smallest and largest value allowed; every numeric key of configs/default.py
+# key -> smallest and largest value allowed; every numeric key of configs/default.py.
+# align.*.KEY is a key of every section of config.align.
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "steps": (1, INF),
@@ -36,15 +40,18 @@ RANGES: dict[str, tuple[float, float]] = {
     "label_dropout": (0, 1),
     "transport.time_mean": (-100, 100),
     "transport.time_std": (1e-6, 100),
-    "align.vae.depth": (1, INF),
-    "align.vae.weight": (0, 1e6),
-    "align.vae.schedule_start": (0, INF),
-    "align.vae.schedule_steps": (1, INF),
-    "align.vae.beta": (1e-9, 1e6),
-    "align.vae.t_min": (0, 1),
-    "align.vae.t_max": (0, 1),
-    "align.vae.head_layers": (1, 100),
-    "align.vae.head_width": (0.01, 100),
+    "align.*.depth": (1, INF),
+    "align.*.weight": (0, 1e6),
+    "align.*.schedule_start": (0, INF),
+    "align.*.schedule_steps": (1, INF),
+    "align.*.beta": (1e-9, 1e6),
+    "align.*.t_min": (0, 1),
+    "align.*.t_max": (0, 1),
+    "align.*.head_layers": (1, 100),
+    "align.*.head_width": (0, INF),
+    "align.encoder.width": (1, INF),
+    "align.teacher.teacher_depth": (1, INF),
+    "align.teacher.interval": (0, 1),
     "optim.learning_rate": (0, 100),
     "optim.warmup_steps": (0, INF),
     "optim.b1": (0, 1 - 1e-9),
@@ -79,9 +86,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "transport.path": transport.PATHS,
     "transport.prediction": transport.PREDICTIONS,
     "transport.time": transport.TIMES,
-    "align.vae.schedule": alignment.SCHEDULES,
-    "align.vae.loss": alignment.LOSSES,
+    "align.*.schedule": alignment.SCHEDULES,
+    "align.*.loss": alignment.LOSSES,
     "align.vae.target": alignment.TARGETS,
+    "align.encoder.source": alignment.SOURCES,
     "sampling.method": sampler.SAMPLERS,
     "sampling.rounding": ("truncate", "sit"),
     "eval.proxy": ("", "digits"),
@@ -113,6 +121,76 @@ def unknown_key(key: str, config: ConfigDict) -> UserError:
     return UserError(f"unknown key config.{key}: {hint}")
 
 
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of a file, with overrides "--config.KEY=VALUE" applied; not checked.
+
+    Raises:
+      UserError: no such file, an unknown key, a value of another type.
+    """
+    arguments = ["", f"--config={path}", *overrides]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file(
+            "config", flag_values=values, sys_argv=arguments
+        )
+        rest = values(arguments)[1:]
+        config = values.config.lock()
+    except OSError as error:
+        raise UserError(f"--config={path} names no file: see configs/") from error
+    except Exception as error:  # ml_collections raises many kinds
+        from configs import default
+
+        known = default.get_config()
+        keys = dict(flatten(known))
+        for argument in overrides:
+            section, _, key = argument.lstrip("-").split("=")[0].partition(".")
+            if section == "config" and key and key not in keys:
+                raise unknown_key(key, known) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{reason} (--help lists the flags)") from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
+    return config
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, default: str
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """A program's own flags, and the checked config of --config and --config.KEY=VALUE.
+
+    Args:
+      parser: made with allow_abbrev=False; gets the flag --config.
+      default: the config file where none is named.
+
+    Raises:
+      UserError: as `load` and `check`.
+    """
+    parser.add_argument("--config", default=default, help="file (%(default)s)")
+    parser.epilog = "Any key of configs/default.py: --config.KEY=VALUE"
+    arguments, rest = parser.parse_known_args()
+    config = load(arguments.config, rest)
+    check(config)
+    return arguments, config
+
+
+def from_saved(saved: dict[str, Any], where: str) -> ConfigDict:
+    """The config of a run's config.json.
+
+    Raises:
+      UserError: it is not one that this version wrote.
+    """
+    keys = [k for k in (*RANGES, *CHOICES) if "*" not in k]
+    flat = dict(flatten(saved)) if isinstance(saved, dict) else {}
+    if missing := [k for k in keys if k not in flat]:
+        raise UserError(
+            f"{where}: has no config.{missing[0]}: written by another version, or not "
+            "by this program"
+        )
+    config = ConfigDict(saved).lock()
+    check(config)
+    return config
+
+
 def check(config: ConfigDict) -> None:
     """Refuse values out of range and combinations that cannot work.
 
@@ -123,13 +201,19 @@ def check(config: ConfigDict) -> None:
     _check_combinations(config)
 
 
+def rule(table: dict[str, Any], key: str) -> Any:
+    """What RANGES or CHOICES say of a key; None where they do not."""
+    return table.get(key) or table.get(re.sub(r"^align\.\w+", "align.*", key))
+
+
 def _check_values(config: ConfigDict) -> None:
     for key, value in flatten(config):
-        if key in CHOICES and value not in CHOICES[key]:
-            allowed = ", ".join(repr(v) for v in CHOICES[key])
+        choices, limits = rule(CHOICES, key), rule(RANGES, key)
+        if choices and value not in choices:
+            allowed = ", ".join(repr(v) for v in choices)
             raise UserError(f"config.{key}={value!r}: must be one of {allowed}")
-        if key in RANGES:
-            low, high = RANGES[key]
+        if limits:
+            low, high = limits
             if not low <= value <= high:  # also refuses NaN
                 raise UserError(
                     f"config.{key}={value}: must lie between {low:g} and {high:g}"
@@ -137,7 +221,7 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_combinations(config: ConfigDict) -> None:
-    model, vae = config.model, config.align.vae
+    model = config.model
 
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -156,16 +240,6 @@ def _check_combinations(config: ConfigDict) -> None:
     require(
         model.attention != "cudnn" or model.dtype == "bfloat16",
         "config.model.attention='cudnn' needs config.model.dtype='bfloat16'",
-    )
-    require(
-        not vae.enabled or vae.depth <= model.depth,
-        f"config.align.vae.depth={vae.depth}: the network has "
-        f"config.model.depth={model.depth} blocks",
-    )
-    require(
-        vae.t_min < vae.t_max,
-        f"config.align.vae.t_min={vae.t_min} must be below "
-        f"config.align.vae.t_max={vae.t_max}",
     )
     require(
         config.batch_size % config.accumulate == 0,
@@ -195,6 +269,22 @@ def _check_combinations(config: ConfigDict) -> None:
             "config.eval.proxy='digits' needs config.data.num_classes=10 and "
             "config.data.resolution=32",
         )
+    for name, section in config.align.items():
+        if section.enabled:
+            _check_alignment(f"config.align.{name}", section, model.depth)
+
+
+def _check_alignment(name: str, section: ConfigDict, depth: int) -> None:
+    for key in ("depth", "teacher_depth"):
+        if section.get(key, 1) > depth:
+            raise UserError(
+                f"{name}.{key}={section[key]}: the network has "
+                f"config.model.depth={depth} blocks"
+            )
+    if section.t_min >= section.t_max:
+        raise UserError(
+            f"{name}.t_min={section.t_min} must be below {name}.t_max={section.t_max}"
+        )
 
 
 # A checkpoint trained with one value of these cannot go on, or go on as the same run,
@@ -204,8 +294,11 @@ STATE_FREE = ("model.scan", "model.remat", "model.attention", "model.dtype")
 
 
 def differing(old: dict, new: dict) -> list[str]:
-    """Lines "config.KEY: saved, now" for the keys that shape the trained state."""
-    old, new = dict(flatten(old)), dict(flatten(new))
+    """Lines "config.KEY: saved, now" for the keys that shape the trained state.
+
+    Of an alignment that is off on both sides nothing counts.
+    """
+    old, new = (_without_disabled(dict(flatten(c))) for c in (old, new))
     return [
         f"config.{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -213,6 +306,12 @@ def differing(old: dict, new: dict) -> list[str]:
         and key not in STATE_FREE
         and old.get(key) != new.get(key)
     ]
+
+
+def _without_disabled(flat: dict[str, Any]) -> dict[str, Any]:
+    off = [k.removesuffix("enabled") for k, v in flat.items() if k.endswith(".enabled")]
+    off = [section for section in off if not flat[f"{section}enabled"]]
+    return {k: v for k, v in flat.items() if not k.startswith(tuple(off))}
 
 
 def to_json(config: ConfigDict) -> str:

@@ -18,12 +18,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sra2_jax import alignment, sampler
-from sra2_jax.convert import from_reference
 from sra2_jax.data.images import center_crop
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.models.dit import DiT
 from sra2_jax.models.heads import MLPHead
-from sra2_jax.pretrained import load_vae
+from sra2_jax.pretrained import load_dinov2, load_vae
+from sra2_jax.reference import from_reference
 from sra2_jax.transport import Transport, coefficients
 
 FLOAT32, TRAJECTORY32, FLOAT64 = 1e-4, 1e-3, 1e-6
@@ -95,6 +95,16 @@ def vae(path: Path, data: Arrays) -> Iterator[Result]:
         yield name, relative_error(ours, nhwc(data[name])), FLOAT32
 
 
+def dinov2(path: Path, data: Arrays) -> Iterator[Result]:
+    """The encoder loaded from the folder's transformers files."""
+    module, params = load_dinov2(str(path.parent))
+    # As transformers does, should the input have another size than the table.
+    module = module.clone(antialias=False)
+    tokens: Any = module.apply({"params": params}, nhwc(data["pixel_values"]))
+    error = relative_error(tokens, data["last_hidden_state"])
+    yield "last_hidden_state", error, FLOAT32
+
+
 def samplers(path: Path, data: Arrays) -> Iterator[Result]:
     """Trajectories on the analytic field of the golden README, in both precisions."""
 
@@ -163,6 +173,7 @@ def kind_of(data: Arrays) -> Callable[[Path, Arrays], Iterator[Result]] | None:
         return sit
     for key, check in {
         "moments": vae,
+        "last_hidden_state": dinov2,
         "latents": samplers,
         "linear|alpha": interpolants,
         "smooth_l1_beta005": alignment_losses,

@@ -44,8 +44,9 @@ def tiny() -> ConfigDict:
     c.batch_size = 16
     c.model.width, c.model.depth, c.model.heads = 16, 2, 2
     c.model.scan = True
-    c.align.vae.depth = 1
     c.align.vae.head_layers = 2
+    c.align.vae.depth = c.align.encoder.depth = c.align.teacher.depth = 1
+    c.align.teacher.teacher_depth = 2
     c.sampling.steps = 3
     c.run.log_every = 1
     c.run.checkpoint_every = 2
@@ -62,14 +63,17 @@ def batch() -> dict[str, np.ndarray]:
         "mean": draw.normal(size=(16, 4, 4, 4)).astype(np.float16),
         "std": draw.uniform(0.1, 0.3, size=(16, 4, 4, 4)).astype(np.float16),
         "label": (np.arange(16) % 10).astype(np.int32),
+        "image": draw.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8),
     }
 
 
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training digits, encoded once."""
+    """The training digits, encoded once, with images and features beside them."""
     from sra2_jax.data.encode import encode
 
     folder = tmp_path_factory.mktemp("data") / "latents"
-    encode("digits", folder, "digits", 32)
+    encode(
+        "digits", folder, "digits", 32, store_images=True, encoder="digits", grid=4
+    )
     return folder

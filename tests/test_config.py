@@ -6,19 +6,29 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import default
 from sra2_jax import config as configuration
+from sra2_jax.alignment import TeacherAlignment
 from sra2_jax.errors import UserError
+from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
 from sra2_jax.training.state import build_networks, create_sharded
-from sra2_jax.training.step import make_step
+from sra2_jax.training.step import batch_shapes, make_step
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+# config -> the sections of config.align that it switches on
+METHODS = {name: {"vae"} for name in NAMES} | {
+    "sit_xl": set(),
+    "repa_b": {"encoder"}, "repa_xl": {"encoder"},
+    "sra_b": {"teacher"}, "sra_xl": {"teacher"},
+    "repa_sra2_b": {"encoder", "vae"}, "repa_sra2_xl": {"encoder", "vae"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,18 +37,20 @@ def test_configs_are_valid(name):
     configuration.check(config)
     network, heads = build_networks(config)
     assert network.depth == config.model.depth
-    assert set(heads) == ({"vae"} if config.align.vae.enabled else set())
+    on = {k for k, section in config.align.items() if section.enabled}
+    assert set(heads) == on == METHODS[name]
 
     # The whole step at its real size, as shapes only.
     transform, schedule = make_optimizer(**config.optim)
     mesh = make_mesh(**config.mesh, batch_size=config.batch_size)
     abstract, _ = create_sharded(config, transform, mesh)
-    side, rows = config.latents.size, config.batch_size
-    moment = jax.ShapeDtypeStruct((rows, side, side, 4), np.float16)
-    label = jax.ShapeDtypeStruct((rows,), np.int32)
-    step = make_step(config, transform, schedule, mesh, abstract)
-    batch = {"mean": moment, "std": moment, "label": label}
-    after, metrics = jax.eval_shape(step, abstract, batch)
+    encoder = DINOv2(DINOv2Config())
+    step = make_step(config, transform, schedule, mesh, abstract, encoder)
+    pixels = np.zeros((1, 224, 224, 3), np.float32)
+    params = jax.eval_shape(encoder.init, jax.random.key(0), pixels)["params"]
+    batch = batch_shapes(config, mesh)
+    assert ("image" in batch) == ("encoder" in on)
+    after, metrics = jax.eval_shape(step, abstract, batch, params)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract
     )
@@ -74,14 +86,38 @@ def test_paper_settings(name, size, depth, steps):
     assert c.latents.size * 8 == c.data.resolution == (512 if "512" in name else 256)
 
 
+def test_settings_of_repa_and_sra():
+    """method.md's table; the protocol's schedule in epochs of 5,004 steps."""
+    whole, same = default.get_config(), default.get_config()
+    default.set_size(same, "XL")
+    assert whole.to_dict() == same.to_dict()
+    c = whole.align
+    e, t = c.encoder, c.teacher
+    assert (e.depth, e.weight, e.loss, e.head_layers, e.head_width) == (
+        8, 0.5, "cosine", 3, 2048,
+    )  # fmt: skip
+    assert (t.depth, t.teacher_depth, t.interval, t.weight, t.loss, t.beta) == (
+        8, 20, 0.2, 0.2, "smooth_l1", 0.05,
+    )  # fmt: skip
+    spec = TeacherAlignment(**{k: v for k, v in t.to_dict().items() if k != "enabled"})
+    for epoch in (0, 149, 300, 800):
+        expected = 0.2 * 10 ** (-max(epoch - 149, 0) / 1000)
+        weight = spec.weight_at(jnp.asarray(epoch * 5004))
+        assert float(weight) == pytest.approx(expected, rel=1e-5)
+    assert (t.head_layers, t.head_width) == (2, 0)
+
+
+PATHS = ("name", "vae", "data.dir", "data.images", "align.encoder.model")
+
+
 def test_every_number_has_a_range_and_every_choice_a_list():
     for key, value in configuration.flatten(default.get_config()):
         if isinstance(value, bool):
             continue
         if isinstance(value, int | float):
-            assert key in configuration.RANGES, key
-        elif key not in ("name", "vae", "data.dir", "data.images"):
-            assert key in configuration.CHOICES, key
+            assert configuration.rule(configuration.RANGES, key), key
+        elif key not in PATHS:
+            assert configuration.rule(configuration.CHOICES, key), key
 
 
 @pytest.mark.parametrize(
@@ -97,6 +133,12 @@ def test_every_number_has_a_range_and_every_choice_a_list():
         ({"model.heads": 7}, "must be divisible by 4 and by config.model.heads=7"),
         ({"model.attention": "cudnn"}, "needs config.model.dtype='bfloat16'"),
         ({"align.vae.t_min": 0.9, "align.vae.t_max": 0.1}, "must be below"),
+        ({"align.vae.loss": "huber"}, "config.align.vae.loss='huber'"),
+        (
+            {"align.teacher.enabled": True, "align.teacher.teacher_depth": 7},
+            "config.align.teacher.teacher_depth=7: the network has",
+        ),
+        ({"align.encoder.weight": -1.0}, "config.align.encoder.weight=-1.0"),
         ({"accumulate": 3}, "not divisible by config.accumulate=3"),
         ({"data.streams": 7}, "not divisible by config.data.streams=7"),
         ({"run.checkpoint_every": 33}, "multiple of config.run.log_every"),
@@ -139,7 +181,10 @@ def test_mesh_refuses(arguments, message):
             "did you mean config.optim.learning_rate?",
         ),
         ("--config.steps=many", "error: flag --config.steps=many"),
-        ("--config=configs/nothing.py", "error: --config names no file: see configs/"),
+        (
+            "--config=configs/nothing.py",
+            "error: --config=configs/nothing.py names no file: see configs/",
+        ),
         ("--workdirr=x", "error: Unknown command line flag 'workdirr'"),
         ("--config.batch_size=0", "error: config.batch_size=0: must lie between 1"),
     ],

@@ -10,8 +10,9 @@ import pytest
 
 from sra2_jax import config as configuration
 from sra2_jax.models.dit import patchify
+from sra2_jax.pretrained import load_dinov2
 from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import batch_sharding, make_mesh
+from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
 from sra2_jax.training.state import build_networks, create_sharded
 from sra2_jax.training.step import make_draw, make_loss, make_step
 
@@ -27,11 +28,13 @@ def run(config, batch, steps=2, devices=1):
     )
     transform, schedule = make_optimizer(**config.optim)
     abstract, init = create_sharded(config, transform, mesh)
-    step = make_step(config, transform, schedule, mesh, abstract)
+    encoder = load_dinov2("digits") if config.align.encoder.enabled else (None, None)
+    step = make_step(config, transform, schedule, mesh, abstract, encoder[0])
     state, rows = init(), []
     placed = jax.device_put(batch, batch_sharding(mesh))
+    params = jax.device_put(encoder[1], replicated(mesh))
     for _ in range(steps):
-        state, metrics = step(state, placed)
+        state, metrics = step(state, placed, params)
         rows.append({k: float(v) for k, v in metrics.items()})
     assert step._cache_size() == (steps > 0)  # compiled once
     return state, rows
@@ -44,9 +47,11 @@ def assert_close(a, b, rtol=2e-4, atol=2e-6):
 
 
 def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
-    """Losses and parameters to float tolerance; FSDP really shards the state."""
+    """Losses and parameters to float tolerance with all three alignments at once;
+    FSDP really shards the state."""
     from sra2_jax.training import sharding
 
+    tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     state, rows = run(tiny, batch)
     assert rows[0]["loss"] != rows[1]["loss"]
     for fsdp, accumulate in ((1, 1), (4, 2)):
@@ -76,7 +81,7 @@ def test_loss_is_the_papers(tiny, batch):
         lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), init().params
     )
     draws = make_draw(tiny)(batch, jnp.asarray(5))
-    total, metrics = make_loss(tiny)(params, draws, jnp.asarray(5))
+    total, metrics = make_loss(tiny)(params, {}, draws, jnp.asarray(5))
 
     z, t = np.asarray(draws["latent_sample"]), np.asarray(draws["t"])
     t4 = t.reshape(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""models/vae.py, pretrained.py, data/digits.py and the shipped autoencoder."""
+"""models/vae.py, pretrained/vae.py, data/digits.py and the shipped autoencoder."""
 
 import dataclasses
 import json
@@ -16,7 +16,9 @@ import sra2_jax.assets
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from sra2_jax.pretrained import CONFIG, INDEX, WEIGHTS, load_vae, save_vae
+from sra2_jax.pretrained import load_vae, save_vae
+from sra2_jax.pretrained.files import CONFIG
+from sra2_jax.pretrained.vae import INDEX, WEIGHTS
 
 GOLDEN = Path(__file__).parent / "golden" / "vae"
 ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"

@@ -3,16 +3,17 @@ import shutil
 import numpy as np
 import pytest
 
-from sra2_jax.convert import from_reference
 from sra2_jax.errors import UserError
+from sra2_jax.reference import from_reference
 from sra2_jax.verify import relative_error, verify
 
 # file -> number of its cases
 COVERED = {
     "alignment_losses": 4, "center_crop": 4, "interpolants": 12, "samplers": 24,
     "sit": 1, "sit_learn_sigma": 1, "repa_sit": 3, "sra_sit": 3, "vae": 4,
+    "dinov2": 1,
 }  # fmt: skip
-LATER = ("adm_metrics", "dinov2", "inception", "mmdit")
+LATER = ("adm_metrics", "inception", "mmdit")
 
 
 def test_golden_files_pass(golden, capsys):
@@ -75,7 +76,7 @@ def test_foreign_weights_are_refused(golden):
     settings, _, heads = from_reference(renamed)
     assert settings == {
         "size": 8, "channels": 4, "patch_size": 2, "width": 64, "depth": 3,
-        "num_classes": 10, "mlp_ratio": 4.0,
+        "num_classes": 10, "mlp_ratio": 4.0, "learn_sigma": False,
     }  # fmt: skip
     assert heads == {}
     with pytest.raises(UserError, match="extra"):

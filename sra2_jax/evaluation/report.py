@@ -24,6 +24,7 @@ from etils import epath
 from sra2_jax.errors import run_program
 from sra2_jax.evaluation.curves import curve, short
 from sra2_jax.evaluation.rundir import (
+    METHODS,
     Run,
     flat,
     lookup,
@@ -40,8 +41,8 @@ STRIP_SIDE, STRIP_COUNT = 768, 24  # the same for the strip, and its number of g
 # key in metrics.jsonl -> title, whether the axis starts at 0, whether it is smoothed
 CURVES = {
     "loss_denoise": ("Denoising loss", False, True),
-    "loss_align_vae": ("Alignment loss", False, True),
-    "ratio_align_vae": ("Alignment / denoising", False, True),
+    **{f"loss_align_{n}": (f"Alignment loss, {n}", False, True) for n in METHODS},
+    **{f"ratio_align_{n}": (f"Aligned / denoising, {n}", False, True) for n in METHODS},
     "grad_norm": ("Gradient norm", False, True),
     "learning_rate": ("Learning rate", True, False),
     "images_per_second": ("Images per second", True, True),
@@ -92,13 +93,12 @@ def pairs(values: Mapping[str, Any]) -> str:
 def header(run: Run) -> str:
     """Name, what was trained on what, when, and how far it is."""
     config, steps = run.config, number(run.config, "steps")
-    data, align = lookup(config, "data"), lookup(config, "align", "vae")
-    model = (lookup(config, "model", key) for key in ("depth", "width"))
-    claim = "A SiT of {} blocks and width {}, trained on VAE latents".format(
-        *map(text, model)
-    )
-    if lookup(align, "enabled"):
-        claim += f", block {text(lookup(align, 'depth'))} aligned with the same latents"
+    data = lookup(config, "data")
+    size = (text(lookup(config, "model", key)) for key in ("depth", "width"))
+    claim = "A SiT of {} blocks and width {}, trained on VAE latents".format(*size)
+    for name in run.aligned:
+        depth = text(lookup(config, "align", name, "depth"))
+        claim += f", block {depth} aligned with {escape(METHODS[name][1])}"
     source = str(lookup(data, "images") or lookup(data, "dir") or "").rstrip("/")
     network = number(run.run, "parameters", "network")
     facts = [
@@ -115,8 +115,9 @@ def header(run: Run) -> str:
             f'<div class="progress"><progress value="{run.step}" max="{steps:.0f}">'
             f"</progress>Not finished: step {run.step:,} of {steps:,.0f}</div>"
         )
+    kind = f"{text(run.method)} training run"
     return (
-        f'<header><p class="kind">SRA 2 training run</p><h1>{text(run.name)}</h1>'
+        f'<header><p class="kind">{kind}</p><h1>{text(run.name)}</h1>'
         f'<p class="claim">{claim}.</p><p class="facts">{line}</p>{progress}</header>'
     )
 
@@ -231,10 +232,10 @@ def curves(run: Run) -> str:
             '<span class="key">real training images,</span> scored the same way.'
             "</p></div>"
         )
-    aligned = lookup(run.config, "align", "vae", "enabled")
+    on = tuple(f"_align_{name}" for name in run.aligned)
     for key, (label, zero, smoothed) in CURVES.items():
         series = run.series.get(key)
-        if series is not None or aligned or "align" not in key:
+        if series is not None or "align" not in key or key.endswith(on):
             optimizer += curve(label, series, run.step, short, zero, smoothed)
     lead = (
         "Against the training step. Thin: as logged; bold: smoothed over about a "

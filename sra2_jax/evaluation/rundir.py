@@ -22,6 +22,13 @@ from sra2_jax.evaluation.curves import Series
 
 WARMUP = 0.1  # share of the log left out of the median speed
 
+# section of config.align -> the method that it alone is, what a block is aligned with
+METHODS = {
+    "encoder": ("REPA", "an encoder's features of the image"),
+    "teacher": ("SRA", "a later block of its moving average"),
+    "vae": ("SRA 2", "the same latents"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -37,6 +44,18 @@ class Run:
     @property
     def name(self) -> str:
         return str(lookup(self.config, "name") or self.workdir.resolve().name)
+
+    @property
+    def aligned(self) -> list[str]:
+        """The sections of config.align that are on."""
+        return [
+            n for n in METHODS if lookup(self.config, "align", n, "enabled") is True
+        ]
+
+    @property
+    def method(self) -> str:
+        """What training with them is called: "SRA 2", "REPA + SRA 2", "vanilla"."""
+        return " + ".join(METHODS[n][0] for n in self.aligned) or "vanilla"
 
     @property
     def date(self) -> str:

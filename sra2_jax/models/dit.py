@@ -136,6 +136,8 @@ class DiT(nn.Module):
       patch_size, width, depth, heads, mlp_ratio: as in DiT.
       num_classes: labels run over [0, num_classes); num_classes is the null label.
       time_scale: factor on t before its sinusoidal features (reference: 1).
+      learn_sigma: predict 2 * channels and drop the second half, as published SiT and
+        DiT weights do.
       scan: run the blocks as a loop (fast compile) or unrolled (less memory without
         rematerialisation); the parameters are the same stacked tree either way.
       remat: "none", "dots" or "full", see `REMAT_POLICIES`.
@@ -152,6 +154,7 @@ class DiT(nn.Module):
     num_classes: int
     mlp_ratio: float = 4.0
     time_scale: float = 1.0
+    learn_sigma: bool = False
     scan: bool = True
     remat: str = "none"
     attention: Literal["xla", "cudnn"] = "xla"
@@ -186,9 +189,10 @@ class DiT(nn.Module):
         tokens = tokens + sincos_positions(d, self.size // p).astype(x.dtype)
         c = self._condition(t, y)
         tokens, kept = self._blocks(tokens, c, features)
-        out = FinalLayer(p * p * self.channels, self.dtype, name="final")(tokens, c)
+        channels = self.channels * (2 if self.learn_sigma else 1)
+        out = FinalLayer(p * p * channels, self.dtype, name="final")(tokens, c)
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
-        return unpatchify(out, p), kept, c
+        return unpatchify(out, p)[..., : self.channels], kept, c
 
     def _condition(self, t: Array, y: Array) -> Array:
         d = self.width

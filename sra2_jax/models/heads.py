@@ -49,21 +49,23 @@ class MLPHead(nn.Module):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def latent_head(
+def alignment_head(
     width: int,
-    patch_dim: int,
+    features: int,
     *,
     layers: int,
-    width_ratio: float,
+    hidden: int,
     final_layer: bool,
     dtype: Any,
 ) -> MLPHead:
-    """SRA 2's head on tokens of `width` predicting `patch_dim` = p*p*C numbers.
+    """The head on tokens of `width` predicting `features` numbers.
 
-    Layers counts all linear layers. With `final_layer` the last hidden layer returns
-    to `width`, D -> rD -> ... -> D, and DiT's final layer is the last one.
+    Layers counts all linear layers, the hidden ones of size `hidden` (0: twice
+    `width`). SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
+    SRA: 2 back to `width`. With `final_layer` the last hidden layer returns to
+    `width`, D -> hidden -> ... -> D, and DiT's final layer is the last one.
     """
-    hidden = [int(width * width_ratio)] * (layers - 1)
-    if final_layer and hidden:
-        hidden[-1] = width
-    return MLPHead(tuple(hidden), patch_dim, final_layer, dtype)
+    sizes = [hidden or 2 * width] * (layers - 1)
+    if final_layer and sizes:
+        sizes[-1] = width
+    return MLPHead(tuple(sizes), features, final_layer, dtype)

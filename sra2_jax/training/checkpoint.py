@@ -51,14 +51,19 @@ class Checkpoints:
             item = ocp.args.StandardSave(state)
             self._manager.save(step, args=ocp.args.Composite(state=item))
 
-    def restore(self, abstract: Any) -> Any:
-        """The newest state, placed as `abstract` says.
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """The state of a step, the newest by default, placed as `abstract` says.
 
         Raises:
-          UserError: the checkpoint is of another model (the first array that differs
-            is named), or cannot be read.
+          UserError: no such step, the checkpoint is of another model (the first array
+            that differs is named), or it cannot be read.
         """
-        step = self.latest()
+        steps = self._manager.all_steps()
+        if step is None and steps:
+            step = max(steps)
+        if step not in steps:
+            found = f"it has {', '.join(map(str, steps))}" if steps else "it is empty"
+            raise UserError(f"{self.folder}: no checkpoint of step {step}: {found}")
         where = f"checkpoint {self.folder / str(step)}"
         try:
             stored = _leaves(self._manager.item_metadata(step).state.tree)

@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sra2_jax.alignment import Alignment
+from sra2_jax.alignment import KINDS, Alignment
 from sra2_jax.models.dit import DiT
-from sra2_jax.models.heads import MLPHead, latent_head
+from sra2_jax.models.heads import MLPHead, alignment_head
 from sra2_jax.training.sharding import state_shardings
 
 
@@ -37,13 +37,17 @@ def build_networks(config: ConfigDict) -> tuple[DiT, dict[str, MLPHead]]:
         num_classes=config.data.num_classes,
         **fields,
     )
-    patch_dim = config.model.patch_size**2 * config.latents.channels
+    features = {
+        "vae": network.patch_size**2 * network.channels,
+        "encoder": config.align.encoder.width,
+        "teacher": network.width,
+    }
     heads = {
-        name: latent_head(
+        name: alignment_head(
             network.width,
-            patch_dim,
+            features[name],
             layers=spec.head_layers,
-            width_ratio=spec.head_width,
+            hidden=spec.head_width,
             final_layer=spec.head_final_layer,
             dtype=network.dtype,
         )
@@ -58,7 +62,7 @@ def build_alignments(config: ConfigDict) -> dict[str, Alignment]:
     for name, section in config.align.items():
         fields = section.to_dict()
         if fields.pop("enabled"):
-            alignments[name] = Alignment(**fields)
+            alignments[name] = KINDS[name](**fields)
     return alignments
 
 

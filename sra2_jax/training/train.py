@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,12 +21,14 @@ from sra2_jax.data.encode import encode
 from sra2_jax.data.pipeline import batches, prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.observe import Observer, finished
+from sra2_jax.models.dinov2 import DINOv2
+from sra2_jax.pretrained import load_dinov2
 from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.log import Log
 from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import batch_sharding, make_mesh
+from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
 from sra2_jax.training.state import count_parameters, create_sharded
-from sra2_jax.training.step import make_step
+from sra2_jax.training.step import batch_shapes, make_step, record_fields
 
 SPLIT = "train"
 
@@ -101,8 +102,17 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
                 f"no latents dataset in {folder}: encode it on one machine first "
                 "(python -m sra2_jax.data.encode)"
             )
+        encoder, grid = config.align.encoder, _grid(config)
+        stored = record_fields(config)
         encode(
-            config.data.images, folder, config.vae, config.data.resolution, split=SPLIT
+            config.data.images,
+            folder,
+            config.vae,
+            config.data.resolution,
+            split=SPLIT,
+            store_images="image" in stored,
+            encoder=encoder.model if "features" in stored else "",
+            grid=grid,
         )
     info = records.LatentsInfo.read(folder)
     size = config.latents.size
@@ -114,29 +124,64 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
         num_classes=config.data.num_classes,
         scaling_factor=config.latents.scaling_factor,
         shift_factor=config.latents.shift_factor,
+        features=(
+            (config.align.encoder.model, _grid(config), config.align.encoder.width)
+            if "features" in record_fields(config)
+            else None
+        ),
     )
     return folder
 
 
+def _grid(config: ConfigDict) -> int:
+    """Tokens on a side."""
+    return config.latents.size // config.model.patch_size
+
+
+def load_encoder(config: ConfigDict, mesh: Mesh) -> tuple[DINOv2 | None, Any]:
+    """The encoder that an alignment runs in the step, with its parameters on every
+    device; (None, None) where none does.
+
+    Raises:
+      UserError: it cannot be loaded, or its tokens have another width.
+    """
+    if "image" not in record_fields(config):
+        return None, None
+    spec = config.align.encoder
+    encoder, params = load_dinov2(spec.model)
+    if encoder.config.hidden_size != spec.width:
+        raise UserError(
+            f"{spec.model} has tokens of width {encoder.config.hidden_size}: set "
+            "config.align.encoder.width to it"
+        )
+    return encoder, jax.device_put(params, replicated(mesh))
+
+
 def compile_step(
-    config: ConfigDict, transform: Any, schedule: Any, mesh: Mesh, abstract: Any
+    config: ConfigDict,
+    transform: Any,
+    schedule: Any,
+    mesh: Mesh,
+    abstract: Any,
+    encoder: DINOv2 | None,
+    encoder_params: Any,
 ) -> tuple[Any, float]:
-    """The compiled step and the seconds it took; it cannot recompile later."""
+    """The compiled step, (state, batch) -> (state, metrics), and the seconds it took;
+    it cannot recompile later."""
     began = time.perf_counter()
-    side, channels = config.latents.size, config.latents.channels
-
-    def leaf(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        shape = (config.batch_size, *shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
-
-    moment = leaf((side, side, channels), jnp.float16)
-    batch = {"mean": moment, "std": moment, "label": leaf((), jnp.int32)}
-    step = make_step(config, transform, schedule, mesh, abstract)
-    return step.lower(abstract, batch).compile(), time.perf_counter() - began
+    step = make_step(config, transform, schedule, mesh, abstract, encoder)
+    batch = batch_shapes(config, mesh)
+    compiled = step.lower(abstract, batch, encoder_params).compile()
+    seconds = time.perf_counter() - began
+    return lambda state, batch: compiled(state, batch, encoder_params), seconds
 
 
 def write_facts(
-    workdir: epath.Path, abstract: Any, seconds: float, folder: epath.Path
+    workdir: epath.Path,
+    abstract: Any,
+    encoder_params: Any,
+    seconds: float,
+    folder: epath.Path,
 ) -> None:
     """run.json: what the report says of the run besides its config."""
     info = records.LatentsInfo.read(folder)
@@ -144,6 +189,7 @@ def write_facts(
         "parameters": {
             "network": count_parameters(abstract.params["network"]),
             "heads": count_parameters(abstract.params["heads"]),
+            "encoder": count_parameters(encoder_params),
         },
         "compile_seconds": round(seconds, 2),
         "latents": {
@@ -196,8 +242,11 @@ def train(config: ConfigDict, workdir: str) -> None:
         with log.paused():
             observer = Observer(config, folder, mesh, log)
             reference = observer.references(data)
-            step, seconds = compile_step(config, transform, schedule, mesh, abstract)
-            write_facts(folder, abstract, seconds, data)
+            encoder = load_encoder(config, mesh)
+            step, seconds = compile_step(
+                config, transform, schedule, mesh, abstract, *encoder
+            )
+            write_facts(folder, abstract, encoder[1], seconds, data)
         log.message(
             f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
         )
@@ -243,6 +292,7 @@ def loop(
         shuffle_buffer=config.data.shuffle_buffer,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        fields=record_fields(config),
     )
     pending = None
     with prefetch_to_device(stream, batch_sharding(mesh)) as ready:

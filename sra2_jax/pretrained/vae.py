@@ -1,11 +1,5 @@
-"""Published autoencoder weights: read and written in the folder format of diffusers.
+"""Published autoencoder weights: read and written in the folder format of diffusers."""
 
-A folder holds config.json and diffusion_pytorch_model.safetensors, or, sharded,
-diffusion_pytorch_model.safetensors.index.json with the files it names. Only JSON and
-safetensors are ever opened; pickled .bin or .ckpt files are not.
-"""
-
-import json
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -13,17 +7,16 @@ from typing import Any, get_type_hints
 import jax
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from sra2_jax.pretrained import files
+from sra2_jax.pretrained.files import CONFIG, Params, Shape
 
-CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"
-DIGITS = Path(__file__).parent / "assets" / "digits_vae"
-HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+INDEX = files.index_of(WEIGHTS)
+DIGITS = files.ASSETS / "digits_vae"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
 OLD_ATTENTION = {
     "query": "to_q",
@@ -51,8 +44,6 @@ BLOCKS = {
     "up_block_types": "UpDecoderBlock2D",
 }
 
-Params = dict[str, Any]
-
 
 def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     """Read an AutoencoderKL from a folder or from the Hugging Face hub.
@@ -69,9 +60,9 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
         UserError: no such folder or file, hub not reachable, a malformed file, another
             kind of model, or tensors that do not fit the config.
     """
-    folder = _fetch(str(DIGITS) if source == "digits" else source)
+    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
     config = _read_config(folder / CONFIG)
-    tensors, weights = _read_weights(folder)
+    tensors, weights = files.read_weights(folder, WEIGHTS)
     model = AutoencoderKL(config)
     return model, _to_params(tensors, _expected_shapes(model), weights)
 
@@ -115,74 +106,22 @@ def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
     # A stale index would win over the new file, here and in diffusers.
     (folder / INDEX).unlink(missing_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def _fetch(source: str) -> Path:
-    """The local folder of `source`, downloaded if it is a hub id."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{source}: is a file; give the folder that holds {CONFIG}")
-    hub_id = HUB_ID.fullmatch(source)
-    if hub_id is None:
-        raise UserError(
-            f"{source}: no such folder, and not a hub id either; give a folder with "
-            f"{CONFIG} and {WEIGHTS}, or owner/name[@revision]"
-        )
-    # Imported here: it takes a second, and local folders do not need it.
-    from huggingface_hub import snapshot_download
-
-    shards = WEIGHTS.replace(".safetensors", "-*.safetensors")
-    try:
-        return Path(
-            snapshot_download(
-                hub_id["repo"],
-                revision=hub_id["revision"],
-                allow_patterns=[CONFIG, WEIGHTS, INDEX, shards],
-            )
-        )
-    # The client lets errors of several libraries through; the way out is the same.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{source}: no such local folder, and the hub did not deliver it "
-            f"({type(error).__name__}: {reason}); check the name and the network, or "
-            f"download {CONFIG} and {WEIGHTS} into a folder and give its path"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; a VAE folder holds {CONFIG} and {WEIGHTS}, as "
-            "diffusers' save_pretrained writes them"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: not readable JSON ({error}); fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; fetch it again")
-    return content
+    files.write_json(folder / CONFIG, fields)
 
 
 def _read_config(path: Path) -> VAEConfig:
     """VAEConfig of a config.json; keys newer than a file have diffusers' defaults."""
-    fields = _read_json(path)
+    fields = files.read_json(path)
     _check_supported(path, fields)
     fields = NEWER_KEYS | fields
     if fields["shift_factor"] is None:
         fields["shift_factor"] = 0.0
     kinds = get_type_hints(VAEConfig)
-    widths = _field(path, fields, "block_out_channels", list)
+    widths = files.field(path, fields, "block_out_channels", list)
     if not all(type(width) is int for width in widths):
         raise UserError(f"{path}: block_out_channels is {widths!r}; integers expected")
     values = {
-        key: _field(path, fields, key, kind)
+        key: files.field(path, fields, key, kind)
         for key, kind in kinds.items()
         if key != "block_out_channels"
     }
@@ -200,12 +139,7 @@ def _check_supported(path: Path, fields: dict[str, Any]) -> None:
             f"{path}: _class_name is {name!r}; only AutoencoderKL can be loaded (in a "
             "pipeline's folder it is the subfolder vae)"
         )
-    for key, value in ONLY_VALUE.items():
-        if fields.get(key, value) != value:
-            raise UserError(
-                f"{path}: {key} is {fields[key]!r}; only {value!r} is supported, "
-                "choose another VAE"
-            )
+    files.check_values(path, fields, ONLY_VALUE, "choose another VAE")
     levels = fields.get("block_out_channels")
     for key, block in BLOCKS.items():
         if key in fields and fields[key] != [block] * len(levels or ()):
@@ -215,57 +149,7 @@ def _check_supported(path: Path, fields: dict[str, Any]) -> None:
             )
 
 
-def _field(path: Path, fields: dict[str, Any], key: str, kind: type) -> Any:
-    """fields[key], refused unless it is of `kind` (an int is made a float)."""
-    if key not in fields:
-        raise UserError(f"{path}: {key} is missing; fetch the file again")
-    value = fields[key]
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{path}: {key} is {value!r}; {kind.__name__} expected")
-    return value
-
-
-def _read_weights(folder: Path) -> tuple[dict[str, np.ndarray], Path]:
-    """All tensors by their name in the file, and the file to name in messages."""
-    index = folder / INDEX
-    if not index.is_file():
-        return _read_safetensors(folder / WEIGHTS), folder / WEIGHTS
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map; fetch it again")
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(name).name != name:
-            raise UserError(
-                f"{index}: {name!r} is not a plain file name; fetch it again"
-            )
-        tensors |= _read_safetensors(folder / name)
-    return tensors, index
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of one file as float32."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; weights must be safetensors, save them anew with "
-            "save_pretrained(folder, safe_serialization=True) if there are others"
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: _float32(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path}: truncated or malformed safetensors ({error}); fetch it again"
-        ) from error
-
-
-def _float32(tensor: np.ndarray) -> np.ndarray:
-    return np.asarray(tensor, dtype=np.float32)
-
-
-def _expected_shapes(model: AutoencoderKL) -> dict[tuple[str, ...], tuple[int, ...]]:
+def _expected_shapes(model: AutoencoderKL) -> dict[tuple[str, ...], Shape]:
     """Shape of every parameter by its path, without allocating one."""
     side = model.config.downsample
     image = jax.ShapeDtypeStruct((1, side, side, model.config.in_channels), np.float32)
@@ -307,28 +191,18 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _to_params(
     tensors: dict[str, np.ndarray],
-    expected: dict[tuple[str, ...], tuple[int, ...]],
+    expected: dict[tuple[str, ...], Shape],
     source: Path,
 ) -> Params:
     """Flax tree of torch tensors; every name and shape must fit."""
     tensors = _current_names(tensors)
-    names = {path: _torch_name(path) for path in expected}
-    missing = sorted(set(names.values()) - set(tensors))
-    surplus = sorted(set(tensors) - set(names.values()))
-    for kind, found in (("missing", missing), ("unexpected", surplus)):
-        if found:
-            raise UserError(
-                f"{source}: {len(found)} tensors {kind}, first {found[0]}; does "
-                f"{CONFIG} beside it belong to these weights?"
-            )
-    flat = {}
-    for path, shape in expected.items():
-        leaf = _flax_layout(tensors[names[path]])
-        if leaf.shape != shape:
-            wanted = _torch_layout(np.broadcast_to(np.float32(0), shape)).shape
-            raise UserError(
-                f"{source}: {names[path]} has shape {tensors[names[path]].shape}, "
-                f"{CONFIG} asks for {wanted}; do the two files belong together?"
-            )
-        flat[path] = np.ascontiguousarray(leaf)
+    wanted = {
+        _torch_name(path): _torch_layout(np.broadcast_to(np.float32(0), shape)).shape
+        for path, shape in expected.items()
+    }
+    files.check_tensors(tensors, wanted, source)
+    flat = {
+        path: np.ascontiguousarray(_flax_layout(tensors[_torch_name(path)]))
+        for path in expected
+    }
     return traverse_util.unflatten_dict(flat)

@@ -1,0 +1,22 @@
+"""REPA on SiT-B/2, ImageNet 256 px (arXiv 2410.06940).
+
+Command: python main.py --config=configs/repa_b.py --config.data.dir=LATENTS
+Needs a dataset encoded with --store_images, or --config.align.encoder.source=features
+and one encoded with --encoder=facebook/dinov2-base.
+Block 4 of 12, as later work trains REPA at this size. Not yet reproduced with this
+code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.name = "repa_b"
+    c.steps = 400_000
+    default.set_size(c, "B")
+    c.align.vae.enabled = False
+    c.align.encoder.enabled = True
+    return c

@@ -1,0 +1,19 @@
+"""SRA on SiT-B/2, ImageNet 256 px (arXiv 2505.02831).
+
+Command: python main.py --config=configs/sra_b.py --config.data.dir=LATENTS
+Blocks 4 and 8, the defaults of the authors' loss. Not yet reproduced with this code.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.name = "sra_b"
+    c.steps = 400_000
+    default.set_size(c, "B")
+    c.align.vae.enabled = False
+    c.align.teacher.enabled = True
+    return c

@@ -1,0 +1,249 @@
+"""DINOv2 (Oquab et al. 2023), the encoder that REPA aligns with, channels last.
+
+The network of `Dinov2Model` of transformers without what only training uses (dropout,
+stochastic depth). `sra2_jax.pretrained.dinov2` reads its weights. Norms, softmax and
+the residual stream are float32; matrix products run in `dtype`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from sra2_jax.errors import UserError
+from sra2_jax.models.dit import patchify
+
+# Means and standard deviations of red, green and blue in [0, 1].
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ZEROS, ONES = nn.initializers.zeros_init(), nn.initializers.ones_init()
+NORMAL = nn.initializers.truncated_normal(0.02)
+XAVIER = nn.initializers.xavier_uniform()
+
+
+@dataclass(frozen=True)
+class DINOv2Config:
+    """Shape of a DINOv2 encoder; the defaults are those of dinov2-base.
+
+    `image_size` is that of the position table. The mask token is used by DINOv2's
+    training alone; it is here so that files keep all of their tensors.
+
+    Raises:
+        UserError: a count is not positive, num_attention_heads does not divide
+            hidden_size, or image_size is below patch_size.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: int = 4
+    image_size: int = 518
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    use_mask_token: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "mlp_ratio",
+            "patch_size",
+        ):
+            count = getattr(self, name)
+            if count < 1:
+                raise UserError(
+                    f"DINOv2 config: {name} is {count}; give a number above 0"
+                )
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"DINOv2 config: num_attention_heads {self.num_attention_heads} does "
+                f"not divide hidden_size {self.hidden_size}; change one of them"
+            )
+        if self.image_size < self.patch_size:
+            raise UserError(
+                f"DINOv2 config: image_size {self.image_size} is below patch_size "
+                f"{self.patch_size}; change one of them"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side of the position table: 37 for dinov2-base."""
+        return self.image_size // self.patch_size
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' kernel (1981, eq. 4 with free a): 1 at 0, 0 at other integers and |x|>2."""
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray:
+    """Weights (new, old) of cubic interpolation along one axis, float32.
+
+    Pixel centres lie at half integers. As torch's `interpolate(mode="bicubic",
+    align_corners=False)` does, pixels beyond the border repeat the last one; with
+    antialias they are left out, rows sum to 1 again, and the kernel is as many times
+    wider as the axis shrinks.
+    """
+    scale = old / new
+    centres = (np.arange(new) + 0.5)[:, None] * scale
+    if antialias:
+        weights = _cubic((np.arange(old) + 0.5 - centres) / max(scale, 1.0), a)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    taps = np.floor(centres - 0.5).astype(int) + np.arange(-1, 3)
+    weights = np.zeros((new, old))
+    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
+    np.add.at(weights, (rows, taps.clip(0, old - 1)), _cubic(taps + 0.5 - centres, a))
+    return weights.astype(np.float32)
+
+
+def _resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
+    """Bicubic resize of (B, H, W, C) to (B, height, width, C), exact if equal."""
+    if x.shape[1:3] == (height, width):
+        return x
+    down = _bicubic_matrix(x.shape[1], height, a, antialias)
+    across = _bicubic_matrix(x.shape[2], width, a, antialias)
+    # Accelerators would otherwise round the weights to bf16 or TF32.
+    return jnp.einsum("ih,jw,bhwc->bijc", down, across, x, precision="highest")
+
+
+def standardise(pixels: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Pixels in [0, 1] with ImageNet's mean removed, over its standard deviation."""
+    return (pixels - jnp.array(IMAGENET_MEAN)) / jnp.array(IMAGENET_STD)
+
+
+def preprocess(
+    images: UInt8[Array, "b h w 3"], side: int
+) -> Float[Array, "b {side} {side} 3"]:
+    """What the encoder takes: ImageNet's mean and deviation removed, then resized.
+
+    images: uint8 (B, H, W, 3). Returns float32 (B, side, side, 3); bicubic with
+    a = -0.75 and no antialiasing, after the normalisation, as `preprocess_raw_image`
+    of REPA's train.py does.
+    """
+    x = standardise(images.astype(jnp.float32) / 255)
+    return _resize(x, side, side, -0.75, antialias=False)
+
+
+def layer_norm(config: DINOv2Config, name: str) -> nn.LayerNorm:
+    """LayerNorm in float32; in two passes, as tokens may have huge channels."""
+    return nn.LayerNorm(
+        config.layer_norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
+
+
+class Block(nn.Module):
+    """Transformer block, each branch multiplied by a learned scale per channel."""
+
+    config: DINOv2Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        cfg = self.config
+        b, n, d = x.shape
+
+        def dense(features: int, name: str, bias: bool = True) -> nn.Dense:
+            return nn.Dense(
+                features, bias, dtype=self.dtype, kernel_init=XAVIER, name=name
+            )
+
+        y = layer_norm(cfg, "norm1")(x)
+        q, k, v = (
+            dense(d, name, cfg.qkv_bias)(y).reshape(b, n, cfg.num_attention_heads, -1)
+            for name in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        y = dense(d, "attention_out")(y.reshape(b, n, d))
+        x = x + self.param("scale1", ONES, (d,)) * y
+        y = dense(d * cfg.mlp_ratio, "mlp_in")(layer_norm(cfg, "norm2")(x))
+        y = dense(d, "mlp_out")(nn.gelu(y, approximate=False))
+        return x + self.param("scale2", ONES, (d,)) * y
+
+
+class DINOv2(nn.Module):
+    """Vision transformer over patches and a class token.
+
+    Attributes:
+      config: the shape.
+      antialias: how the position table is resized to another grid than its own. True:
+        as REPA does (utils.py, `load_encoders`, by timm's `resample_abs_pos_embed`:
+        torch's antialiased bicubic, a = -0.5); False: as transformers does
+        (a = -0.75). It matters: dinov2-base has 37x37 positions, REPA's input 16x16.
+      scan: run the blocks as a loop, or unrolled.
+      dtype: compute type of the matrix products.
+    """
+
+    config: DINOv2Config
+    antialias: bool = True
+    scan: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """Tokens of the last layer after its norm, the class token first.
+
+        pixels: (B, H, W, 3) as `preprocess` returns them, H and W multiples of
+        patch_size p. Returns float32 (B, 1 + H/p * W/p, hidden_size), row-major.
+
+        Raises:
+          ValueError: p does not divide H or W.
+        """
+        cfg = self.config
+        p, d = cfg.patch_size, cfg.hidden_size
+        b, height, width, _ = pixels.shape
+        if height % p or width % p:
+            raise ValueError(f"{height}x{width} pixels are no whole patches of {p}")
+        x = nn.Dense(d, dtype=self.dtype, kernel_init=XAVIER, name="patch")(
+            patchify(pixels, p)
+        )
+        if cfg.use_mask_token:
+            self.param("mask_token", ZEROS, (1, d))
+        token = self.param("class_token", NORMAL, (1, 1, d))
+        token = jnp.broadcast_to(token, (b, 1, d))
+        x = jnp.concatenate([token, x.astype(jnp.float32)], axis=1)
+        x = x + self._positions(height // p, width // p)
+        scan = nn.scan(
+            lambda block, carry, _: (block(carry), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.num_hidden_layers,
+            unroll=1 if self.scan else cfg.num_hidden_layers,
+        )
+        x, _ = scan(Block(cfg, self.dtype, name="blocks"), x, None)
+        return layer_norm(cfg, "norm")(x)
+
+    def _positions(self, height: int, width: int) -> Array:
+        """The table (1, 1 + height * width, D), resized where its grid differs."""
+        side, d = self.config.grid, self.config.hidden_size
+        table = self.param("positions", NORMAL, (1, 1 + side**2, d))
+        grid = table[:, 1:].reshape(1, side, side, d)
+        a = -0.5 if self.antialias else -0.75
+        grid = _resize(grid, height, width, a, self.antialias)
+        return jnp.concatenate([table[:, :1], grid.reshape(1, -1, d)], axis=1)
+
+
+def patch_features(
+    module: DINOv2,
+    params: Mapping[str, Any],
+    images: UInt8[Array, "b h w 3"],
+    grid: int,
+) -> Float[Array, "b {grid*grid} d"]:
+    """REPA's targets (`x_norm_patchtokens`): a feature for each cell of a grid.
+
+    images: uint8 (B, H, W, 3), resized to grid * patch_size: 224 for ImageNet at 256
+    pixels and a grid of 16, 448 at 512 pixels and 32. Returns float32
+    (B, grid * grid, hidden_size), row-major, without the class token.
+    """
+    pixels = preprocess(images, module.config.patch_size * grid)
+    tokens: Any = module.apply({"params": params}, pixels)
+    return tokens[:, 1:]

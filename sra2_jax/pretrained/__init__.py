@@ -1,0 +1,6 @@
+"""Published weights: folders of config.json and safetensors, read and written."""
+
+from sra2_jax.pretrained.dinov2 import load_dinov2
+from sra2_jax.pretrained.vae import load_vae, save_vae
+
+__all__ = ["load_dinov2", "load_vae", "save_vae"]

@@ -1,0 +1,55 @@
+"""A run's folder, opened by other programs: its config and its trained state."""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sra2_jax import config as configuration
+from sra2_jax.errors import UserError
+from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.training.optim import make_optimizer
+from sra2_jax.training.sharding import make_mesh
+from sra2_jax.training.state import TrainState, create_sharded
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config that the run in `workdir` was started with.
+
+    Raises:
+      UserError: no config.json there, or one that this version cannot use.
+    """
+    path = epath.Path(workdir) / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}): give a run's workdir"
+        ) from error
+    return configuration.from_saved(saved, str(path))
+
+
+def restore_run(workdir: str, step: int | None = None) -> tuple[ConfigDict, TrainState]:
+    """The config and a checkpoint of a run, the newest by default, on all devices.
+
+    `state.ema["network"]` and `state.params["network"]` are trees of the run's DiT,
+    see `training.state.build_networks`; `state.step` says which step it is.
+
+    Raises:
+      UserError: no run, no such checkpoint, or one that cannot be read.
+    """
+    config = read_config(workdir)
+    folder = epath.Path(workdir).absolute() / "checkpoints"
+    if not folder.exists():
+        raise UserError(f"{folder}: no such folder: give the workdir of a run")
+    mesh = make_mesh(-1, 1, batch_size=jax.device_count())
+    transform, _ = make_optimizer(**config.optim)
+    abstract, _ = create_sharded(config, transform, mesh)
+    checkpoints = Checkpoints(folder, config.run.keep_checkpoints)
+    try:
+        state: Any = checkpoints.restore(abstract, step)
+    finally:
+        checkpoints.close()
+    return config, state

@@ -1,0 +1,84 @@
+"""The cost table against published counts and XLA's."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from PIL import Image
+
+from configs import default
+from sra2_jax.cost import METHODS, counted, dit_macs, of_method
+from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
+from sra2_jax.training.state import build_networks
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "macs"),
+    [("S", 32, 6.05), ("B", 32, 23.0), ("L", 32, 80.7), ("XL", 32, 118.64), ("XL", 64, 524.5)],
+)  # fmt: skip
+def test_published_forward_macs(size, grid, macs):
+    """DiT's Table 4 and the 512 px model."""
+    config = default.get_config()
+    default.set_size(config, size)
+    config.latents.size = grid
+    network, _ = build_networks(config)
+    assert dit_macs(network, network.depth) / 1e9 == pytest.approx(macs, rel=3e-3)
+
+
+def test_xl_costs_what_the_paper_says():
+    """675.1M, +18.6M, +4.0% for SRA 2, without a single array."""
+    before = {id(x) for x in jax.live_arrays()}
+    encoder = DINOv2(DINOv2Config())
+    rows = {name: counted(default.get_config(), name, encoder) for name in METHODS}
+    assert not [x for x in jax.live_arrays() if id(x) not in before and x.size > 1000]
+    row = rows["SRA 2"]
+    assert f"{row['network_parameters'] / 1e6:.1f}" == "675.1"
+    assert f"{row['head_parameters'] / 1e6:.1f}" == "18.6"
+    assert f"{row['extra_percent']:.1f}" == "4.0"
+    assert rows["vanilla"]["extra_percent"] == rows["vanilla"]["head_parameters"] == 0
+    # REPA: three layers to 768; the encoder is DINOv2-B
+    assert rows["REPA"]["head_parameters"] == (
+        (1152 + 1) * 2048 + (2048 + 1) * 2048 + (2048 + 1) * 768
+    )
+    assert rows["REPA"]["external_parameters"] == pytest.approx(86.6e6, rel=1e-3)
+    # SRA: 20 of 28 blocks once more, and D -> 2D -> D
+    assert rows["SRA"]["extra_percent"] == pytest.approx(100 * 20 / 28 + 1.1, abs=0.5)
+    both = rows["REPA"]["extra_percent"] + row["extra_percent"]
+    assert rows["REPA + SRA 2"]["extra_percent"] == pytest.approx(both)
+    for name, row in rows.items():  # XLA counts sums and exponentials, too
+        assert 0 < row["xla_gflops"] / row["forward_gflops"] - 1 < 0.01, name
+
+
+def test_stored_features_need_no_encoder():
+    config = default.get_config()
+    config.align.encoder.source = "features"
+    row = counted(config, "REPA", DINOv2(DINOv2Config()))
+    assert row["external_parameters"] == 0
+    assert row["extra_percent"] < 2
+    assert set(of_method(config, "SRA").align.teacher.keys()) >= {"enabled"}
+
+
+def test_program(tmp_path):
+    """Text, JSON and picture, with all five methods timed on the quickstart."""
+    command = [
+        sys.executable, "-m", "sra2_jax.cost", "--config=configs/quickstart.py",
+        "--measure=configs/quickstart.py", "--batch_size=8", "--rounds=1", "--steps=1",
+        f"--out={tmp_path}/cost",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "cost" / "cost.json").read_text())
+    rows = {row["method"]: row for row in facts["methods"]}
+    assert list(rows) == list(METHODS)
+    for name, row in rows.items():
+        assert row["step_seconds"] > 0
+        assert re.search(rf"^{re.escape(name)} +1\.1M", done.stdout, re.MULTILINE)
+    assert rows["vanilla"]["time_over_vanilla"] == 1
+    assert rows["SRA"]["peak_bytes"] > rows["vanilla"]["peak_bytes"] > 2e6
+    assert Image.open(tmp_path / "cost" / "cost.png").width > 800

@@ -1,0 +1,250 @@
+"""Vanilla, SRA 2, REPA, SRA and REPA + SRA 2 through the one step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sra2_jax.data.pipeline import batches
+from sra2_jax.errors import UserError
+from sra2_jax.models.dinov2 import patch_features
+from sra2_jax.pretrained import load_dinov2
+from sra2_jax.training.optim import make_optimizer
+from sra2_jax.training.sharding import make_mesh
+from sra2_jax.training.state import build_networks, create_sharded
+from sra2_jax.training.step import make_draw, make_loss, make_step, record_fields
+from sra2_jax.training.train import train
+
+METHODS = {
+    "vanilla": (),
+    "SRA 2": ("vae",),
+    "REPA": ("encoder",),
+    "SRA": ("teacher",),
+    "REPA + SRA 2": ("encoder", "vae"),
+    "all": ("encoder", "teacher", "vae"),
+}
+
+
+def switch(config, on):
+    for name, section in config.align.items():
+        section.enabled = name in on
+    return config
+
+
+def start(config):
+    """One device: mesh, abstract state, parameters moved away from their zeros."""
+    mesh = make_mesh(1, 1, config.batch_size, devices=jax.devices()[:1])
+    transform, schedule = make_optimizer(**config.optim)
+    abstract, init = create_sharded(config, transform, mesh)
+    state = init()
+    moved = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
+    return mesh, transform, schedule, abstract, state, moved
+
+
+@pytest.fixture(scope="module")
+def digits(latents):
+    """The first 20 batches of 64 real digits with their images and features."""
+    stream = batches(
+        latents,
+        split="train",
+        batch_size=64,
+        seed=0,
+        start_step=0,
+        streams=1,
+        shuffle_buffer=2048,
+        process_index=0,
+        process_count=1,
+        fields=("image", "features"),
+    )
+    rows = [next(stream) for _ in range(20)]
+    for row in rows:
+        row.pop("index")
+    return rows
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_on_digits(tiny, digits, name):
+    """Every loss falls, every head that is on moves, no other head exists."""
+    on = METHODS[name]
+    config = switch(tiny, on)
+    config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
+    mesh, transform, schedule, abstract, state, _ = start(config)
+    first = jax.device_get(state.params["heads"])
+    assert set(first) == set(on)
+    encoder, params = load_dinov2("digits")
+    step = make_step(config, transform, schedule, mesh, abstract, encoder)
+    wanted = ("mean", "std", "label", *record_fields(config))
+    rows = []
+    for number in range(60):
+        batch = {k: digits[number % len(digits)][k] for k in wanted}
+        state, metrics = step(state, batch, params if "encoder" in on else None)
+        rows.append({k: float(v) for k, v in metrics.items()})
+    assert {k[11:] for k in rows[0] if k.startswith("loss_align_")} == set(on)
+    for key in ("loss", "loss_denoise", *(f"loss_align_{n}" for n in on)):
+        before, after = (
+            np.mean([r[key] for r in part]) for part in (rows[:5], rows[-5:])
+        )
+        # the teacher's features grow while the student learns to follow them
+        if key not in ("loss_align_teacher", "loss") or "teacher" not in on:
+            assert after < 0.97 * before, key
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), first, jax.device_get(state.params["heads"])
+    )
+    assert all(m > 1e-3 for m in jax.tree.leaves(moved))
+
+
+def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
+    """SRA's loss and its gradient from a full forward pass of the EMA network."""
+    switch(tiny, ("teacher",))
+    tiny.model.depth, tiny.align.teacher.interval = 3, 0.3
+    network, heads = build_networks(tiny)
+    params = start(tiny)[5]
+    ema = jax.tree.map(lambda p: 0.9 * p, params["network"])
+    step = jnp.asarray(7)
+    draws = make_draw(tiny)(batch, step)
+
+    t, t_teacher = np.asarray(draws["t"]), np.asarray(draws["t_teacher"])
+    assert (t_teacher <= t).all()
+    assert (t_teacher >= np.maximum(t - 0.3, 0)).all()
+    assert len(np.unique(t - t_teacher)) == len(t)  # drawn for each sample
+    # x = (1 - t) z + t n and dx/dt = n - z, the target: both sides give z and n
+    t4, v = t.reshape(-1, 1, 1, 1), np.asarray(draws["target"])
+    clean = np.asarray(draws["x_t"]) - t4 * v
+    expected = clean + t_teacher.reshape(-1, 1, 1, 1) * v
+    np.testing.assert_allclose(draws["x_teacher"], expected, atol=1e-5)
+
+    inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
+    _, kept, _ = network.apply({"params": ema}, *inputs, (2,))
+    target = np.asarray(kept[2])
+
+    def formula(params):
+        inputs = draws["x_t"], draws["t"], draws["y"]
+        out, kept, c = network.apply({"params": params["network"]}, *inputs, (1,))
+        head = heads["teacher"].apply(
+            {"params": params["heads"]["teacher"]}, kept[1], c
+        )
+        d = jnp.abs(head - target)
+        align = jnp.mean(jnp.where(d < 0.05, d**2 / 0.1, d - 0.025))
+        return jnp.mean((out - v) ** 2) + 0.2 * align
+
+    frozen = {"teacher": ema, "encoder": None}
+    ours = jax.value_and_grad(make_loss(tiny), has_aux=True)(
+        params, frozen, draws, step
+    )
+    value, gradient = jax.value_and_grad(formula)(params)
+    assert float(ours[0][0]) == pytest.approx(float(value), rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        ours[1],
+        gradient,
+    )
+
+
+def test_teacher_is_the_ema_of_the_state_before_the_step(tiny, batch):
+    """The step hands over state.ema, not the raw parameters."""
+    switch(tiny, ("teacher",))
+    mesh, transform, schedule, abstract, state, moved = start(tiny)
+    draws = make_draw(tiny)(batch, state.step)
+    frozen = {"teacher": moved["network"]}
+    _, expected = make_loss(tiny)(state.params, frozen, draws, state.step)
+    step = make_step(tiny, transform, schedule, mesh, abstract)
+    _, metrics = step(state.replace(ema=moved), batch)
+    for name in ("loss", "loss_align_teacher"):
+        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    assert float(metrics["loss_align_teacher"]) > 0.1
+
+
+@pytest.mark.parametrize("source", ["images", "features"])
+def test_repa_is_minus_the_cosine_over_channels(tiny, digits, source):
+    """1 - mean cos(head(h), encoder(image)); weight 0.5. Stored features do as well."""
+    switch(tiny, ("encoder",))
+    tiny.align.encoder.source = source
+    encoder, encoder_params = load_dinov2("digits")
+    network, heads = build_networks(tiny)
+    params = start(tiny)[5]
+    batch = {k: v[:16] for k, v in digits[0].items()}
+    draws = make_draw(tiny)(batch, jnp.asarray(0))
+    assert {"image", "features"} & draws.keys() == set(record_fields(tiny))
+    total, metrics = make_loss(tiny, encoder)(
+        params, {"encoder": encoder_params}, draws, jnp.asarray(0)
+    )
+    z = np.asarray(patch_features(encoder, encoder_params, batch["image"], 4))
+    inputs = draws["x_t"], draws["t"], draws["y"]
+    _, kept, c = network.apply({"params": params["network"]}, *inputs, (1,))
+    h = heads["encoder"].apply({"params": params["heads"]["encoder"]}, kept[1], c)
+    norms = np.linalg.norm(h, axis=-1) * np.linalg.norm(z, axis=-1)
+    cosine = (np.asarray(h) * z).sum(-1) / norms
+    assert float(metrics["loss_align_encoder"]) == pytest.approx(
+        1 - cosine.mean(), rel=1e-4
+    )
+    parts = metrics["loss_denoise"] + 0.5 * metrics["loss_align_encoder"]
+    assert float(total) == pytest.approx(float(parts), rel=1e-6)
+
+
+def test_what_is_off_costs_nothing(tiny, batch):
+    """Counted by XLA: blocks after the teacher's never run, others add nothing."""
+    tiny.model.depth, tiny.model.scan = 4, False
+
+    def flops(on, teacher_depth=1):
+        switch(tiny, on)
+        tiny.align.teacher.teacher_depth = teacher_depth
+        params = start(tiny)[5]
+        loss = make_loss(tiny)
+
+        def forward(params, batch):
+            draws = make_draw(tiny)(batch, jnp.asarray(0))
+            return loss(params, {"teacher": params["network"]}, draws, jnp.asarray(0))
+
+        compiled = jax.jit(forward).lower(params, batch).compile()
+        return compiled.cost_analysis()["flops"]
+
+    vanilla, *sra = [flops(())] + [flops(("teacher",), n) for n in (1, 2, 3)]
+    block = sra[1] - sra[0]
+    assert sra[2] - sra[1] == pytest.approx(block, rel=0.02)
+    assert 3 * block < vanilla < 6 * block
+    assert vanilla < sra[0] < vanilla + 3 * block
+    tiny.align.encoder.model = "nowhere"
+    assert flops(()) == vanilla
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("images", "REPA"), ("features", "REPA + SRA 2")]
+)
+def test_whole_job_with_an_encoder(tiny, tmp_path, source, name):
+    """The job encodes what the method needs by itself, and trains on it."""
+    switch(tiny, METHODS[name])
+    tiny.align.encoder.source = source
+    tiny.steps = 2
+    train(tiny, str(tmp_path / "run"))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"loss_align_encoder"' in lines
+    assert name in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"align.encoder.width": 48},
+            "digits has tokens of width 64: set config.align.",
+        ),
+        (
+            {"align.encoder.source": "features", "align.encoder.width": 48},
+            "align.encoder.width=48",
+        ),
+        (
+            {"align.encoder.source": "features", "align.encoder.model": "elsewhere"},
+            "align.encoder.model=elsewhere",
+        ),
+        ({"align.encoder.model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_refusals(tiny, latents, tmp_path, changes, message):
+    switch(tiny, ("encoder",)).data.dir = str(latents)
+    tiny.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as error:
+        train(tiny, str(tmp_path / "run"))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
