@@ -45,7 +45,7 @@ BLOCK = {
 # section of config.align -> name of its head, and of the head's linear layers: in a
 # sequence with SiLU between them, but for SRA's
 HEADS = {"vae": "sra2_head", "encoder": "projectors.0", "teacher": "ap_head"}
-HEAD_FINAL = {
+HEAD_FINAL: dict[Path, str] = {
     ("final", "modulation"): "final_layer.adaLN_modulation.1",
     ("final", "linear"): "final_layer.linear",
 }
@@ -139,16 +139,13 @@ def to_reference(
         linear = sum(layer.startswith("linear") for layer in tree)
         parts.append((tree, _head_layers(name, linear, "final" in tree)))
     for tree, table in parts:
+        flat = traverse_util.flatten_dict(tree)
         for path, names in table.items():
-            layer = tree
-            for key in path:
-                layer = layer[key]
-            stacked = {k: np.asarray(layer[k]) for k in ("kernel", "bias")}
-            if path[0] != "blocks":
-                stacked = {k: v[None] for k, v in stacked.items()}
-            for i, name in enumerate(names):
-                weights[f"{name}.weight"] = stacked["kernel"][i].T
-                weights[f"{name}.bias"] = stacked["bias"][i]
+            for ours, leaf in (("kernel", "weight"), ("bias", "bias")):
+                array = np.asarray(flat[*path, ours])
+                rows = array if path[0] == "blocks" else array[None]
+                for name, row in zip(names, rows, strict=True):
+                    weights[f"{name}.{leaf}"] = row.T
     return {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
 
 
@@ -229,7 +226,7 @@ def _network_sizes(d: int, hidden: int, outputs: int) -> dict[Path, tuple[int, i
 
 
 def _head_layers(name: str, linear: int, final: bool) -> Table:
-    prefix, table = HEADS[name], {}
+    prefix, table = HEADS[name], Table()
     for i in range(linear):
         last = f"linear{i + 1}" if name == "teacher" else str(2 * i)
         table[f"linear_{i}",] = [f"{prefix}.{last}"]
@@ -251,7 +248,8 @@ def _find_head(name: str, weights: Mapping[str, Any]) -> Table:
 
 def _head_sizes(take: Take, table: Table, d: int) -> dict[Path, tuple[int, int]]:
     """(inputs, outputs) of each layer on tokens and a condition of width d."""
-    sizes, last = {}, d
+    sizes: dict[Path, tuple[int, int]] = {}
+    last = d
     for path, (name,) in table.items():
         if path == ("final", "modulation"):
             sizes[path] = d, 2 * last
@@ -285,8 +283,8 @@ def _float32(name: str, tensor: Any, shape: tuple[int | None, ...]) -> np.ndarra
         b in (None, a) for a, b in zip(tensor.shape, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise UserError(f"{name} has shape {tensor.shape}, expected ({wanted})")
+        wanted = str(shape).replace("None", "any")
+        raise UserError(f"{name} has shape {tensor.shape}, expected {wanted}")
     return np.asarray(tensor, np.float32)
 
 

@@ -225,7 +225,7 @@ class DINOv2(nn.Module):
     def _positions(self, height: int, width: int) -> Array:
         """The table (1, 1 + height * width, D), resized where its grid differs."""
         side, d = self.config.grid, self.config.hidden_size
-        table = self.param("positions", NORMAL, (1, 1 + side**2, d))
+        table = jnp.asarray(self.param("positions", NORMAL, (1, 1 + side**2, d)))
         grid = table[:, 1:].reshape(1, side, side, d)
         a = -0.5 if self.antialias else -0.75
         grid = _resize(grid, height, width, a, self.antialias)

@@ -1,7 +1,7 @@
 """The diffusion transformer of SiT and DiT, channels last, one stacked block tree.
 
 Source: the reference `SiT` network (willisma/SiT), whose checkpoints
-`sra2_jax.convert` loads. Norms, softmax and the residual stream are float32; matrix
+`sra2_jax.reference` reads. Norms, softmax and the residual stream are float32; matrix
 products run in `dtype`; parameters are float32.
 """
 

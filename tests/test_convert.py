@@ -1,0 +1,272 @@
+"""Checkpoints in and out, bit for bit; a run that goes on from an imported one."""
+
+import argparse
+import json
+import pickle
+import sys
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from sra2_jax import convert, statedict
+from sra2_jax.convert import export_run, import_file
+from sra2_jax.errors import UserError
+from sra2_jax.statedict import read_file
+from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.training.restore import restore_run
+from sra2_jax.training.train import train
+from tests.test_reference import assert_same, golden_weights, random_weights
+
+ENCODER = ("encoder.enabled=true", "encoder.width=48", "encoder.head_width=80")
+TEACHER = ("teacher.enabled=true", "teacher.head_width=0")
+GOLDEN = {
+    "sit": (3, False, ()),
+    "sit_learn_sigma": (2, True, ()),
+    "repa_sit": (3, False, ENCODER),
+    "sra_sit": (4, False, TEACHER),
+}
+
+
+def program(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    convert.main()
+
+
+# ml_collections loads a config file so.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_files_go_in_and_out_unchanged(
+    name, golden, tmp_path, monkeypatch, capsys
+):
+    """The programs themselves, on weights in float16."""
+    depth, learn_sigma, align = GOLDEN[name]
+    weights = golden_weights(golden, name)
+    np.savez(tmp_path / "in.npz", **weights, steps=7)
+    settings = (
+        "latents.size=8", "model.patch_size=2", "model.width=64",
+        f"model.depth={depth}", f"model.learn_sigma={learn_sigma}",
+        "align.vae.enabled=false",
+        *(f"align.{a}" for a in align),
+    )  # fmt: skip
+    program(
+        monkeypatch, "import", tmp_path / "in.npz", f"--workdir={tmp_path / 'run'}",
+        "--config=configs/quickstart.py", *(f"--config.{s}" for s in settings),
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "step 7 (the file's)" in said
+    assert "one set of weights, taken for both raw and EMA" in said
+    assert "optimizer moments: zero" in said
+    assert ("--reverse_time" in said) == learn_sigma
+    assert said.count(": loaded") == bool(align)
+    out = tmp_path / "out.safetensors"
+    program(monkeypatch, "export", tmp_path / "run", f"--out={out}", "--heads")
+    assert_same(load_file(out), weights)
+    with safe_open(out, "numpy") as file:
+        notes = file.metadata()
+    assert (notes["step"], notes["weights"], notes["num_heads"]) == ("7", "ema", "4")
+
+
+def test_raw_and_ema_apart(tiny, tmp_path, capsys):
+    """Wrappers' prefixes, a head that is left out and one that is made."""
+    sets = {"model": random_weights(tiny, 0), "ema": random_weights(tiny, 1)}
+    flat = {f"model.module.{k}": v for k, v in sets["model"].items()}
+    flat |= {f"ema/_orig_mod.{k}": v for k, v in sets["ema"].items()}
+    np.savez(tmp_path / "in.npz", steps=3, **flat)
+    tiny.align.vae.enabled = False
+    tiny.align.encoder.enabled = True
+    import_file(tmp_path / "in.npz", str(tmp_path / "run"), tiny)
+    said = capsys.readouterr().out
+    assert "raw and EMA weights" in said
+    assert "config.align.vae: left out" in said
+    assert "config.align.encoder: not in the file, initialised afresh" in said
+    config, state = restore_run(str(tmp_path / "run"))
+    assert config.to_dict() == tiny.to_dict()
+    assert state.step == 3
+    assert state.params["heads"].keys() == {"encoder"}
+    jax.tree.map(
+        np.testing.assert_array_equal, state.params["heads"], state.ema["heads"]
+    )
+    for key, name in statedict.SETS.items():
+        out = tmp_path / f"{name}.npz"
+        export_run(str(tmp_path / "run"), out, name)
+        network = {k: v for k, v in sets[key].items() if "head" not in k}
+        assert_same(dict(np.load(out)), network)
+
+
+def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
+    a, b = (np.full(3, n, np.float16) for n in range(2))
+    tree = {"model": {"a": a}, "ema": {"a": b}, "steps": 3}
+    flat = {"model.a": a, "ema.a": b}
+    np.savez(tmp_path / "in.npz", **flat, steps=3)
+    save_file(flat, tmp_path / "in.safetensors", {"step": "3"})
+    beside = {"opt": {"state": {}}, "args": argparse.Namespace(), "epoch": 1}
+    fake_torch(monkeypatch, lambda path: {"state_dict": tree | beside})
+    for suffix in (".npz", ".safetensors", ".pt", ".pth", ".ckpt"):
+        path = tmp_path / f"in{suffix}"
+        path.touch()
+        contents = read_file(path)
+        assert contents.step == 3
+        assert contents.sets.keys() == {"raw", "ema"}
+        np.testing.assert_array_equal(contents.sets["raw"]["a"], a)
+        np.testing.assert_array_equal(contents.sets["ema"]["a"], b)
+
+
+def test_training_goes_on_from_an_imported_checkpoint(tiny, latents, tmp_path):
+    """Sampling first; then the very loss of the run that the weights came from."""
+    tiny.data.dir, tiny.eval.proxy = str(latents), ""
+    tiny.steps = 3
+    train(tiny, str(tmp_path / "a"))
+    merged = {}
+    for prefix, name in statedict.SETS.items():
+        out = tmp_path / f"{name}.safetensors"
+        export_run(str(tmp_path / "a"), out, name, step=2, heads=True)
+        merged |= {f"{prefix}.{k}": v for k, v in load_file(out).items()}
+    save_file(merged, tmp_path / "both.safetensors")
+    import_file(tmp_path / "both.safetensors", str(tmp_path / "b"), tiny, step=2)
+
+    tiny.steps = 2
+    train(tiny, str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "results.json").read_text())["step"] == 2
+    assert (tmp_path / "b" / "samples" / "step_00000002.png").exists()
+
+    tiny.steps = 3
+    train(tiny, str(tmp_path / "b"))
+    first, second = (
+        [json.loads(line) for line in text.splitlines() if '"loss"' in line]
+        for text in ((tmp_path / r / "metrics.jsonl").read_text() for r in "ab")
+    )
+    assert [r["step"] for r in second] == [3]
+    for key in ("loss", "loss_align_vae", "grad_norm", "learning_rate"):
+        assert second[0][key] == first[2][key]
+
+
+def fake_torch(monkeypatch, load):
+    class Allow:
+        def __init__(self, classes):
+            assert classes == [argparse.Namespace]
+
+        __enter__ = __exit__ = lambda *_: None
+
+    def checked(path, *, map_location, weights_only, mmap):
+        assert weights_only is True
+        return load(path)
+
+    torch = SimpleNamespace(load=checked, serialization=SimpleNamespace())
+    torch.serialization.safe_globals = Allow
+    monkeypatch.setitem(sys.modules, "torch", torch)
+
+
+def refused(path, config, run, **flags):
+    """The one line that an import is refused with; it leaves nothing."""
+    before = sorted(run.parent.rglob("*"))
+    with pytest.raises(UserError) as error:
+        import_file(path, str(run), config, **flags)
+    assert sorted(run.parent.rglob("*")) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model.depth": 3, "data.num_classes": 9, "eval.proxy": ""},
+            "--config.data.num_classes=10 (now 9), --config.model.depth=2 (now 3)",
+        ),
+        ({"model.learn_sigma": True}, "--config.model.learn_sigma=False (now True)"),
+        ({"model.mlp_ratio": 2.0}, "--config.model.mlp_ratio=4.0 (now 2.0)"),
+        ({"model.heads": 4}, "--config.model.heads=2 (now 4)"),
+        ({"align.vae.head_layers": 3}, "config.align.vae: linear_1/"),
+        ({"align.vae.head_width": 8}, "linear_0/kernel of its head is (16, 32), (16,"),
+        ({"steps": 2}, "step 3 must lie between 1 and config.steps=2"),
+    ],
+)
+def test_configs_that_do_not_fit(changes, message, tiny, tmp_path):
+    path = tmp_path / "in.safetensors"
+    save_file(random_weights(tiny, 0), path, {"step": "3", "num_heads": "2"})
+    tiny.update_from_flattened_dict(changes)
+    (tmp_path / "runs").mkdir()
+    assert message in refused(path, tiny, tmp_path / "runs" / "run")
+
+
+def test_damaged_and_foreign_files(tiny, tmp_path, monkeypatch):
+    weights = random_weights(tiny, 0)
+    np.savez(tmp_path / "whole.npz", **weights)
+    save_file(weights, tmp_path / "whole.safetensors")
+    for kind in ("npz", "safetensors"):
+        whole = (tmp_path / f"whole.{kind}").read_bytes()
+        (tmp_path / f"cut.{kind}").write_bytes(whole[:-1000])
+        (tmp_path / f"pickle.{kind}").write_bytes(pickle.dumps(weights))
+        (tmp_path / f"empty.{kind}").touch()
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
+    np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
+    (tmp_path / "weights.bin").touch()
+    (tmp_path / "runs").mkdir()
+    run = tmp_path / "runs" / "run"
+    for path in sorted(tmp_path.glob("*.npz")) + sorted(tmp_path.glob("*.safetensors")):
+        if path.stem not in ("whole", "foreign"):
+            assert "fetch it again" in refused(path, tiny, run)
+    said = refused(tmp_path / "foreign.npz", tiny, run)
+    assert said.startswith(
+        f"{tmp_path / 'foreign.npz'}: not a SiT checkpoint: it lacks"
+    )
+    assert "no such file" in refused(tmp_path / "none.npz", tiny, run)
+    assert "not one of .npz" in refused(tmp_path / "weights.bin", tiny, run)
+    assert "step 0" in refused(tmp_path / "whole.npz", tiny, run, step=0)
+
+    path = tmp_path / "in.pt"
+    path.touch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "pip install -e '.[torch]'" in refused(path, tiny, run)
+    error = pickle.UnpicklingError("no.\nUnsupported global: GLOBAL os.system was not")
+
+    def load(path):
+        raise error
+
+    fake_torch(monkeypatch, load)
+    assert "asks for os.system, which is code" in refused(path, tiny, run)
+    error = EOFError("Ran out of input")
+    assert "not a whole PyTorch checkpoint (EOFError" in refused(path, tiny, run)
+    fake_torch(monkeypatch, lambda path: [1, 2])
+    assert "holds a list" in refused(path, tiny, run)
+    fake_torch(monkeypatch, lambda path: {"lr": 0.1})
+    assert "lr is a float, not a tensor" in refused(path, tiny, run)
+
+
+def test_nothing_is_overwritten_or_left_half(tiny, tmp_path, monkeypatch):
+    path, run = tmp_path / "in.npz", tmp_path / "runs" / "run"
+    np.savez(path, **random_weights(tiny, 0))
+    (tmp_path / "runs").mkdir()
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.configuration, "to_json", full)
+        assert "No space left" in refused(path, tiny, run)
+        run.mkdir()
+        (run / "config.json").write_text("{}")
+        assert "No space left" in refused(path, tiny, run)
+    import_file(path, str(run), tiny)
+    assert "holds checkpoints already" in refused(path, tiny, run)
+    assert "not a folder" in refused(path, tiny, path)
+
+    def export_refused(out, **flags):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as error:
+            export_run(str(run), out, **flags)
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(error.value)
+
+    assert "exists already" in export_refused(path)
+    assert "must end in .safetensors or .npz" in export_refused(tmp_path / "a.pt")
+    assert "no such folder" in export_refused(tmp_path / "none" / "a.npz")
+    assert "no checkpoint of step 9" in export_refused(tmp_path / "a.npz", step=9)
+    monkeypatch.setattr(statedict, "save_file", full)
+    assert "No space left" in export_refused(tmp_path / "a.safetensors")
+    assert Checkpoints(run / "checkpoints", 3).latest() == 1
+    assert read_file(path).step is None

@@ -1,0 +1,136 @@
+"""Names and layouts of the reference code's state dicts, both ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sra2_jax.errors import UserError
+from sra2_jax.models.dit import DiT
+from sra2_jax.reference import from_reference, reverse_time, to_reference
+from sra2_jax.training.state import build_networks
+
+
+def golden_weights(golden, name):
+    data = np.load(golden / f"{name}.npz")
+    return {k[2:]: data[k] for k in data if k.startswith("w/")}
+
+
+def random_weights(config, seed):
+    """A state dict of the config's network and heads, no number like another."""
+    network, heads = build_networks(config)
+    side = network.size
+    x = np.zeros((1, side, side, network.channels), np.float32)
+    tokens = np.zeros((1, 1, network.width), np.float32)
+    c = tokens[:, 0]
+    t, y = np.zeros(1, np.float32), np.zeros(1, np.int32)
+    key = jax.random.key(0)
+    shapes = [jax.eval_shape(network.init, key, x, t, y)["params"]]
+    shapes += [
+        {n: jax.eval_shape(h.init, key, tokens, c)["params"] for n, h in heads.items()}
+    ]
+    draw = np.random.default_rng(seed)
+    made = jax.tree.map(lambda s: draw.normal(size=s.shape).astype(np.float32), shapes)
+    return to_reference(*made, size=side, patch_size=network.patch_size)
+
+
+def assert_same(ours, reference):
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert ours[name].dtype == np.float32
+        np.testing.assert_array_equal(ours[name], tensor.astype(np.float32), name)
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("layers", [1, 4])
+def test_heads_of_any_shape_round_trip(final, layers, tiny):
+    for section in tiny.align.values():
+        section.enabled, section.head_layers = True, layers
+        section.head_final_layer = final
+    weights = random_weights(tiny, 0)
+    settings, params, heads = from_reference(weights)
+    assert settings["mlp_ratio"] == 4
+    assert heads.keys() == {"vae", "encoder", "teacher"}
+    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+    tokens, c = jnp.ones((1, 3, 16)), jnp.ones((1, 16))
+    for name, head in build_networks(tiny)[1].items():
+        head.apply({"params": heads[name]}, tokens, c)
+
+
+def test_older_repa_names(tiny):
+    """decoder_blocks are the blocks after the aligned one."""
+    weights = random_weights(tiny, 0)
+    older = {k.replace("blocks.1.", "decoder_blocks.0."): v for k, v in weights.items()}
+    assert older.keys() != weights.keys()
+    _, params, heads = from_reference(older)
+    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+
+
+def test_reverse_time(golden):
+    """Computes -f(x, 1 - t); twice it is the same network again."""
+    data = np.load(golden / "sit.npz")
+    settings, params, _ = from_reference(golden_weights(golden, "sit"))
+    model = DiT(heads=4, time_scale=2.0, **settings)
+    x, t, y = np.moveaxis(data["x"], 1, -1), data["t"], data["y"]
+    apply = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs)[0])
+    expected = apply(params, x, t, y)
+    turned = reverse_time(params, 2.0, velocity=True)
+    error = np.abs(apply(turned, x, 1 - t, y) + expected).max()
+    assert error < 1e-5 * np.abs(expected).max()
+    again = reverse_time(turned, 2.0, velocity=True)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, again
+    )
+
+
+def test_a_position_table_off_by_rounding_is_the_fixed_one(tiny):
+    """As EMAs of the reference code hold it."""
+    weights = random_weights(tiny, 0)
+    drifted = weights | {"pos_embed": weights["pos_embed"] * np.float32(1 + 2e-4)}
+    _, params, heads = from_reference(drifted)
+    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+
+
+def changed(weights, **changes):
+    return {k: v for k, v in (weights | changes).items() if v is not None}
+
+
+SIX = np.zeros(6, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda w: {"conv1.weight": SIX},
+            r"lacks y_embedder\S+, pos_embed, .* and \d+",
+        ),
+        (
+            lambda w: changed(w, pos_embed=None, extra=SIX),
+            "lacks pos_embed; it has the foreign extra",
+        ),
+        (
+            lambda w: w | {"blocks.7.attn.qkv.bias": SIX},
+            "lacks .*blocks.2.attn.qkv.weight.* more",
+        ),
+        (
+            lambda w: w | {"blocks.1.attn.qkv.bias": SIX},
+            r"blocks.1.attn.qkv.bias has shape \(6,\), expected \(48,\)",
+        ),
+        (lambda w: w | {"final_layer.linear.bias": SIX}, "has 6 outputs, expected 4"),
+        (lambda w: w | {"pos_embed": w["pos_embed"][:, :5]}, "not the fixed sine"),
+        (
+            lambda w: {k: v.astype(float) for k, v in w.items()},
+            "x_embedder.proj.weight is float64",
+        ),
+        (
+            lambda w: w | {"sra2_head.2.weight": SIX[:, None]},
+            r"sra2_head.2.weight has shape \(6, 1\), expected \(4, 32\)",
+        ),
+        (lambda w: w | {"module.pos_embed": SIX}, "same tensor under several"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message, tiny):
+    with pytest.raises(UserError, match=message) as error:
+        from_reference(change(random_weights(tiny, 0)))
+    assert "\n" not in str(error.value)
