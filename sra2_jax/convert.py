@@ -22,7 +22,13 @@ import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.reference import from_reference, reverse_time, to_reference
-from sra2_jax.statedict import check_writable, first_line, read_file, write_file
+from sra2_jax.statedict import (
+    REVERSED,
+    check_writable,
+    first_line,
+    read_file,
+    write_file,
+)
 from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.restore import restore_run
@@ -61,7 +67,8 @@ def import_file(
 
     Args:
       step: in place of the file's own; 1 where neither says.
-      reverse: the file's network runs from noise at 0 to data at 1 (SiT's code).
+      reverse: the file's network runs from noise at 0 to data at 1 (SiT's code); a file
+        of `export_run` says so itself.
 
     Raises:
       UserError: an unusable file, a config that does not fit it, or a run that has
@@ -74,6 +81,7 @@ def import_file(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{run}: holds checkpoints already: use another --workdir")
     contents = read_file(file)
+    reverse = reverse or contents.reverse
     origin = "--step"
     if step is None:
         step = contents.step or 1
@@ -106,7 +114,8 @@ def import_file(
             "mostly comes from, runs the other way: --reverse_time"
         )
     if not contents.heads:
-        lines.append(f"config.model.heads={config.model.heads}: the file does not say")
+        heads = config.model.heads
+        lines.append(f"attention: config.model.heads={heads}, the file does not say")
     lines.append(f"written: {folder / str(step)}; main.py goes on from it")
     for line in lines:
         print(f"  {line}")
@@ -139,9 +148,11 @@ def _make_state(
     abstract, init = create_sharded(config, transform, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     wanted = abstract.params["heads"]
-    found = {n: h for _, heads in reversed(sets.values()) for n, h in heads.items()}
-    for name in wanted.keys() & found.keys():
-        _check_head(path, name, found[name], wanted[name])
+    found: dict[str, Any] = {}
+    for _, heads in sets.values():
+        found = heads | found
+        for name in heads.keys() & wanted.keys():
+            _check_head(path, name, heads[name], wanted[name])
     missing = [name for name in wanted if name not in found]
     fresh = {}
     if missing:
@@ -239,6 +250,7 @@ def export_run(
         "step": str(int(state.step)),
         "weights": weights,
         "num_heads": str(config.model.heads),
+        "time": REVERSED if reverse else "data to noise",
     }
     write_file(out, tensors, notes)
     print(
@@ -260,7 +272,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
             "--reverse_time",
             dest="reverse",
             action="store_true",
-            help="FILE is of SiT's own code, whose time runs from noise to data",
+            help="FILE's time runs from noise to data, as in SiT's own code",
         )
         return sub.add_argument
 

@@ -204,7 +204,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Bars of the four costs, one row of bars a method."""
+    """Bars of the costs, one row of bars a method."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,10 +212,10 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     names = [row["method"] for row in rows][::-1]
     panels = [
-        ("Heads and external\nparameters, M", "added_parameters", 1e-6, "{:.1f}"),
-        ("Forward pass over\nvanilla, %", "extra_percent", 1, "+{:.1f}"),
-        ("Training step over\nvanilla, times", "time_over_vanilla", 1, "{:.2f}"),
-        ("Peak memory of the\nstep, MB a device", "peak_bytes", 1e-6, "{:.0f}"),
+        ("Counted: heads and\nexternal parameters, M", "added_parameters", 1e-6, "{:.1f}"),
+        ("Counted: forward pass\nover vanilla, %", "extra_percent", 1, "+{:.1f}"),
+        ("Timed: training step\nover vanilla, times", "time_over_vanilla", 1, "{:.2f}"),
+        ("Timed: peak memory,\nMB a device", "peak_bytes", 1e-6, "{:.0f}"),
     ]
     panels = [panel for panel in panels if panel[1] in rows[0]]
     figure, axes = pyplot.subplots(
@@ -232,7 +232,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set_xticks([])
         axis.tick_params(left=False)
     figure.suptitle(title, fontsize=10, y=0.02, va="bottom", color="#555555")
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1.02))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

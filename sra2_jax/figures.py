@@ -19,10 +19,8 @@ from sra2_jax.config import flatten
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.evaluation import plots, probes
 from sra2_jax.evaluation.curves import MARKED, smooth
-from sra2_jax.evaluation.generate import to_uint8
 from sra2_jax.evaluation.report import CURVES, QUALITY
 from sra2_jax.evaluation.rundir import Run, number, read_run
-from sra2_jax.pretrained import load_vae
 
 FORMATS = (".png", ".pdf", ".svg")
 RECORDS = 512  # that `probe` reads where nothing is said
@@ -56,8 +54,10 @@ def split_labels(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def numbers(flag: str, text: str, kind: type, low: float, high: float) -> list[Any]:
-    """The values of a comma-separated flag, without repetitions.
+def numbers(
+    flag: str, text: str, kind: type, low: float, high: float, what: str = ""
+) -> list[Any]:
+    """The values of a comma-separated flag, without repetitions; what: the range's.
 
     Raises:
       UserError: one that is no `kind` or outside [low, high].
@@ -70,13 +70,13 @@ def numbers(flag: str, text: str, kind: type, low: float, high: float) -> list[A
     for value in values:
         if not low <= value <= high:  # also refuses NaN
             raise UserError(
-                f"--{flag}={text}: {value} is not between {low:g} and {high:g}"
+                f"--{flag}={text}: {value} is not between {low:g} and {high:g}{what}"
             )
     return list(dict.fromkeys(values))
 
 
 def check_out(text: str) -> Path:
-    """The file to write, its folder made.
+    """The picture to write, its folder made.
 
     Raises:
       UserError: an unknown format, or no file can be written there.
@@ -86,13 +86,16 @@ def check_out(text: str) -> Path:
         raise UserError(f"--out={text}: must end in one of {', '.join(FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
+        for file in (path, path.with_suffix(".json")):
+            existed = file.exists()
+            file.open("ab").close()
+            if not existed:
+                file.unlink()
     except OSError as error:
-        raise UserError(f"--out={text}: {error.strerror or error}") from error
+        raise UserError(
+            f"--out={text}: cannot be written ({error.strerror or error}): name a file "
+            "in another folder"
+        ) from error
     return path
 
 
@@ -114,16 +117,17 @@ def check_labels(runs: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
                     f"{other} and {workdir} are both called {label!r}, but differ in "
                     f"config.{key}: {there!r} and {here!r}; {apart}"
                 )
-        same = seeds.setdefault((label, config.get("seed")), workdir)
-        if same is not workdir:
+        seed = label, config.get("seed")
+        if seed in seeds:
             raise UserError(
-                f"{same} and {workdir} are both called {label!r} and have the same "
-                f"config.seed={config.get('seed')}; {apart}"
+                f"{seeds[seed]} and {workdir} are both called {label!r} and have the "
+                f"same config.seed={seed[1]}; {apart}"
             )
+        seeds[seed] = workdir
 
 
 def save(figure: Any, out: Path) -> None:
-    figure.savefig(out, dpi=160)
+    figure.savefig(out, dpi=200)
     print(f"wrote {out}")
 
 
@@ -131,39 +135,30 @@ def names(runs: Sequence[probes.Subject]) -> list[str]:
     """Each run's label, with its folder where that alone does not tell them apart."""
     labels = [run.label for run in runs]
     return [
-        f"{run.label} ({run.workdir})" if labels.count(run.label) > 1 else run.label
+        f"{run.label} ({epath.Path(run.workdir).name})"
+        if labels.count(run.label) > 1
+        else run.label
         for run in runs
     ]
 
 
-def decode(source: str, raw: np.ndarray) -> np.ndarray:
-    """Unscaled latents to uint8 images through a VAE."""
-    vae, params = load_vae(source)
-    apply: Any = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
-    return np.asarray(to_uint8(apply(params, raw), "truncate"))
-
-
 def pca(arguments: argparse.Namespace) -> None:
     """The paper's Figure 2: images, their latents and what blocks make of them."""
-    count = numbers("images", arguments.images, int, 1, 64)[0]
+    count = numbers("images", str(arguments.images), int, 1, 64)[0]
     times = numbers("times", arguments.times, float, 0, 1)
     runs = probes.open_runs(split_labels(arguments.runs))
     blocks = probes.default_blocks(runs)
     if arguments.blocks:
-        blocks = sorted(numbers("blocks", arguments.blocks, int, 1, np.inf))
-    for run in runs:
-        if blocks[-1] > run.config.model.depth:
-            raise UserError(
-                f"--blocks={arguments.blocks}: {run.workdir} has "
-                f"{run.config.model.depth} blocks"
-            )
+        least = min(runs, key=lambda run: run.config.model.depth)
+        depth, what = least.config.model.depth, f", the blocks of {least.workdir}"
+        blocks = sorted(numbers("blocks", arguments.blocks, int, 1, depth, what))
     out = check_out(arguments.out)
     pool = probes.read_images(runs, arguments.data, count, POOL * count)
     images = pool.choose(count)
-    pictures = decode(runs[0].config.vae, images.raw)
+    pictures = images.decode(runs[0].config.vae)
     rows = []
     for run, name in zip(runs, names(runs), strict=True):
-        step, forward = probes.open_blocks(run, blocks)
+        step, forward = probes.open_blocks(run, blocks, not arguments.no_label)
         parts = [list(forward(images, t)) for t in times]
         found: dict[tuple[int, float], np.ndarray] = {}
         for k in blocks:
@@ -183,14 +178,19 @@ def probe(arguments: argparse.Namespace) -> None:
     runs = probes.open_runs(split_labels(arguments.runs))
     check_labels([(r.label, r.workdir, dict(flatten(r.config))) for r in runs])
     out = check_out(arguments.out)
-    count = (
-        arguments.records and numbers("records", arguments.records, int, 1, 2**31)[0]
-    )
-    images = probes.read_images(runs, arguments.data, count or 1, count or RECORDS)
+    most = numbers(
+        "records",
+        str(RECORDS if arguments.records is None else arguments.records),
+        int,
+        1,
+        2**31,
+    )[0]
+    least = most if arguments.records is not None else 1
+    images = probes.read_images(runs, arguments.data, least, most)
     panels: dict[float, list[plots.Line]] = {t: [] for t in times}
     facts = []
     for run in runs:
-        step, table = probes.predictability(run, images, times)
+        step, table = probes.predictability(run, images, times, not arguments.no_label)
         blocks = np.arange(table.shape[1])
         for t, row in zip(times, table, strict=True):
             line = plots.Line(run.label, blocks, blocks, row, run.aligned)
@@ -206,9 +206,11 @@ def probe(arguments: argparse.Namespace) -> None:
                 "r2": table.tolist(),
             }
         )
+    labels = "without" if arguments.no_label else "with"
     note = (
-        f"Ridge regression of the clean latent's patches on tokens: {len(images)} images"
-        f" of the {images.split} split, every {probes.HELD_OUT}th held out"
+        "Ridge regression, block tokens to latent patches; "
+        f"{len(images)} images of the {images.split} split, {labels} labels, "
+        f"every {probes.HELD_OUT}th held out"
     )
     with plots.style():
         save(plots.probe_figure(panels, note), out)
@@ -217,6 +219,7 @@ def probe(arguments: argparse.Namespace) -> None:
         "times": times,
         "records": len(images),
         "split": images.split,
+        "labels": not arguments.no_label,
         "test_every": probes.HELD_OUT,
         "ridge": probes.PENALTY,
         "runs": facts,
@@ -277,6 +280,12 @@ def curves(arguments: argparse.Namespace) -> None:
         read_curve(run, label, metric, arguments.against)
         for run, label in zip(runs, labels, strict=True)
     ]
+    for label, group in plots.by_label(lines).items():
+        if not len(plots.mean_line(group).steps):
+            raise UserError(
+                f"the runs called {label!r} have {metric} at no step in common: give "
+                "LABEL=RUN to tell them apart"
+            )
     out = check_out(arguments.out)
     levels = {}
     for kind, name in REFERENCES.items():
@@ -298,7 +307,10 @@ def curves(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], epilog=EPILOG, allow_abbrev=False
+        prog="python -m sra2_jax.figures",
+        description="Figures of runs of main.py.",
+        epilog=EPILOG,
+        allow_abbrev=False,
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for function in (pca, probe, curves):
@@ -309,7 +321,7 @@ def main() -> None:
         )  # fmt: skip
         kind.set_defaults(function=function)
         kind.add_argument(
-            "runs", nargs="+", metavar="RUN", help="workdir, LABEL=workdir"
+            "runs", nargs="+", metavar="RUN", help="workdir, or LABEL=workdir"
         )
         kind.add_argument(
             "--out", required=True, metavar="FILE", help="picture to write"
@@ -319,15 +331,16 @@ def main() -> None:
         add = flags[name].add_argument
         add("--times", default="0.2,0.5,0.8", help="noise levels, 0 to 1 (%(default)s)")
         add("--data", default="", help="latents dataset (default: the runs' own)")
+        add("--no_label", action="store_true", help="do not tell the network the class")
     add = flags["pca"].add_argument
-    add("--images", default="6", help="images to show (%(default)s)")
+    add("--images", type=int, default=6, help="images to show (%(default)s)")
     add(
         "--blocks",
         default="",
         help="as in 2,4,8 (default: three, the aligned among them)",
     )
     add = flags["probe"].add_argument
-    add("--records", default="", help=f"images to read (default: up to {RECORDS})")
+    add("--records", type=int, help=f"images to read (default: up to {RECORDS})")
     add = flags["curves"].add_argument
     add("--metric", default="eval/frechet", help="of metrics.jsonl (%(default)s)")
     add("--against", default="step", choices=("step", "seconds"), help="(%(default)s)")

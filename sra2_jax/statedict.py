@@ -21,6 +21,7 @@ SETS = {"model": "raw", "ema": "ema"}
 # what else its files hold
 BESIDES = ("opt", "args", "epoch", "steps")
 WRITTEN = (".safetensors", ".npz")
+REVERSED = "noise to data"  # note of a network that runs so
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Contents:
       sets: "raw" and "ema", either, or "one" where the file does not say which it is;
         reference names -> arrays.
       step: training steps done; heads: of the attention. None where it does not say.
+      reverse: it says that its time runs from noise to data.
     """
 
     sets: dict[str, dict[str, np.ndarray]]
     step: int | None
     heads: int | None
+    reverse: bool
 
 
 def read_file(path: Path) -> Contents:
@@ -81,7 +84,8 @@ def read_file(path: Path) -> Contents:
                 "state dict, or a dict with model or ema"
             )
     step = _integer(tree.get("steps", notes.get("step")))
-    return Contents(sets, step, _integer(notes.get("num_heads")))
+    heads = _integer(notes.get("num_heads"))
+    return Contents(sets, step, heads, notes.get("time") == REVERSED)
 
 
 def _integer(value: Any) -> int | None:
@@ -97,9 +101,10 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file, np.load(file) as archive:
             return dict(archive)
     except Exception as error:  # numpy and zipfile raise many kinds
+        pickled = "pickle" in str(error)  # numpy's text says how to load it unsafely
+        reason = "pickled objects" if pickled else first_line(error)
         raise UserError(
-            f"{path}: not a whole .npz of plain arrays ({first_line(error)}): fetch "
-            "it again"
+            f"{path}: not a whole .npz of plain arrays ({reason}): fetch it again"
         ) from error
 
 
@@ -176,8 +181,10 @@ def write_file(
         else:
             save_file(arrays, part, dict(notes))
         part.replace(path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
         raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 

@@ -68,6 +68,14 @@ def test_golden_files_go_in_and_out_unchanged(
     with safe_open(out, "numpy") as file:
         notes = file.metadata()
     assert (notes["step"], notes["weights"], notes["num_heads"]) == ("7", "ema", "4")
+    turned = tmp_path / "turned.safetensors"
+    program(
+        monkeypatch, "export", tmp_path / "run", f"--out={turned}", "--reverse_time"
+    )
+    assert not read_file(out).reverse
+    assert read_file(turned).reverse
+    kernel = load_file(turned)["final_layer.linear.weight"]
+    np.testing.assert_array_equal(kernel, -weights["final_layer.linear.weight"])
 
 
 def test_raw_and_ema_apart(tiny, tmp_path, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -118,37 +119,32 @@ def tokens_figure(rows: Sequence[TokenRow]) -> Figure:
         for left, picture, name in zip(lefts, pictures, names, strict=True):
             box = np.array([left, bottom, CELL, tall]) / np.tile(size, 2)
             axis = figure.add_axes(tuple(box))
-            axis.imshow(picture, interpolation="nearest", aspect="auto")
+            smooth = "auto" if name == "image" else "nearest"
+            axis.imshow(picture, interpolation=smooth, aspect="auto")
             axis.set_axis_off()
             axis.set_title(name, size=8.5, pad=4)
         at = (RIM / size[0], (bottom + tall + HEADING - 0.1) / size[1])
         figure.text(*at, row.title, va="top", weight="bold", size=11)
         for block in dict.fromkeys(block for block, _ in keys):
             own = [x for x, k in zip(lefts[2:], keys, strict=True) if k[0] == block]
+            aligned = block in row.aligned
+            name = "block " if len(own) > 1 or not aligned else ""  # or too wide
+            name += f"{block} (aligned)" if aligned else f"{block}"
             ends = own[0] / size[0], (own[-1] + CELL) / size[0]
             y = (bottom + tall + 0.25) / size[1]
-            _block_heading(figure, ends, y, block, block in row.aligned)
+            _heading(figure, ends, y, name, ALIGNED if aligned else GREY)
     return figure
 
 
-def _block_heading(
-    figure: Figure, ends: tuple[float, float], y: float, block: int, aligned: bool
+def _heading(
+    figure: Figure, ends: tuple[float, float], y: float, text: str, color: str
 ) -> None:
-    """A rule over the block's columns with its name on it, in figure coordinates."""
+    """A rule over some columns with text on it, in figure coordinates."""
     from matplotlib.lines import Line2D
 
-    color = ALIGNED if aligned else GREY
-    figure.add_artist(
-        Line2D(ends, (y, y), color=color, linewidth=1.6 if aligned else 1)
-    )
-    figure.text(
-        sum(ends) / 2,
-        y + 0.04 / figure.get_figheight(),
-        f"block {block}" + (" (aligned)" if aligned else ""),
-        ha="center",
-        size=9,
-        color=color,
-    )
+    figure.add_artist(Line2D(ends, (y, y), color=color, linewidth=1.4))
+    above = y + 0.04 / figure.get_figheight()
+    figure.text(sum(ends) / 2, above, text, ha="center", size=9, color=color)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +185,9 @@ def draw_groups(axis: Axes, lines: Sequence[Line], marker: str = "") -> None:
     """Each label's runs thin and their mean thick; a single run as it is."""
     groups = by_label(lines)
     for i, (label, group) in enumerate(groups.items()):
-        wide = 1 + 0.8 * (len(groups) - 1 - i) / len(groups)  # seen where lines coincide
+        wide = 1 + 0.8 * (len(groups) - 1 - i) / len(
+            groups
+        )  # seen where lines coincide
         dash = DASHES[i // len(PALETTE) % len(DASHES)]
         look: Any = {"color": PALETTE[i % len(PALETTE)], "linestyle": dash}
         if len(group) > 1:
@@ -209,7 +207,8 @@ def probe_figure(panels: Mapping[float, Sequence[Line]], note: str) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(2.3 * len(panels) + 1.2, 3.4), layout="constrained")
+    width = 2.3 * len(panels) + 1.2
+    figure = Figure(figsize=(width, 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (t, lines) in zip(axes, panels.items(), strict=True):
         draw_groups(axis, lines, marker="o")
@@ -225,10 +224,9 @@ def probe_figure(panels: Mapping[float, Sequence[Line]], note: str) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     if any(line.marks for line in lines):
         handles, labels = [*handles, Line2D([], [], **RING)], [*labels, "aligned block"]
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=min(4, len(labels))
-    )
-    figure.supxlabel(note, size=8, color=GREY)
+    columns = min(len(labels), max(1, int(width / 2.4)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+    figure.supxlabel(textwrap.fill(note, int(15 * width)), size=8, color=GREY)
     return figure
 
 

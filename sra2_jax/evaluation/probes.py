@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
+from sra2_jax.evaluation.generate import to_uint8
 from sra2_jax.models.dit import patchify
+from sra2_jax.pretrained import load_vae
 from sra2_jax.training.restore import read_config, restore_run
 from sra2_jax.training.state import build_alignments, build_networks
 from sra2_jax.transport import Transport
@@ -81,6 +83,12 @@ class Images:
         label = self.label.tolist()
         nth = [label[:i].count(k) for i, k in enumerate(label)]
         return self.take(np.argsort(nth, kind="stable")[:count])
+
+    def decode(self, source: str) -> np.ndarray:
+        """uint8 images (N, H, W, 3) through a VAE, see `load_vae`."""
+        vae, params = load_vae(source)
+        apply: Any = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
+        return np.asarray(to_uint8(apply(params, self.raw), "truncate"))
 
     def patches(self, run: Subject) -> np.ndarray:
         """The scaled latents as the run's network cuts them, (N, T, p * p * c)."""
@@ -175,12 +183,14 @@ def _read(run: Subject, data: str, least: int, most: int) -> Images:
     return Images(raw, z, rows["label"], rows["index"], str(folder), split)
 
 
-def open_blocks(run: Subject, blocks: Sequence[int]) -> tuple[int, Forward]:
+def open_blocks(
+    run: Subject, blocks: Sequence[int], labelled: bool = True
+) -> tuple[int, Forward]:
     """The run's step, and its EMA network up to each of the 1-based `blocks`.
 
-    The network sees x_t = alpha z + sigma eps with the image's own label; eps depends
-    on the image alone, so it is the same for every run and t. Block 0 of the result
-    is x_t itself, patch by patch. Computed in float32.
+    The network sees x_t = alpha z + sigma eps and the image's label, or the null label
+    if not `labelled`; eps depends on the image alone, so it is the same for every run
+    and t. Block 0 of the result is x_t itself, patch by patch. Computed in float32.
 
     Raises:
       UserError: no checkpoint, or one that cannot be read.
@@ -194,6 +204,7 @@ def open_blocks(run: Subject, blocks: Sequence[int]) -> tuple[int, Forward]:
 
     @jax.jit
     def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
+        y = y if labelled else jnp.full_like(y, network.num_classes)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), index)
         noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
         x_t, _ = transport.interpolate(z, noise, t)
@@ -271,7 +282,7 @@ def ridge_r2(train: np.ndarray, test: np.ndarray, d: int) -> float:
 
 
 def predictability(
-    run: Subject, images: Images, times: Sequence[float]
+    run: Subject, images: Images, times: Sequence[float], labelled: bool = True
 ) -> tuple[int, np.ndarray]:
     """The run's step and R^2 (len(times), depth + 1) of the clean latent's patches.
 
@@ -292,7 +303,7 @@ def predictability(
             f"{run.workdir}: --records={max(least, HELD_OUT)} at least"
         )
     blocks = range(model.depth + 1)
-    step, forward = open_blocks(run, blocks[1:])
+    step, forward = open_blocks(run, blocks[1:], labelled)
     table = np.empty((len(times), len(blocks)))
     for row, t in zip(table, times, strict=True):
         sums: dict[tuple[int, bool], Any] = {}
