@@ -104,7 +104,8 @@ def xla_flops(config: ConfigDict, encoder: DINOv2) -> float:
     frozen = {"teacher": abstract.params["network"], "encoder": _abstract(encoder)}
     loss = jax.jit(make_loss(config, encoder.clone(scan=False)))
     arguments = _plain((abstract.params, frozen, draws, step))
-    return float(loss.lower(*arguments).cost_analysis()["flops"])
+    counts: Any = loss.lower(*arguments).cost_analysis()
+    return float(counts["flops"])
 
 
 def _plain(tree: Any) -> Any:
@@ -212,7 +213,12 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     names = [row["method"] for row in rows][::-1]
     panels = [
-        ("Counted: heads and\nexternal parameters, M", "added_parameters", 1e-6, "{:.1f}"),
+        (
+            "Counted: heads and\nexternal parameters, M",
+            "added_parameters",
+            1e-6,
+            "{:.1f}",
+        ),
         ("Counted: forward pass\nover vanilla, %", "extra_percent", 1, "+{:.1f}"),
         ("Timed: training step\nover vanilla, times", "time_over_vanilla", 1, "{:.2f}"),
         ("Timed: peak memory,\nMB a device", "peak_bytes", 1e-6, "{:.0f}"),

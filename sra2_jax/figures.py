@@ -54,25 +54,19 @@ def split_labels(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def numbers(
-    flag: str, text: str, kind: type, low: float, high: float, what: str = ""
-) -> list[Any]:
-    """The values of a comma-separated flag, without repetitions; what: the range's.
-
-    Raises:
-      UserError: one that is no `kind` or outside [low, high].
-    """
+def numbers(flag: str, text: Any, kind: type = int) -> list[Any]:
+    """The values of a comma-separated flag, without repetitions."""
     try:
-        values = [kind(part) for part in text.split(",")]
+        return list(dict.fromkeys(kind(part) for part in str(text).split(",")))
     except ValueError as error:
         example = "2,4,8" if kind is int else "0.2,0.5,0.8"
         raise UserError(f"--{flag}={text}: give numbers, as in {example}") from error
+
+
+def check_range(flag: str, values: Sequence[float], low: int, high: int) -> None:
     for value in values:
         if not low <= value <= high:  # also refuses NaN
-            raise UserError(
-                f"--{flag}={text}: {value} is not between {low:g} and {high:g}{what}"
-            )
-    return list(dict.fromkeys(values))
+            raise UserError(f"--{flag}: {value} is not between {low} and {high}")
 
 
 def check_out(text: str) -> Path:
@@ -144,14 +138,15 @@ def names(runs: Sequence[probes.Subject]) -> list[str]:
 
 def pca(arguments: argparse.Namespace) -> None:
     """The paper's Figure 2: images, their latents and what blocks make of them."""
-    count = numbers("images", str(arguments.images), int, 1, 64)[0]
-    times = numbers("times", arguments.times, float, 0, 1)
+    count, times = arguments.images, numbers("times", arguments.times, float)
+    check_range("images", [count], 1, 64)
+    check_range("times", times, 0, 1)
     runs = probes.open_runs(split_labels(arguments.runs))
     blocks = probes.default_blocks(runs)
     if arguments.blocks:
-        least = min(runs, key=lambda run: run.config.model.depth)
-        depth, what = least.config.model.depth, f", the blocks of {least.workdir}"
-        blocks = sorted(numbers("blocks", arguments.blocks, int, 1, depth, what))
+        blocks = sorted(numbers("blocks", arguments.blocks))
+        for run in runs:
+            check_range(f"blocks, {run.workdir}", blocks, 1, run.config.model.depth)
     out = check_out(arguments.out)
     pool = probes.read_images(runs, arguments.data, count, POOL * count)
     images = pool.choose(count)
@@ -174,19 +169,15 @@ def pca(arguments: argparse.Namespace) -> None:
 
 def probe(arguments: argparse.Namespace) -> None:
     """R^2 of each block's tokens for the clean latent, as a picture and as JSON."""
-    times = numbers("times", arguments.times, float, 0, 1)
+    times = numbers("times", arguments.times, float)
+    check_range("times", times, 0, 1)
     runs = probes.open_runs(split_labels(arguments.runs))
     check_labels([(r.label, r.workdir, dict(flatten(r.config))) for r in runs])
     out = check_out(arguments.out)
-    most = numbers(
-        "records",
-        str(RECORDS if arguments.records is None else arguments.records),
-        int,
-        1,
-        2**31,
-    )[0]
-    least = most if arguments.records is not None else 1
-    images = probes.read_images(runs, arguments.data, least, most)
+    given = arguments.records is not None
+    most = arguments.records if given else RECORDS
+    check_range("records", [most], 1, 2**31)
+    images = probes.read_images(runs, arguments.data, most if given else 1, most)
     panels: dict[float, list[plots.Line]] = {t: [] for t in times}
     facts = []
     for run in runs:

@@ -73,7 +73,5 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sra2_jax.data.encode import encode
 
     folder = tmp_path_factory.mktemp("data") / "latents"
-    encode(
-        "digits", folder, "digits", 32, store_images=True, encoder="digits", grid=4
-    )
+    encode("digits", folder, "digits", 32, store_images=True, encoder="digits", grid=4)
     return folder

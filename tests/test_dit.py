@@ -5,7 +5,7 @@ import pytest
 
 from configs.default import SIZES
 from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify
-from sra2_jax.models.heads import latent_head
+from sra2_jax.models.heads import alignment_head
 from sra2_jax.training.state import count_parameters
 
 
@@ -74,8 +74,8 @@ def test_parameter_counts(size, millions, patch):
 def test_head_parameter_counts(size, layers, final, millions):
     """The paper's 8M (B), 18M (XL) and 1M (two layers), as method.md derives them."""
     width = SIZES[size][0]
-    head = latent_head(
-        width, 16, layers=layers, width_ratio=2.0, final_layer=final, dtype=jnp.float32
+    head = alignment_head(
+        width, 16, layers=layers, hidden=0, final_layer=final, dtype=jnp.float32
     )
     tokens = jax.ShapeDtypeStruct((1, 4, width), jnp.float32)
     c = jax.ShapeDtypeStruct((1, width), jnp.float32)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sra2_jax.data import pipeline, records
+from sra2_jax.data import pipeline, prefetch, records
+from sra2_jax.data.tfds_metadata import write_tfds_metadata
 from sra2_jax.errors import UserError
 
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
@@ -84,7 +85,7 @@ def read_with_tfds(folder):
 def test_float16_survives_exactly(tmp_path):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
-    records.write_tfds_metadata(folder, info)
+    write_tfds_metadata(folder, info)
     tfds_info, rows = read_with_tfds(folder)
     assert tfds_info.features["label"].num_classes == 10
     assert set(rows) == set(range(EXAMPLES))
@@ -308,7 +309,7 @@ def prefetch_threads():
 
 def test_prefetch_yields_all_in_order():
     wanted = sharding()
-    with pipeline.prefetch_to_device(numbered(20), wanted) as placed:
+    with prefetch.prefetch_to_device(numbered(20), wanted) as placed:
         rows = list(placed)
     assert [int(row["x"][0, 0]) for row in rows] == list(range(20))
     assert rows[0]["x"].sharding == wanted
@@ -321,7 +322,7 @@ def test_prefetch_raises_what_the_iterator_raised():
         yield from numbered(3)
         raise UserError("shard 7 is damaged")
 
-    placed = pipeline.prefetch_to_device(failing(), sharding())
+    placed = prefetch.prefetch_to_device(failing(), sharding())
     assert len(list(itertools.islice(placed, 3))) == 3
     with pytest.raises(UserError, match="shard 7"):
         next(placed)
@@ -332,10 +333,10 @@ def test_prefetch_raises_what_the_iterator_raised():
 
 def test_prefetch_stops_when_closed_or_forgotten():
     endless = (batch for _ in itertools.count() for batch in numbered(1))
-    with pipeline.prefetch_to_device(endless, sharding()) as placed:
+    with prefetch.prefetch_to_device(endless, sharding()) as placed:
         next(placed)
     assert not prefetch_threads()
-    forgotten = pipeline.prefetch_to_device(numbered(10), sharding())
+    forgotten = prefetch.prefetch_to_device(numbered(10), sharding())
     next(forgotten)
     del forgotten
     assert not prefetch_threads()
@@ -346,13 +347,13 @@ def test_no_tensorflow_at_import_and_no_thread_left_at_exit():
 import itertools, sys
 import jax, numpy as np
 from sra2_jax import verify
-from sra2_jax.data import encode, images, pipeline, records
+from sra2_jax.data import encode, images, pipeline, prefetch, records
 from sra2_jax.evaluation import generate, report
 from sra2_jax.training import step
 assert "tensorflow" not in sys.modules
 endless = ({"x": np.zeros((8, 2))} for _ in itertools.count())
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-placed = pipeline.prefetch_to_device(endless, sharding)
+placed = prefetch.prefetch_to_device(endless, sharding)
 next(placed)
 """
     subprocess.run(

@@ -9,35 +9,31 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import itertools
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sra2_jax
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
+from sra2_jax.data.encoders import Batch, Encoder, VAEEncoder, WithFeatures, encoded
+from sra2_jax.data.images import Readable
+from sra2_jax.data.tfds_metadata import write_tfds_metadata
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.pretrained import load_vae
 
-UNREADABLE = "unreadable.txt"
 # Shards of 64 to 128 MB: large enough to stream well, small enough to move.
 SHARD_BYTES = 128 * 2**20
 # So that several readers have shards of their own (data.streams).
 MIN_SHARDS = 8
-
-# (N, H, W, 3) uint8 -> mean, std on the devices
-Encoder = Callable[[np.ndarray], tuple[jax.Array, jax.Array]]
 
 
 def encode(
@@ -47,6 +43,9 @@ def encode(
     resolution: int,
     *,
     split: str = "train",
+    store_images: bool = False,
+    encoder: str = "",
+    grid: int = 0,
     shards: int | None = None,
     batch_size: int = 64,
     max_bad: float = 0.01,
@@ -61,6 +60,9 @@ def encode(
       vae: folder or hub id, see `pretrained.load_vae`.
       resolution: side of the centre crop in pixels.
       split: split to read of the source, and name of the split written.
+      store_images: keep the crops beside their latents, losslessly (PNG).
+      encoder: store its patch features, see `pretrained.load_dinov2`; "": none.
+      grid: features on a side, 0: half the latent's side, as patches of 2 have it.
       shards: number of files; None: from the size.
       batch_size: images per call, over the local devices (rounded up to a multiple).
       max_bad: share of images that may be unreadable; `unreadable.txt` lists them.
@@ -69,20 +71,29 @@ def encode(
 
     Raises:
       UserError: no images, too many unreadable, `out` not empty, a resolution or
-        number of shards that does not fit, latents not finite in float16.
+        number of shards that does not fit, numbers not finite in float16.
     """
     out = _vacant(out)
     source = image_sources.open_source(images, split)
     module, params = load_vae(vae)
     shape = _latent_shape(module.config, resolution, vae)
-    shards = _choose_shards(shards, source.length, shape)
-    encoder, batch_size = _make_encoder(module.clone(dtype=dtype), params, batch_size)
-    good = _Readable(source, resolution, max_bad, images)
+    run: Encoder = VAEEncoder(module.clone(dtype=dtype), params)
+    features = None
+    if encoder:
+        grid = grid or max(shape[0] // 2, 1)
+        run = with_features = WithFeatures(run, encoder, grid, dtype)
+        features = records.Features(encoder, grid, with_features.width)
+    size = _record_size(shape, resolution if store_images else 0, features)
+    shards = _choose_shards(shards, source.length, size)
+    good = Readable(source, resolution, max_bad, images)
     statistics = _Statistics()
     with _appears_when_done(out) as folder:
-        with records.ShardWriter(folder, split, shards) as writer:
-            for batch in _encoded(good, encoder, batch_size):
-                _write(writer, statistics, batch, vae)
+        with (
+            records.ShardWriter(folder, split, shards) as writer,
+            _PNGs(store_images) as pngs,
+        ):
+            for batch in encoded(good, run, batch_size):
+                _write(writer, statistics, batch, pngs, vae)
                 progress(good.seen, source.length)
         good.report(folder)
         info = records.LatentsInfo(
@@ -95,9 +106,11 @@ def encode(
             splits={split: writer.shards()},
             crop=records.CROP,
             versions=_versions(),
+            images=store_images,
+            features=features,
             **statistics.sampled(module.config),
         )
-        records.write_tfds_metadata(folder, info)
+        write_tfds_metadata(folder, info)
         info.write(folder)
     return info
 
@@ -124,111 +137,27 @@ def _vacant(out: str | os.PathLike) -> Path:
     return path
 
 
-def _choose_shards(shards: int | None, length: int, shape: tuple[int, int, int]) -> int:
-    """The number asked for, else a power of two, so that readers share them evenly."""
+def _record_size(
+    shape: tuple[int, int, int], pixels: int, features: records.Features | None
+) -> int:
+    """Bytes of a record, about; a PNG as two for a pixel."""
+    stored = features.grid**2 * features.width if features else 0
+    return 4 * math.prod(shape) + 2 * pixels**2 + 2 * stored
+
+
+def _choose_shards(shards: int | None, length: int, size: int) -> int:
+    """The number asked for, else a power of two, so that readers share them evenly.
+
+    size: bytes of a record, about.
+    """
     if shards is None:
-        wanted = max(MIN_SHARDS, length * 4 * math.prod(shape) / SHARD_BYTES)
+        wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
         return min(length, 2 ** math.ceil(math.log2(wanted)))
     if not 1 <= shards <= length:
         raise UserError(
             f"--shards={shards} for {length} images; use a number from 1 to {length}"
         )
     return shards
-
-
-def _make_encoder(module: Any, params: Any, batch_size: int) -> tuple[Encoder, int]:
-    """The jitted encoder, sharded over the local devices, and the batch it takes."""
-    if batch_size < 1:
-        raise UserError(f"--batch_size={batch_size}: give at least one image")
-    devices = jax.local_devices()
-    mesh = Mesh(np.array(devices), ("data",))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-
-    @jax.jit
-    def apply(params: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = pixels.astype(jnp.float32) / 127.5 - 1
-        return module.apply({"params": params}, x, method="encode")
-
-    def encoder(pixels: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return apply(params, jax.device_put(pixels, rows))
-
-    return encoder, math.ceil(batch_size / len(devices)) * len(devices)
-
-
-class _Readable:
-    """Iterates over the images that decode, and keeps account of the others."""
-
-    def __init__(
-        self, source: Any, resolution: int, max_bad: float, name: str | os.PathLike
-    ) -> None:
-        self._source, self._resolution = source, resolution
-        self._name, self._max_bad = name, max_bad
-        self.count = self.seen = 0
-        self.unreadable: list[str] = []
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        images = image_sources.read(self._source, self._resolution)
-        for index, name, image, label in images:
-            self.seen += 1
-            if not 0 <= label < self._source.num_classes:
-                raise UserError(
-                    f"{self._name}: {name} has no valid label ({label}); choose a "
-                    f"split with labels in [0, {self._source.num_classes})"
-                )
-            if isinstance(image, Exception):
-                self.unreadable.append(f"{name}\t{_one_line(image)}")
-                self._check()
-            else:
-                self.count += 1
-                yield index, image, label
-
-    def report(self, folder: Path) -> None:
-        """Name the unreadable images in a file; refuse if there were no others."""
-        if not self.count:
-            raise UserError(f"{self._name}: none of its images can be decoded")
-        if self.unreadable:
-            text = "".join(f"{line}\n" for line in self.unreadable)
-            (folder / UNREADABLE).write_text(text, encoding="utf-8")
-
-    def _check(self) -> None:
-        # At once, not at the end: the rest of a large source would be encoded in vain.
-        if len(self.unreadable) > self._max_bad * self._source.length:
-            first = self.unreadable[0].replace("\t", ": ")
-            raise UserError(
-                f"{self._name}: {len(self.unreadable)} of the first {self.seen} images "
-                f"cannot be decoded, more than --max_bad={self._max_bad} of all "
-                f"{self._source.length} ({first}); mend them or raise --max_bad"
-            )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-Encoded = tuple[Sequence[int], Sequence[int], np.ndarray, np.ndarray]
-
-
-def _encoded(good: _Readable, encoder: Encoder, batch_size: int) -> Iterator[Encoded]:
-    """Indices, labels, mean, std, batch by batch; one batch runs while one is read."""
-    rows = iter(good)
-    running: list[Any] = []
-    while batch := list(itertools.islice(rows, batch_size)):
-        indices, pixels, labels = zip(*batch, strict=True)
-        # One shape, one compilation: the last batch is filled up and cut again.
-        filled = np.stack(pixels + (pixels[-1],) * (batch_size - len(batch)))
-        running.append((indices, labels, encoder(filled)))
-        if len(running) > 1:
-            yield _fetch(*running.pop(0))
-    for last in running:
-        yield _fetch(*last)
-
-
-def _fetch(
-    indices: Sequence[int], labels: Sequence[int], latents: tuple[Any, Any]
-) -> Encoded:
-    mean, std = (np.asarray(x)[: len(indices)] for x in latents)
-    return indices, labels, mean, std
 
 
 class _Statistics:
@@ -258,22 +187,47 @@ class _Statistics:
         }
 
 
+class _PNGs:
+    """Context manager that compresses images in threads, or gives None for each."""
+
+    def __init__(self, on: bool) -> None:
+        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1)) if on else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Iterable[bytes | None]:
+        if not self._pool:
+            return [None] * len(images)
+        return self._pool.map(image_sources.to_png, images)
+
+
 def _write(
-    writer: records.ShardWriter, statistics: _Statistics, batch: Encoded, vae: str
+    writer: records.ShardWriter,
+    statistics: _Statistics,
+    batch: Batch,
+    pngs: _PNGs,
+    vae: str,
 ) -> None:
-    indices, labels, mean, std = batch
     with np.errstate(over="ignore"):
-        halves = mean.astype(np.float16), std.astype(np.float16)
-    finite = np.isfinite(halves[0]) & np.isfinite(halves[1])
-    wrong = np.flatnonzero(~finite.all((1, 2, 3)))
-    if wrong.size:
-        raise UserError(
-            f"{vae}: the latent of image {indices[wrong[0]]} is not finite or too "
-            "large for float16; use --dtype=float32, or check the VAE's weights"
-        )
-    statistics.add(mean, std)
-    for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
-        writer.write(halves[0][row], halves[1][row], label, index)
+        halves = {name: x.astype(np.float16) for name, x in batch.arrays.items()}
+    for name, values in halves.items():
+        wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+        if wrong.size:
+            what = "features" if name == "features" else "latent"
+            raise UserError(
+                f"{vae}: the {what} of image {batch.indices[wrong[0]]} is not finite "
+                "or too large for float16; use --dtype=float32, or check the weights"
+            )
+    statistics.add(batch.arrays["mean"], batch.arrays["std"])
+    rows = zip(batch.indices, batch.labels, pngs(batch.images), strict=True)
+    for row, (index, label, image) in enumerate(rows):
+        arrays = {name: x[row] for name, x in halves.items()}
+        writer.write(label=label, index=index, image=image, **arrays)
 
 
 @contextlib.contextmanager
@@ -324,6 +278,12 @@ def _arguments() -> argparse.Namespace:
     add("--vae", required=True, metavar="VAE", help="diffusers folder or hub id")
     add("--resolution", type=int, default=256, help="pixels (%(default)s)")
     add("--split", default="train", help="split to read and write (%(default)s)")
+    store = "keep the cropped images too, as PNG, for methods that need them"
+    add("--store_images", action="store_true", help=store)
+    stored = "store the patch features of this DINOv2: folder, hub id, or digits"
+    add("--encoder", default="", metavar="MODEL", help=stored)
+    tokens = "features on a side (half the latent's side, as for patches of 2)"
+    add("--grid", type=int, default=0, help=tokens)
     add("--shards", type=int, help="number of files (by default from the size)")
     add("--batch_size", type=int, default=64, help="images per call (%(default)s)")
     bad = "share of unreadable images to leave out and list (%(default)s)"

@@ -23,6 +23,7 @@ from PIL import Image
 from sra2_jax.data import records
 from sra2_jax.errors import UserError
 
+UNREADABLE = "unreadable.txt"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -227,3 +228,64 @@ def read(
                 yield done.index, done.name, future.result(), done.label
         for done, future in waiting:
             yield done.index, done.name, future.result(), done.label
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """A uint8 image (H, W, 3) as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()
+
+
+class Readable:
+    """Iterates over the images that decode, and keeps account of the others."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        resolution: int,
+        max_bad: float,
+        name: str | os.PathLike,
+    ) -> None:
+        self._source, self._resolution = source, resolution
+        self._name, self._max_bad = name, max_bad
+        self.count = self.seen = 0
+        self.unreadable: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        images = read(self._source, self._resolution)
+        for index, name, image, label in images:
+            self.seen += 1
+            if not 0 <= label < self._source.num_classes:
+                raise UserError(
+                    f"{self._name}: {name} has no valid label ({label}); choose a "
+                    f"split with labels in [0, {self._source.num_classes})"
+                )
+            if isinstance(image, Exception):
+                self.unreadable.append(f"{name}\t{_one_line(image)}")
+                self._check()
+            else:
+                self.count += 1
+                yield index, image, label
+
+    def report(self, folder: Path) -> None:
+        """Name the unreadable images in a file; refuse if there were no others."""
+        if not self.count:
+            raise UserError(f"{self._name}: none of its images can be decoded")
+        if self.unreadable:
+            text = "".join(f"{line}\n" for line in self.unreadable)
+            (folder / UNREADABLE).write_text(text, encoding="utf-8")
+
+    def _check(self) -> None:
+        # At once, not at the end: the rest of a large source would be encoded in vain.
+        if len(self.unreadable) > self._max_bad * self._source.length:
+            first = self.unreadable[0].replace("\t", ": ")
+            raise UserError(
+                f"{self._name}: {len(self.unreadable)} of the first {self.seen} images "
+                f"cannot be decoded, more than --max_bad={self._max_bad} of all "
+                f"{self._source.length} ({first}); mend them or raise --max_bad"
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -10,13 +10,9 @@ exactly: what a stream has consumed follows from the step.
 from __future__ import annotations
 
 import os
-import queue
-import threading
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from sra2_jax.data import records
@@ -38,6 +34,7 @@ def batches(
     shuffle_buffer: int,
     process_index: int,
     process_count: int,
+    fields: Sequence[str] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches start_step, start_step + 1, ...
 
@@ -49,18 +46,22 @@ def batches(
       shuffle_buffer: records to shuffle among, over all streams, in the memory of all
         processes together.
       start_step: batches to skip; reads at most one epoch of raw records for it.
+      fields: "image" and "features", to read them as well; they do not change the
+        order.
 
     Returns:
       An endless iterator of `mean`, `std` (local_B, h, w, c) float16, not scaled,
-      `label` (local_B,) int32, `index` (local_B,) int64.
+      `label` (local_B,) int32, `index` (local_B,) int64, and as asked for `image`
+      (local_B, R, R, 3) uint8, `features` (local_B, tokens, width) float16.
 
     Raises:
-      UserError: at once, numbers that do not divide, a split or shards that are
+      UserError: at once, numbers that do not divide, a split, field or shards that are
         missing, shards of another size than encoded; while iterating, a record that
         cannot be read, or a label outside [0, num_classes).
     """
     info = records.LatentsInfo.read(folder)
     shards = _shards(info, folder, split)
+    _check_fields(info, folder, fields)
     count = len(shards.records)
     _check_division(batch_size, streams, process_count, count, folder)
     owned, rows = streams // process_count, batch_size // streams
@@ -79,7 +80,7 @@ def batches(
         )
         parts.append(stream.batch(rows))
         mine += zip(paths[own], shards.records[own], strict=True)
-    return _as_numpy(_joined(parts, info), info, folder, mine)
+    return _as_numpy(_joined(parts, info, fields), info, folder, mine)
 
 
 def _shards(
@@ -91,6 +92,19 @@ def _shards(
             "split in the config or encode that one"
         )
     return info.splits[split]
+
+
+def _check_fields(
+    info: records.LatentsInfo, folder: str | os.PathLike, fields: Sequence[str]
+) -> None:
+    stored = {"image": info.images, "features": info.features is not None}
+    flags = {"image": "--store_images", "features": "--encoder=MODEL"}
+    for name in fields:
+        if not stored[name]:
+            raise UserError(
+                f"{folder}: its records hold no {name}; encode again with "
+                f"{flags[name]} ({records.ENCODE})"
+            )
 
 
 def _check_division(
@@ -182,13 +196,15 @@ def _stream(
     return tf.data.Dataset.range(first, np.iinfo(np.int64).max).flat_map(epoch)
 
 
-def _joined(parts: Sequence[Any], info: records.LatentsInfo) -> Any:
+def _joined(
+    parts: Sequence[Any], info: records.LatentsInfo, fields: Sequence[str]
+) -> Any:
     """One batch of each stream, parsed and concatenated."""
     tf = records.tensorflow()
 
     def parse(*serialized: Any) -> dict[str, Any]:
         # Parsed first: concatenating strings copies them one by one, 1.3 times slower.
-        parsed = [records.parse(rows, info.latent_shape) for rows in serialized]
+        parsed = [records.parse(rows, info, fields) for rows in serialized]
         return {key: tf.concat([rows[key] for rows in parsed], 0) for key in parsed[0]}
 
     options = tf.data.Options()
@@ -243,108 +259,3 @@ def _first_damaged(shards: Sequence[tuple[Any, int]]) -> str:
         if found != count:
             return f"shard {path.name} has {found} records, not {count}"
     return "all shards can be read, but not parsed with this schema"
-
-
-class DevicePrefetcher:
-    """Iterator and context manager of `prefetch_to_device`."""
-
-    def __init__(
-        self, iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, not {size}")
-        self._queue: queue.Queue[Any] = queue.Queue(size)
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=_place,
-            args=(iterator, sharding, self._queue, stop),
-            name="prefetch_to_device",
-            daemon=True,
-        )
-        # Runs on close(), on garbage collection and at exit, so that no thread is
-        # inside JAX or TensorFlow while the interpreter goes down. The thread holds
-        # no reference to self.
-        self._close = weakref.finalize(self, _stop, stop, thread)
-        thread.start()
-
-    def __iter__(self) -> DevicePrefetcher:
-        return self
-
-    def __next__(self) -> dict[str, jax.Array]:
-        if not self._close.alive:
-            raise StopIteration
-        batch, error = self._queue.get()
-        if error is not None:
-            self.close()
-            raise error
-        return batch
-
-    def close(self) -> None:
-        """Stop the thread and wait for it; further calls do nothing."""
-        self._close()
-
-    def __enter__(self) -> DevicePrefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def prefetch_to_device(
-    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int = 2
-) -> DevicePrefetcher:
-    """Place batches on the devices ahead of time, in a background thread.
-
-    Args:
-      iterator: local rows of global batches, as `batches` yields them.
-      sharding: jax.sharding.Sharding that splits the leading axis of every array.
-      size: batches that wait on the devices.
-
-    Returns:
-      Iterator of dicts of global jax.Array. Close it, or use it in a `with`.
-
-    Raises:
-      Exception: while iterating, whatever the iterator or the placement raised.
-      ValueError: size below 1.
-    """
-    return DevicePrefetcher(iterator, sharding, size)
-
-
-def _place(
-    iterator: Iterator[Mapping[str, np.ndarray]],
-    sharding: Any,
-    ready: queue.Queue[Any],
-    stop: threading.Event,
-) -> None:
-    """Body of the thread: (batch, None) for each batch, then (None, the end)."""
-    try:
-        for batch in iterator:
-            arrays = {
-                name: jax.make_array_from_process_local_data(sharding, value)
-                for name, value in batch.items()
-            }
-            if not _put(ready, (arrays, None), stop):
-                return
-        end: BaseException = StopIteration()
-    except BaseException as error:
-        end = error
-    _put(ready, (None, end), stop)
-
-
-def _put(ready: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    """Whether the item found room before the consumer closed."""
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-            return True
-        except queue.Full:
-            continue
-    return False
-
-
-def _stop(stop: threading.Event, thread: threading.Thread) -> None:
-    stop.set()
-    # The garbage collector may run this in the thread itself. The limit is for a read
-    # that hangs (network disks): the thread is a daemon and dies with the process.
-    if thread is not threading.current_thread():
-        thread.join(timeout=10)

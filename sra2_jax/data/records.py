@@ -4,7 +4,9 @@ A latents dataset is a folder with
 
 * `latents-SPLIT.tfrecord-XXXXX-of-YYYYY`: tf.train.Example records of one image each:
   `mean`, `std` (raw float16 bytes, (h, w, c), posterior of the VAE, not scaled),
-  `label` and `index` (position of the image in the source listing);
+  `label`, `index` (position of the image in the source listing), and where asked for
+  `image` (the crop, PNG) and `features` (raw float16 bytes, (tokens, width), of an
+  encoder's patches);
 * `features.json` and `dataset_info.json`, so that
   `tfds.builder_from_directory(folder)` opens it;
 * `latents.json`, the facts of `LatentsInfo`, readable without TensorFlow.
@@ -63,13 +65,23 @@ class Shards:
 
 
 @dataclasses.dataclass(frozen=True)
+class Features:
+    """Stored patch features: (grid * grid, width) for an image, of `encoder`."""
+
+    encoder: str
+    grid: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
 class LatentsInfo:
     """What `latents.json` says about a dataset of latents.
 
     `latent_shape` is (h, w, c). A training latent is
     (mean + std * N(0, 1) - shift_factor) * scaling_factor; `latent_mean` and
     `latent_std` are its statistics over the dataset, one number per channel.
-    `class_names` is empty where the source has none.
+    `class_names` is empty where the source has none. `images` and `features` say what
+    records hold besides latents.
     """
 
     vae: str
@@ -85,6 +97,8 @@ class LatentsInfo:
     latent_std: tuple[float, ...]
     crop: str
     versions: Mapping[str, str]
+    images: bool = False
+    features: Features | None = None
 
     def __post_init__(self) -> None:
         convert: dict[str, Callable[[Any], Any]] = {
@@ -125,7 +139,9 @@ class LatentsInfo:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             splits = {k: Shards(**v) for k, v in fields.pop("splits").items()}
-            return cls(splits=splits, **fields)
+            stored = fields.pop("features", None)
+            features = Features(**stored) if stored else None
+            return cls(splits=splits, features=features, **fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: does not describe a latents dataset ({error!r}); {make}"
@@ -155,12 +171,14 @@ def check(
     scaling_factor: float,
     shift_factor: float,
     vae: str | None = None,
+    features: Features | None = None,
 ) -> None:
     """Compare what a config expects with what was encoded.
 
     Args:
       latent_shape: (h, w, c).
       vae: name or folder of the VAE; None where the config does not say.
+      features: what the config reads of an encoder; None where it reads none.
 
     Raises:
       UserError: one line with every contradiction, and the config key of each.
@@ -176,6 +194,13 @@ def check(
     ]
     if vae is not None:
         rows.append(("vae", "vae", vae, info.vae))
+    if features is not None:
+        stored = info.features or Features("", 0, 0)
+        rows += [
+            ("align.encoder.model", "encoder", features.encoder, stored.encoder),
+            ("align.encoder.width", "encoder", features.width, stored.width),
+            ("tokens a side", "grid", features.grid, stored.grid),
+        ]
     problems = []
     for key, flag, wanted, found in rows:
         if wanted == found:
@@ -202,13 +227,23 @@ def shard_path(
     return epath.Path(folder) / f"latents-{split}.tfrecord-{shard:05d}-of-{shards:05d}"
 
 
-def serialize(mean: np.ndarray, std: np.ndarray, label: int, index: int) -> bytes:
-    """One record: float16 (h, w, c) mean and std, label, index in the source."""
+def serialize(
+    mean: np.ndarray,
+    std: np.ndarray,
+    label: int,
+    index: int,
+    image: bytes | None = None,
+    features: np.ndarray | None = None,
+) -> bytes:
+    """One record: float16 (h, w, c) mean and std, label, index in the source; the PNG
+    of the crop, and float16 (tokens, width) features, where they are stored."""
     train = tensorflow().train
 
-    def raw(values: np.ndarray) -> Any:
-        data = np.ascontiguousarray(values, "<f2").tobytes()
+    def text(data: bytes) -> Any:
         return train.Feature(bytes_list=train.BytesList(value=[data]))
+
+    def raw(values: np.ndarray) -> Any:
+        return text(np.ascontiguousarray(values, "<f2").tobytes())
 
     def integer(value: int) -> Any:
         return train.Feature(int64_list=train.Int64List(value=[value]))
@@ -219,6 +254,10 @@ def serialize(mean: np.ndarray, std: np.ndarray, label: int, index: int) -> byte
         "label": integer(label),
         "index": integer(index),
     }
+    if image is not None:
+        feature["image"] = text(image)
+    if features is not None:
+        feature["features"] = raw(features)
     return train.Example(features=train.Features(feature=feature)).SerializeToString()
 
 
@@ -244,10 +283,17 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def write(self, mean: np.ndarray, std: np.ndarray, label: int, index: int) -> None:
+    def write(
+        self,
+        mean: np.ndarray,
+        std: np.ndarray,
+        label: int,
+        index: int,
+        **extra: Any,
+    ) -> None:
         """Append one record, see `serialize`."""
         shard = index % len(self._files)
-        self._files[shard].write(serialize(mean, std, label, index))
+        self._files[shard].write(serialize(mean, std, label, index, **extra))
         self._counts[shard] += 1
 
     def shards(self) -> Shards:
@@ -256,64 +302,39 @@ class ShardWriter:
         return Shards(tuple(self._counts), sizes)
 
 
-def parse(serialized: Any, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+def parse(
+    serialized: Any, info: LatentsInfo, fields: Sequence[str] = ()
+) -> dict[str, Any]:
     """Tensors of a whole batch of records, in one vectorised parse.
 
     Parsing a batch takes a third of the time of parsing its records one by one.
 
     Args:
       serialized: (B,) string tensor.
+      fields: "image" and "features" where they are wanted; else neither is touched.
 
     Returns:
-      `mean`, `std` (B, h, w, c) float16, `label` (B,) int32, `index` (B,) int64.
+      `mean`, `std` (B, h, w, c) float16, `label` (B,) int32, `index` (B,) int64,
+      `image` (B, R, R, 3) uint8, `features` (B, tokens, width) float16.
     """
     tf = tensorflow()
     text, integer = (tf.io.FixedLenFeature([], t) for t in (tf.string, tf.int64))
-    fields = tf.io.parse_example(
-        serialized, {"mean": text, "std": text, "label": integer, "index": integer}
-    )
-    shape = (-1, *latent_shape)
-    return {
-        "mean": tf.reshape(tf.io.decode_raw(fields["mean"], tf.float16), shape),
-        "std": tf.reshape(tf.io.decode_raw(fields["std"], tf.float16), shape),
-        "label": tf.cast(fields["label"], tf.int32),
-        "index": fields["index"],
-    }
+    schema = {"mean": text, "std": text, "label": integer, "index": integer}
+    rows = tf.io.parse_example(serialized, schema | dict.fromkeys(fields, text))
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"mean": info.latent_shape, "std": info.latent_shape}
+    if info.features:
+        shapes["features"] = (info.features.grid**2, info.features.width)
 
-
-def write_tfds_metadata(folder: str | os.PathLike, info: LatentsInfo) -> None:
-    """Write `features.json` and `dataset_info.json` next to finished shards.
-
-    TFDS reads the first example back, so a schema it cannot decode fails here.
-    """
-    tensorflow()
-    import tensorflow_datasets as tfds
-
-    def latent() -> Any:
-        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
-        return tfds.features.Tensor(
-            shape=info.latent_shape, dtype=np.float16, encoding="bytes"
+    parsed = {"label": tf.cast(rows["label"], tf.int32), "index": rows["index"]}
+    for name in rows.keys() & shapes.keys():
+        values = tf.io.decode_raw(rows[name], tf.float16)
+        parsed[name] = tf.reshape(values, (-1, *shapes[name]))
+    if "image" in rows:
+        side = info.resolution
+        parsed["image"] = tf.map_fn(
+            lambda png: tf.ensure_shape(tf.io.decode_png(png, 3), (side, side, 3)),
+            rows["image"],
+            fn_output_signature=tf.uint8,
         )
-
-    if info.class_names:
-        label = tfds.features.ClassLabel(names=list(info.class_names))
-    else:
-        label = tfds.features.ClassLabel(num_classes=info.num_classes)
-    tfds.folder_dataset.write_metadata(
-        data_dir=os.fspath(folder),
-        features={
-            "mean": latent(),
-            "std": latent(),
-            "label": label,
-            "index": tfds.features.Scalar(dtype=np.int64),
-        },
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=list(shards.records),
-                num_bytes=sum(shards.bytes),
-            )
-            for name, shards in info.splits.items()
-        ],
-        description=f"Latents of {info.vae} at {info.resolution} pixels.",
-    )
+    return parsed

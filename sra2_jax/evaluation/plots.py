@@ -207,7 +207,7 @@ def probe_figure(panels: Mapping[float, Sequence[Line]], note: str) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    width = 2.3 * len(panels) + 1.2
+    width = max(4.6, 2.3 * len(panels) + 1.2)
     figure = Figure(figsize=(width, 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (t, lines) in zip(axes, panels.items(), strict=True):

@@ -58,13 +58,13 @@ def _teacher(spec: TeacherAlignment, network: DiT) -> Target:
     Its final layer is not asked for and compiled away.
     """
     depth = spec.teacher_depth
-    teacher = network.clone(depth=depth, remat="none")
+    apply: Any = network.clone(depth=depth, remat="none").apply
 
     def target(frozen: Mapping[str, Any], draws: Mapping[str, Array]) -> Array:
         params = dict(frozen["teacher"])
         params["blocks"] = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
         inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
-        _, kept, _ = teacher.apply({"params": params}, *inputs, (depth,))
+        _, kept, _ = apply({"params": params}, *inputs, (depth,))
         return kept[depth]
 
     return target

@@ -18,7 +18,8 @@ import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.encode import encode
-from sra2_jax.data.pipeline import batches, prefetch_to_device
+from sra2_jax.data.pipeline import batches
+from sra2_jax.data.prefetch import prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.observe import Observer, finished
 from sra2_jax.models.dinov2 import DINOv2
@@ -91,6 +92,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
       UserError: no dataset and no images, or a dataset that contradicts the config.
     """
     folder = epath.Path(config.data.dir or workdir / "latents")
+    encoder = config.align.encoder
     if not (folder / records.FILE).exists():
         if not config.data.images:
             raise UserError(
@@ -102,7 +104,6 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
                 f"no latents dataset in {folder}: encode it on one machine first "
                 "(python -m sra2_jax.data.encode)"
             )
-        encoder, grid = config.align.encoder, _grid(config)
         stored = record_fields(config)
         encode(
             config.data.images,
@@ -112,7 +113,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
             split=SPLIT,
             store_images="image" in stored,
             encoder=encoder.model if "features" in stored else "",
-            grid=grid,
+            grid=_grid(config),
         )
     info = records.LatentsInfo.read(folder)
     size = config.latents.size
@@ -125,7 +126,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
         scaling_factor=config.latents.scaling_factor,
         shift_factor=config.latents.shift_factor,
         features=(
-            (config.align.encoder.model, _grid(config), config.align.encoder.width)
+            records.Features(encoder.model, _grid(config), encoder.width)
             if "features" in record_fields(config)
             else None
         ),
