@@ -231,7 +231,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         values = [unit * row[key] for row in rows][::-1]
         colors = ["#0072b2" if n == "SRA 2" else "#9aa5b1" for n in names]
         bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [form.format(v) for v in values], padding=3, fontsize=9)
+        axis.bar_label(bars, [f"{v:{form}}" for v in values], padding=3, fontsize=9)
         axis.set_xlim(0, 1.28 * max(values) or 1)
         axis.set_title(label, fontsize=10)
         axis.spines[["top", "right", "bottom"]].set_visible(False)

@@ -20,8 +20,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     ("size", "grid", "macs"),
-    [("S", 32, 6.05), ("B", 32, 23.0), ("L", 32, 80.7), ("XL", 32, 118.64), ("XL", 64, 524.5)],
-)  # fmt: skip
+    [
+        ("S", 32, 6.05),
+        ("B", 32, 23.0),
+        ("L", 32, 80.7),
+        ("XL", 32, 118.64),
+        ("XL", 64, 524.5),
+    ],
+)
 def test_published_forward_macs(size, grid, macs):
     """DiT's Table 4 and the 512 px model."""
     config = default.get_config()

@@ -197,8 +197,8 @@ def draw_groups(axis: Axes, lines: Sequence[Line], marker: str = "") -> None:
         mean = mean_line(group)
         look |= {"linewidth": 1.6 * wide, "marker": marker, "markersize": 4 * wide}
         axis.plot(mean.x, mean.y, **look, label=name)
-        ring = np.isin(mean.steps, mean.marks)
-        axis.plot(mean.x[ring], mean.y[ring], **RING)
+        if ring := np.isin(mean.steps, mean.marks).nonzero()[0].tolist():
+            axis.plot(mean.x[ring], mean.y[ring], **RING)
 
 
 def probe_figure(panels: Mapping[float, Sequence[Line]], note: str) -> Figure:
