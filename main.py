@@ -7,7 +7,7 @@ command again goes on from the newest checkpoint in the workdir.
 import argparse
 from pathlib import Path
 
-from absl import logging
+from absl import flags, logging
 
 from sra2_jax import config as configuration
 from sra2_jax.errors import run_program
@@ -30,6 +30,7 @@ def main() -> None:
     # The config is checked before TensorFlow is imported or a device touched.
     arguments, config = configuration.parse_arguments(parser, str(DEFAULT))
 
+    flags.FLAGS.mark_as_parsed()  # absl warns before its first line otherwise
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     # Our own rows of metrics and errors; not the progress notes of the libraries.

@@ -85,7 +85,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
             form = "{:.1%}" if "accuracy" in key else "{:.3f}"
             form = form if " " in key else "{:.0f}"
             cells.append(
-                f"{form} ({form} to {form})".format(
+                f"{form} ({form} - {form})".format(
                     values.mean(), values.min(), values.max()
                 )
             )

@@ -10,7 +10,8 @@ from PIL import Image
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError
-from sra2_jax.pretrained import load_vae
+from sra2_jax.models.dinov2 import patch_features
+from sra2_jax.pretrained import load_dinov2, load_vae
 from tests.test_pipeline import BATCH, read_with_tfds, take
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,6 +57,15 @@ def encoded(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded") / "latents"
     info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4)
     assert [p.name for p in out.parent.iterdir()] == ["latents"]  # no leftovers
+    return out, info
+
+
+@pytest.fixture(scope="module")
+def extended(folder, tmp_path_factory):
+    """The same latents with images and features beside them."""
+    out = tmp_path_factory.mktemp("extended") / "latents"
+    extra = {"store_images": True, "encoder": "digits"}
+    info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4, **extra)
     return out, info
 
 
@@ -187,6 +197,41 @@ def test_encoded_dataset_feeds_the_pipeline(encoded):
         np.testing.assert_array_equal(mean, stored[int(index)]["mean"])
 
 
+def test_images_and_features_are_stored_exactly(folder, extended):
+    out, info = extended
+    assert info == records.LatentsInfo.read(out)
+    assert info.images
+    assert info.features == records.Features("digits", 4, 64)  # half of 8 by default
+    _, rows = read_with_tfds(out)
+    module, params = load_dinov2("digits")
+    apply = jax.jit(lambda x: patch_features(module, params, x, 4))
+    source = images.read(images.open_source(folder, "train"), SIDE)
+    crops = {index: image for index, name, image, _ in source if name not in BAD}
+    assert crops.keys() == rows.keys()
+    for index, row in rows.items():
+        np.testing.assert_array_equal(row["image"], crops[index])
+        assert row["features"].dtype == np.float16
+        wanted = apply(row["image"][None])[0]
+        np.testing.assert_allclose(row["features"], wanted, rtol=1e-3, atol=1e-3)
+
+    read = take(out, 2, streams=2, fields=("image", "features"))
+    for step, row in np.ndindex(read["index"].shape):
+        stored = rows[int(read["index"][step, row])]
+        for name in ("image", "features"):
+            assert read[name].dtype == stored[name].dtype
+            np.testing.assert_array_equal(read[name][step, row], stored[name])
+
+
+def test_images_and_features_do_not_change_the_batches(encoded, extended):
+    plain = take(encoded[0], 5, streams=2)
+    assert list(plain) == ["label", "index", "mean", "std"]
+    for fields in ((), ("image",), ("features", "image")):
+        read = take(extended[0], 5, streams=2, fields=fields)
+        assert read.keys() == plain.keys() | set(fields)
+        for name, value in plain.items():
+            np.testing.assert_array_equal(read[name], value)
+
+
 def test_encode_refuses(folder, encoded, tmp_path):
     out, _ = encoded
     before = sorted(p.name for p in out.iterdir())
@@ -197,6 +242,8 @@ def test_encode_refuses(folder, encoded, tmp_path):
         encode(folder, tmp_path / "a", VAE, SIDE, max_bad=0.1)
     with pytest.raises(UserError, match="not a multiple of 2"):
         encode(folder, tmp_path / "a", VAE, 15)
+    with pytest.raises(UserError, match="--grid=-1"):
+        encode(folder, tmp_path / "a", VAE, SIDE, encoder="digits", grid=-1)
     with pytest.raises(UserError, match="--shards=14 for 13 images"):
         encode(folder, tmp_path / "a", VAE, SIDE, shards=14)
     empty = tmp_path / "empty"
@@ -209,12 +256,20 @@ def test_encode_refuses(folder, encoded, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
-def test_latents_too_large_for_float16_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["latent", "features"])
+def test_numbers_too_large_for_float16_are_refused(tmp_path, monkeypatch, what):
     source = tmp_path / "source" / "class"
     source.mkdir(parents=True)
     Image.new("RGB", (SIDE, SIDE)).save(source / "x.png")
-    module, params = load_vae(VAE)
-    params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e5
-    monkeypatch.setattr("sra2_jax.data.encode.load_vae", lambda vae: (module, params))
-    with pytest.raises(UserError, match="float16"):
-        encode(source.parent, tmp_path / "out", VAE, SIDE)
+    if what == "latent":
+        module, params = load_vae(VAE)
+        params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e5
+        loader, culprit = "encode.load_vae", VAE
+    else:
+        module, params = load_dinov2("digits")
+        params["norm"]["bias"] = params["norm"]["bias"] + 1e5
+        loader, culprit = "encoders.load_dinov2", "digits"
+    monkeypatch.setattr(f"sra2_jax.data.{loader}", lambda name: (module, params))
+    with pytest.raises(UserError, match=f"^{culprit}: the {what} of .* float16"):
+        encode(source.parent, tmp_path / "out", VAE, SIDE, encoder="digits")
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -20,13 +20,13 @@ from sra2_jax.errors import UserError
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
 
 
-def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10):
-    """A dataset of (2, 2, 1) latents that hold their own index."""
+def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **extra):
+    """A dataset of (2, 2, 1) latents that hold their own index; `extra` in each."""
     folder.mkdir()
     with records.ShardWriter(folder, "train", SHARDS) as writer:
         for index in range(examples):
             latent = np.full((2, 2, 1), index, np.float16)
-            writer.write(latent, latent / 2, label(index), index)
+            writer.write(latent, latent / 2, label(index), index, **extra)
     info = records.LatentsInfo(
         vae="vae",
         scaling_factor=0.18215,
@@ -119,6 +119,14 @@ def test_description_that_contradicts_itself(tmp_path, key, value):
         records.LatentsInfo.read(path.parent)
 
 
+def test_description_without_the_newer_keys(dataset, tmp_path):
+    path = dataset / records.FILE
+    fields = json.loads(path.read_text())
+    del fields["images"], fields["features"]
+    (tmp_path / records.FILE).write_text(json.dumps(fields))
+    assert records.LatentsInfo.read(tmp_path) == records.LatentsInfo.read(dataset)
+
+
 def test_check_names_every_contradiction(dataset):
     info = records.LatentsInfo.read(dataset)
     good = {
@@ -157,6 +165,35 @@ def test_check_names_every_contradiction(dataset):
     with pytest.raises(UserError) as error:
         records.check(info, **(good | {"num_classes": 11}))
     assert "latents.size" not in str(error.value)
+
+
+def test_check_compares_features(dataset):
+    stored = records.Features("digits", grid=1, width=64)
+    plain = records.LatentsInfo.read(dataset)
+    info = dataclasses.replace(plain, features=stored)
+    good = {
+        "folder": dataset,
+        "resolution": 16,
+        "latent_shape": (2, 2, 1),
+        "num_classes": 10,
+        "scaling_factor": 0.18215,
+        "shift_factor": 0.0,
+    }
+    records.check(info, **good)
+    records.check(info, **good, features=stored)
+    wanted = records.Features("other", grid=2, width=768)
+    with pytest.raises(UserError) as error:
+        records.check(info, **good, features=wanted)
+    for part in (
+        "align.encoder.model=other, dataset was encoded with digits:",
+        "align.encoder.width=768, dataset was encoded with 64:",
+        "model.patch_size=1, dataset was encoded with 2:",
+        "encode again with --grid",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(UserError, match=r"encoded with none: .* --encoder ") as error:
+        records.check(plain, **good, features=wanted)
+    assert str(error.value).count("config says") == 1
 
 
 # Order of the batches
@@ -234,6 +271,26 @@ def test_a_dataset_smaller_than_the_batch_repeats(tmp_path):
 def test_numbers_that_do_not_fit(dataset, changes, match):
     with pytest.raises(UserError, match=match):
         take(dataset, 1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("field", "flag"), [("image", "--store_images"), ("features", "--encoder")]
+)
+def test_a_field_that_is_not_stored(dataset, field, flag):
+    with pytest.raises(UserError, match=f"no {field}.*{flag}") as error:
+        take(dataset, 1, fields=(field,))
+    assert str(error.value).startswith(f"{dataset}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_is_decoded_only_when_asked_for(tmp_path):
+    folder = tmp_path / "latents"
+    info = write_dataset(folder, image=b"not a PNG")
+    dataclasses.replace(info, images=True).write(folder)
+    assert take(folder, 1)["index"].size == BATCH
+    with pytest.raises(UserError, match="cannot be read") as error:
+        take(folder, 1, fields=("image",))
+    assert "\n" not in str(error.value)
 
 
 def test_label_out_of_range(tmp_path):

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -66,7 +66,7 @@ def encode(
       shards: number of files; None: from the size.
       batch_size: images per call, over the local devices (rounded up to a multiple).
       max_bad: share of images that may be unreadable; `unreadable.txt` lists them.
-      dtype: compute dtype of the VAE, float32 or bfloat16.
+      dtype: compute dtype of the networks, float32 or bfloat16.
       progress: called with the images done and in all, after each batch.
 
     Raises:
@@ -87,13 +87,14 @@ def encode(
     shards = _choose_shards(shards, source.length, size)
     good = Readable(source, resolution, max_bad, images)
     statistics = _Statistics()
+    models = {"mean": vae, "std": vae, "features": encoder}
     with _appears_when_done(out) as folder:
         with (
             records.ShardWriter(folder, split, shards) as writer,
             _PNGs(store_images) as pngs,
         ):
             for batch in encoded(good, run, batch_size):
-                _write(writer, statistics, batch, pngs, vae)
+                _write(writer, statistics, batch, pngs, models)
                 progress(good.seen, source.length)
         good.report(folder)
         info = records.LatentsInfo(
@@ -211,8 +212,9 @@ def _write(
     statistics: _Statistics,
     batch: Batch,
     pngs: _PNGs,
-    vae: str,
+    models: Mapping[str, str],
 ) -> None:
+    """Write a batch; `models` names the network that each array comes from."""
     with np.errstate(over="ignore"):
         halves = {name: x.astype(np.float16) for name, x in batch.arrays.items()}
     for name, values in halves.items():
@@ -220,8 +222,9 @@ def _write(
         if wrong.size:
             what = "features" if name == "features" else "latent"
             raise UserError(
-                f"{vae}: the {what} of image {batch.indices[wrong[0]]} is not finite "
-                "or too large for float16; use --dtype=float32, or check the weights"
+                f"{models[name]}: the {what} of image {batch.indices[wrong[0]]} is not "
+                "finite or too large for float16; use --dtype=float32, or check the "
+                "weights"
             )
     statistics.add(batch.arrays["mean"], batch.arrays["std"])
     rows = zip(batch.indices, batch.labels, pngs(batch.images), strict=True)
@@ -289,7 +292,7 @@ def _arguments() -> argparse.Namespace:
     bad = "share of unreadable images to leave out and list (%(default)s)"
     add("--max_bad", type=float, default=0.01, help=bad)
     dtypes = ("float32", "bfloat16")
-    kind = "compute type of the VAE (%(default)s)"
+    kind = "compute type of the networks (%(default)s)"
     add("--dtype", choices=dtypes, default=dtypes[0], help=kind)
     return parser.parse_args()
 

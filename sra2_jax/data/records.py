@@ -195,11 +195,13 @@ def check(
     if vae is not None:
         rows.append(("vae", "vae", vae, info.vae))
     if features is not None:
-        stored = info.features or Features("", 0, 0)
+        stored = info.features or Features("none", features.grid, features.width)
+        # Sides of a patch; as text, 2 and not 2.0.
+        patch, other = (f"{h / f.grid:g}" for f in (features, stored))
         rows += [
             ("align.encoder.model", "encoder", features.encoder, stored.encoder),
             ("align.encoder.width", "encoder", features.width, stored.width),
-            ("tokens a side", "grid", features.grid, stored.grid),
+            ("model.patch_size", "grid", patch, other),
         ]
     problems = []
     for key, flag, wanted, found in rows:
@@ -327,9 +329,10 @@ def parse(
         shapes["features"] = (info.features.grid**2, info.features.width)
 
     parsed = {"label": tf.cast(rows["label"], tf.int32), "index": rows["index"]}
-    for name in rows.keys() & shapes.keys():
-        values = tf.io.decode_raw(rows[name], tf.float16)
-        parsed[name] = tf.reshape(values, (-1, *shapes[name]))
+    for name, shape in shapes.items():
+        if name in rows:
+            values = tf.io.decode_raw(rows[name], tf.float16)
+            parsed[name] = tf.reshape(values, (-1, *shape))
     if "image" in rows:
         side = info.resolution
         parsed["image"] = tf.map_fn(
