@@ -74,12 +74,7 @@ def import_file(
       UserError: an unusable file, a config that does not fit it, or a run that has
         checkpoints already. Nothing is left behind then.
     """
-    run = epath.Path(workdir).absolute()
-    folder = run / "checkpoints"
-    if run.exists() and not run.is_dir():
-        raise UserError(f"{run}: not a folder: use another --workdir")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{run}: holds checkpoints already: use another --workdir")
+    run = _vacant(workdir)
     contents = read_file(file)
     reverse = reverse or contents.reverse
     origin = "--step"
@@ -116,9 +111,20 @@ def import_file(
     if not contents.heads:
         heads = config.model.heads
         lines.append(f"attention: config.model.heads={heads}, the file does not say")
-    lines.append(f"written: {folder / str(step)}; main.py goes on from it")
+    lines.append(f"written: {run / 'checkpoints' / str(step)}; main.py goes on from it")
     for line in lines:
         print(f"  {line}")
+
+
+def _vacant(workdir: str) -> epath.Path:
+    """The run's folder, refused if it holds checkpoints."""
+    run = epath.Path(workdir).absolute()
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run}: not a folder: use another --workdir")
+    folder = run / "checkpoints"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{run}: holds checkpoints already: use another --workdir")
+    return run
 
 
 def _check_settings(path: Path, settings: dict[str, Any], config: ConfigDict) -> None:

@@ -242,6 +242,8 @@ def test_encode_refuses(folder, encoded, tmp_path):
         encode(folder, tmp_path / "a", VAE, SIDE, max_bad=0.1)
     with pytest.raises(UserError, match="not a multiple of 2"):
         encode(folder, tmp_path / "a", VAE, 15)
+    with pytest.raises(UserError, match="--grid=4 is of features"):
+        encode(folder, tmp_path / "a", VAE, SIDE, grid=4)
     with pytest.raises(UserError, match="--grid=-1"):
         encode(folder, tmp_path / "a", VAE, SIDE, encoder="digits", grid=-1)
     with pytest.raises(UserError, match="--shards=14 for 13 images"):

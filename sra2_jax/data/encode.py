@@ -28,6 +28,7 @@ from sra2_jax.data.encoders import Batch, Encoder, VAEEncoder, WithFeatures, enc
 from sra2_jax.data.images import Readable
 from sra2_jax.data.tfds_metadata import write_tfds_metadata
 from sra2_jax.errors import UserError, run_program
+from sra2_jax.models.vae import VAEConfig
 from sra2_jax.pretrained import load_vae
 
 # Shards of 64 to 128 MB: large enough to stream well, small enough to move.
@@ -75,14 +76,7 @@ def encode(
     """
     out = _vacant(out)
     source = image_sources.open_source(images, split)
-    module, params = load_vae(vae)
-    shape = _latent_shape(module.config, resolution, vae)
-    run: Encoder = VAEEncoder(module.clone(dtype=dtype), params)
-    features = None
-    if encoder:
-        grid = grid or max(shape[0] // 2, 1)
-        run = with_features = WithFeatures(run, encoder, grid, dtype)
-        features = records.Features(encoder, grid, with_features.width)
+    config, run, shape, features = _networks(vae, resolution, encoder, grid, dtype)
     size = _record_size(shape, resolution if store_images else 0, features)
     shards = _choose_shards(shards, source.length, size)
     good = Readable(source, resolution, max_bad, images)
@@ -109,11 +103,28 @@ def encode(
             versions=_versions(),
             images=store_images,
             features=features,
-            **statistics.sampled(module.config),
+            **statistics.sampled(config),
         )
         write_tfds_metadata(folder, info)
         info.write(folder)
     return info
+
+
+def _networks(
+    vae: str, resolution: int, encoder: str, grid: int, dtype: str
+) -> tuple[VAEConfig, Encoder, tuple[int, int, int], records.Features | None]:
+    """The VAE's config, what runs on a batch, a latent's shape, the features."""
+    module, params = load_vae(vae)
+    shape = _latent_shape(module.config, resolution, vae)
+    run = VAEEncoder(module.clone(dtype=dtype), params)
+    if not encoder:
+        if grid:
+            raise UserError(f"--grid={grid} is of features: give --encoder=MODEL too")
+        return module.config, run, shape, None
+    grid = grid or max(shape[0] // 2, 1)
+    both = WithFeatures(run, encoder, grid, dtype)
+    features = records.Features(encoder, grid, both.width)
+    return module.config, both, shape, features
 
 
 def _latent_shape(config: Any, resolution: int, vae: str) -> tuple[int, int, int]:

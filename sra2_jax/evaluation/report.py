@@ -115,9 +115,8 @@ def header(run: Run) -> str:
             f'<div class="progress"><progress value="{run.step}" max="{steps:.0f}">'
             f"</progress>Not finished: step {run.step:,} of {steps:,.0f}</div>"
         )
-    kind = f"{text(run.method)} training run"
     return (
-        f'<header><p class="kind">{kind}</p><h1>{text(run.name)}</h1>'
+        f'<header><p class="kind">{run.method} run</p><h1>{text(run.name)}</h1>'
         f'<p class="claim">{claim}.</p><p class="facts">{line}</p>{progress}</header>'
     )
 

@@ -113,7 +113,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
             split=SPLIT,
             store_images="image" in stored,
             encoder=encoder.model if "features" in stored else "",
-            grid=_grid(config),
+            grid=_grid(config) if "features" in stored else 0,
         )
     info = records.LatentsInfo.read(folder)
     size = config.latents.size
