@@ -177,6 +177,11 @@ def measured(
     return rows
 
 
+def short(value: float) -> str:
+    """118.6, 6.05, 0.0174 in eight columns."""
+    return f"{value:>8.1f}" if value >= 10 else f"{value:>8.3g}"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     head = (
@@ -193,9 +198,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         a, b, c = parameters
         line = (
-            f"{row['method']:14}{a:>9}{b:>8}{c:>9}{row['forward_gmacs']:>8.1f}"
-            f"{row['forward_gflops']:>8.1f}{row['extra_percent']:>+7.1f}%"
-            f"{row['xla_gflops']:>8.1f}"
+            f"{row['method']:14}{a:>9}{b:>8}{c:>9}{short(row['forward_gmacs'])}"
+            f"{short(row['forward_gflops'])}{row['extra_percent']:>+7.1f}%"
+            f"{short(row['xla_gflops'])}"
         )
         if timed:
             line += f"{row['step_seconds']:>9.3f}{row['time_over_vanilla']:>11.3f}"
@@ -217,11 +222,11 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             "Counted: heads and\nexternal parameters, M",
             "added_parameters",
             1e-6,
-            "{:.1f}",
+            ".1f",
         ),
-        ("Counted: forward pass\nover vanilla, %", "extra_percent", 1, "+{:.1f}"),
-        ("Timed: training step\nover vanilla, times", "time_over_vanilla", 1, "{:.2f}"),
-        ("Timed: peak memory,\nMB a device", "peak_bytes", 1e-6, "{:.0f}"),
+        ("Counted: forward pass\nover vanilla, %", "extra_percent", 1, "+.1f"),
+        ("Timed: training step\nover vanilla, times", "time_over_vanilla", 1, ".2f"),
+        ("Timed: peak memory,\nMB a device", "peak_bytes", 1e-6, ".0f"),
     ]
     panels = [panel for panel in panels if panel[1] in rows[0]]
     figure, axes = pyplot.subplots(
@@ -237,8 +242,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
         axis.set_xticks([])
         axis.tick_params(left=False)
-    figure.suptitle(title, fontsize=10, y=0.02, va="bottom", color="#555555")
-    figure.tight_layout(rect=(0, 0.06, 1, 1.02))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.text(0.5, 0.03, title, fontsize=10, ha="center", color="#555555")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

@@ -288,7 +288,7 @@ def curves(arguments: argparse.Namespace) -> None:
         title = "{} ({})".format(*QUALITY[key])
     xlabel = "step"
     if arguments.against == "seconds":
-        xlabel = "seconds of training (without evaluation and sampling)"
+        xlabel = "seconds of training steps (nothing else counted)"
     many = max(len(line.x) for line in lines) > MARKED
     with plots.style():
         ylabel = f"{title} (running mean)" if many else title

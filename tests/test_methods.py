@@ -1,5 +1,7 @@
 """Vanilla, SRA 2, REPA, SRA and REPA + SRA 2 through the one step."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,3 +245,17 @@ def test_refusals(tiny, latents, tmp_path, changes, message):
         train(tiny, str(tmp_path / "run"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "flag"), [("images", "--store_images"), ("features", "--encoder")]
+)
+def test_a_dataset_of_latents_alone(tiny, latents, tmp_path, source, flag):
+    """Refused before anything is compiled."""
+    fields = json.loads((latents / "latents.json").read_text())
+    fields |= {"images": False, "features": None}
+    (tmp_path / "latents.json").write_text(json.dumps(fields))
+    switch(tiny, ("encoder",)).data.dir = str(tmp_path)
+    tiny.align.encoder.source = source
+    with pytest.raises(UserError, match=f"encode again with {flag}"):
+        train(tiny, str(tmp_path / "run"))

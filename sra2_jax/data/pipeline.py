@@ -61,7 +61,7 @@ def batches(
     """
     info = records.LatentsInfo.read(folder)
     shards = _shards(info, folder, split)
-    _check_fields(info, folder, fields)
+    check_fields(info, folder, fields)
     count = len(shards.records)
     _check_division(batch_size, streams, process_count, count, folder)
     owned, rows = streams // process_count, batch_size // streams
@@ -94,9 +94,14 @@ def _shards(
     return info.splits[split]
 
 
-def _check_fields(
+def check_fields(
     info: records.LatentsInfo, folder: str | os.PathLike, fields: Sequence[str]
 ) -> None:
+    """Refuse a dataset whose records lack one of `fields`, see `batches`.
+
+    Raises:
+      UserError: the field, and the flag of the encoder that stores it.
+    """
     stored = {"image": info.images, "features": info.features is not None}
     flags = {"image": "--store_images", "features": "--encoder=MODEL"}
     for name in fields:

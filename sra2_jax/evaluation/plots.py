@@ -239,7 +239,8 @@ def curves_figure(
 ) -> Figure:
     """A metric's curves, and levels to compare with, dashed.
 
-    The vertical axis is logarithmic where the values span more than LOG_FROM.
+    The vertical axis is logarithmic where the values span more than LOG_FROM, but for
+    those that rise towards their best: equal steps of a share are equally good.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -251,7 +252,8 @@ def curves_figure(
         look: Any = {"linestyle": (0, ((6, 3), (2, 2))[i % 2]), "linewidth": 1.2}
         axis.axhline(level, color=GREY, label=f"{name}: {level:.3g}", **look)
     values = np.concatenate([*(line.y for line in lines), [*levels.values()]])
-    if values.min() > 0 and values.max() > LOG_FROM * values.min():
+    spans = values.min() > 0 and values.max() > LOG_FROM * values.min()
+    if spans and lines[0].y[-1] < lines[0].y[0]:
         axis.set_yscale("log")
         if values.max() < 1000 * values.min():
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -18,7 +18,7 @@ import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.encode import encode
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import batches, check_fields
 from sra2_jax.data.prefetch import prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.observe import Observer, finished
@@ -116,6 +116,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
             grid=_grid(config) if "features" in stored else 0,
         )
     info = records.LatentsInfo.read(folder)
+    check_fields(info, folder, record_fields(config))
     size = config.latents.size
     records.check(
         info,
