@@ -219,7 +219,7 @@ def test_curves(runs, draw, tmp_path):
     expected = [[2, 4], [2 / 3, 1, 4 / 3], [4 / 3, 8 / 3], [2 / 5, 4 / 5]]
     for found, wanted in zip(x, expected, strict=True):
         np.testing.assert_allclose(found, wanted)
-    assert "without evaluation" in figure.axes[0].get_xlabel()
+    assert "nothing else counted" in figure.axes[0].get_xlabel()
     assert width(tmp_path / "s.png") > 800
 
 
