@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
     c.sampling.guidance_high = 1.0
     c.sampling.guidance_channels = 0  # guide the first channels only; 0 = all
     c.sampling.rounding = "truncate"  # to uint8: truncate (REPA, SRA), sit (SiT, DiT)
+    c.sampling.labels = "random"  # of scored samples: random, balanced (i mod classes)
     c.sampling.batch_size = 64  # images sampled at a time, over all devices
 
     c.run = ConfigDict()
@@ -147,7 +148,10 @@ def get_config() -> ConfigDict:
     c.run.grid_columns = 8
 
     c.eval = ConfigDict()
-    c.eval.proxy = ""  # "digits": the quickstart's proxy metrics; "" = none
+    c.eval.features = ""  # score samples while training. "inception": FID, sFID, IS;
+    # "digits": the quickstart's proxies; "" = never
+    c.eval.inception = "inception.safetensors"  # its weights, see docs/evaluation.md
+    c.eval.reference = ""  # of inception: an .npz in ADM's format
     c.eval.every = 50_000  # steps
-    c.eval.num_samples = 1000
+    c.eval.num_samples = 10_000
     return c

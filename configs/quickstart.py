@@ -38,13 +38,14 @@ def get_config() -> ConfigDict:
     c.optim.learning_rate = 2e-3
     c.ema_decay = 0.99
     c.sampling.steps = 50
+    c.sampling.labels = "balanced"
     c.sampling.batch_size = 128
     c.run.log_every = 10
     c.run.checkpoint_every = 500
     c.run.sample_every = 300
     c.run.grid_classes = 10
     c.run.grid_columns = 10
-    c.eval.proxy = "digits"
+    c.eval.features = "digits"
     c.eval.every = 300
     c.eval.num_samples = 360
     return c

@@ -2,10 +2,11 @@
 
 import argparse
 import difflib
+import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -92,7 +93,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "align.encoder.source": alignment.SOURCES,
     "sampling.method": sampler.SAMPLERS,
     "sampling.rounding": ("truncate", "sit"),
-    "eval.proxy": ("", "digits"),
+    "sampling.labels": ("random", "balanced"),
+    "eval.features": ("", "digits", "inception"),
 }
 
 
@@ -127,16 +129,35 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, an unknown key, a value of another type.
     """
-    arguments = ["", f"--config={path}", *overrides]
-    values = flags.FlagValues()
+    arguments = [f"--config={path}", *overrides]
     try:
-        config_flags.DEFINE_config_file(
-            "config", flag_values=values, sys_argv=arguments
-        )
-        rest = values(arguments)[1:]
-        config = values.config.lock()
+        return _parse(config_flags.DEFINE_config_file, arguments)
     except OSError as error:
         raise UserError(f"--config={path} names no file: see configs/") from error
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A copy of a config with "--config.KEY=VALUE" applied; not checked.
+
+    Raises:
+      UserError: an unknown key, a value of another type.
+    """
+    define = functools.partial(
+        config_flags.DEFINE_config_dict, config=config.copy_and_resolve_references()
+    )
+    return _parse(define, overrides)
+
+
+def _parse(define: Callable[..., Any], overrides: Sequence[str]) -> ConfigDict:
+    """The config of a flag that `define` makes, with overrides applied."""
+    arguments = ["", *overrides]
+    values = flags.FlagValues()
+    try:
+        define(name="config", flag_values=values, sys_argv=arguments)
+        rest = values(arguments)[1:]
+        config: ConfigDict = values.config.lock()
+    except OSError:
+        raise
     except Exception as error:  # ml_collections raises many kinds
         from configs import default
 
@@ -263,11 +284,17 @@ def _check_combinations(config: ConfigDict) -> None:
         f"config.sampling.guidance_channels={config.sampling.guidance_channels} "
         f"exceeds config.latents.channels={config.latents.channels}",
     )
-    if config.eval.proxy == "digits":
+    if config.eval.features == "digits":
         require(
             config.data.num_classes == 10 and config.data.resolution == 32,
-            "config.eval.proxy='digits' needs config.data.num_classes=10 and "
+            "config.eval.features='digits' needs config.data.num_classes=10 and "
             "config.data.resolution=32",
+        )
+    if config.eval.features == "inception":
+        require(
+            bool(config.eval.reference),
+            "config.eval.features='inception' needs config.eval.reference, an .npz in "
+            "ADM's format (docs/evaluation.md)",
         )
     for name, section in config.align.items():
         if section.enabled:

@@ -2,6 +2,7 @@
 
     python -m sra2_jax.convert import FILE --workdir=RUN --config=configs/sra2_xl.py
     python -m sra2_jax.convert export RUN --out=FILE.safetensors
+    python -m sra2_jax.convert inception FILE --out=inception.safetensors
 
 FILE is a .pt, .pth or .ckpt of SiT, REPA or SRA (PyTorch reads these), a .safetensors
 or an .npz. Runs without TensorFlow.
@@ -21,6 +22,7 @@ from ml_collections import ConfigDict
 import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError, run_program
+from sra2_jax.pretrained.inception import convert_inception
 from sra2_jax.reference import from_reference, reverse_time, to_reference
 from sra2_jax.statedict import (
     REVERSED,
@@ -274,12 +276,13 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 
     def command(name: str, **texts: Any) -> Any:
         sub = commands.add_parser(name, allow_abbrev=False, **texts)
-        sub.add_argument(
-            "--reverse_time",
-            dest="reverse",
-            action="store_true",
-            help="FILE's time runs from noise to data, as in SiT's own code",
-        )
+        if name != "inception":
+            sub.add_argument(
+                "--reverse_time",
+                dest="reverse",
+                action="store_true",
+                help="FILE's time runs from noise to data, as in SiT's own code",
+            )
         return sub.add_argument
 
     add = command(
@@ -299,8 +302,12 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     add("--step", type=int, help="of the checkpoint (the newest)")
     add("--heads", action="store_true", help="with the alignment heads")
 
+    add = command("inception", help="weights of FID's network, without PyTorch")
+    add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
+    add("--out", type=Path, required=True, metavar="FILE", help=".safetensors or .npz")
+
     arguments, rest = parser.parse_known_args()
-    if rest and arguments.command == "export":
+    if rest and arguments.command != "import":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments, rest
 
@@ -308,8 +315,12 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> None:
     arguments, overrides = _arguments()
     flags = vars(arguments)
-    if flags.pop("command") == "export":
+    command = flags.pop("command")
+    if command == "export":
         export_run(**flags)
+        return
+    if command == "inception":
+        convert_inception(**flags)
         return
     config = configuration.load(flags.pop("config"), overrides)
     configuration.check(config)

@@ -19,7 +19,8 @@ from sra2_jax.config import flatten
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.evaluation import plots, probes
 from sra2_jax.evaluation.curves import MARKED, smooth
-from sra2_jax.evaluation.report import CURVES, QUALITY
+from sra2_jax.evaluation.quality import QUALITY
+from sra2_jax.evaluation.report import CURVES
 from sra2_jax.evaluation.rundir import Run, number, read_run
 
 FORMATS = (".png", ".pdf", ".svg")
@@ -31,7 +32,7 @@ FREE = (
     "eval.every", "model.scan", "model.remat", "model.attention", "sampling.batch_size",
 )  # fmt: skip
 # and those in which the curves of one plot may not.
-SHARED = ("vae", "data.resolution", "data.num_classes", "latents.", "eval.proxy")
+SHARED = ("vae", "data.resolution", "data.num_classes", "latents.", "eval.features")
 REFERENCES = {
     "real": "real images",
     "reconstruction": "real images through the VAE",

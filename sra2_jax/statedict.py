@@ -51,15 +51,7 @@ def read_file(path: Path) -> Contents:
     Raises:
       UserError: no such file, another kind, damaged, or a pickle that asks for code.
     """
-    readers = {".npz": _read_npz, ".safetensors": read_safetensors}
-    readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
-    if path.suffix not in readers:
-        raise UserError(f"{path}: not one of {', '.join(readers)}")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    tree: Any = readers[path.suffix](path)
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
+    tree = read_tree(path)
     notes: Mapping[str, str] = {}
     if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
@@ -86,6 +78,24 @@ def read_file(path: Path) -> Contents:
     step = _integer(tree.get("steps", notes.get("step")))
     heads = _integer(notes.get("num_heads"))
     return Contents(sets, step, heads, notes.get("time") == REVERSED)
+
+
+def read_tree(path: Path) -> Mapping[str, Any]:
+    """The names of a file and what they hold: arrays, mappings, plain values.
+
+    Raises:
+      UserError: as `read_file`.
+    """
+    readers = {".npz": _read_npz, ".safetensors": read_safetensors}
+    readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
+    if path.suffix not in readers:
+        raise UserError(f"{path}: not one of {', '.join(readers)}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    tree: Any = readers[path.suffix](path)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
+    return tree
 
 
 def _integer(value: Any) -> int | None:

@@ -7,7 +7,7 @@ if any is out of tolerance. Runs without TensorFlow.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -20,17 +20,22 @@ from jax.typing import ArrayLike
 from sra2_jax import alignment, sampler
 from sra2_jax.data.images import center_crop
 from sra2_jax.errors import UserError, run_program
+from sra2_jax.evaluation.metrics import InceptionScore, frechet_distance, gaussian
+from sra2_jax.evaluation.neighbours import precision_recall
 from sra2_jax.models.dit import DiT
 from sra2_jax.models.heads import MLPHead
 from sra2_jax.pretrained import load_dinov2, load_vae
+from sra2_jax.pretrained.inception import from_torch_fidelity
 from sra2_jax.reference import from_reference
 from sra2_jax.transport import Transport, coefficients
 
 FLOAT32, TRAJECTORY32, FLOAT64 = 1e-4, 1e-3, 1e-6
+FLOAT16_DISTANCES = 0.005  # in which ADM finds neighbours; absolute
 
 # (case, error, tolerance)
 Result = tuple[str, float, float]
 Arrays = Mapping[str, np.ndarray]
+Check = Callable[[Path, Arrays], Iterator[Result]]
 
 
 def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
@@ -166,7 +171,58 @@ def crops(path: Path, data: Arrays) -> Iterator[Result]:
         yield case, relative_error(image, data[case]), 0.0
 
 
-def kind_of(data: Arrays) -> Callable[[Path, Arrays], Iterator[Result]] | None:
+def adm_metrics(path: Path, data: Arrays) -> Iterator[Result]:
+    """FID, sFID, Inception Score, Precision and Recall of ADM's evaluator."""
+    for case, a, b in (
+        ("fid", "samples", "ref"),
+        ("sfid", "spatial_samples", "spatial_ref"),
+    ):
+        distance = frechet_distance(*gaussian(data[a]), *gaussian(data[b]))
+        yield case, relative_error(distance, data[case]), FLOAT64
+    for case, split in (
+        ("inception_score_split_all", len(data["probs"])),
+        ("inception_score_split_50", 50),
+    ):
+        score = InceptionScore(split)
+        score.add(data["probs"])
+        yield case, relative_error(score.value(), data[case]), FLOAT32
+    values = precision_recall(data["ref"], data["samples"])
+    for case, value in zip(("precision", "recall"), values, strict=True):
+        yield case, float(abs(value - data[case])), FLOAT16_DISTANCES
+
+
+def inception_weights(data: Arrays) -> dict[str, np.ndarray]:
+    """The weights of inception.npz, made by the recipe of the golden README."""
+    weights = {}
+    for i, (name, shape) in enumerate(sorted(json.loads(str(data["shapes"])).items())):
+        draw = np.random.RandomState(int(data["seed"]) * 100003 + i)
+        if name.endswith("num_batches_tracked"):
+            value = np.zeros(shape)
+        elif name.endswith("running_var"):
+            value = 0.5 + draw.rand(*shape)
+        elif name.endswith(("running_mean", ".bias")):
+            value = 0.1 * draw.randn(*shape)
+        elif name.endswith("bn.weight"):
+            value = 0.5 + draw.rand(*shape)
+        else:
+            value = draw.randn(*shape) * np.sqrt(2 / np.prod(shape[1:]))
+        weights[name] = value.astype(np.float32)
+    return weights
+
+
+def inception(path: Path, data: Arrays) -> Iterator[Result]:
+    """Inception's features and logits."""
+    network, params = from_torch_fidelity(inception_weights(data), path)
+    out: Any = jax.jit(network.apply)({"params": params}, data["images"])
+    for case, ours in (
+        ("pool3", out.pool),
+        ("spatial7", out.spatial),
+        ("logits_unbiased", out.logits),
+    ):
+        yield case, relative_error(ours, data[case]), FLOAT32
+
+
+def kind_of(data: Arrays) -> Check | None:
     """The check that a file's keys call for; None where none exists yet."""
     keys = set(data)
     if "w/y_embedder.embedding_table.weight" in keys:
@@ -178,14 +234,29 @@ def kind_of(data: Arrays) -> Callable[[Path, Arrays], Iterator[Result]] | None:
         "linear|alpha": interpolants,
         "smooth_l1_beta005": alignment_losses,
         "in_0": crops,
+        "inception_score_split_all": adm_metrics,
+        "logits_unbiased": inception,
     }.items():
         if key in keys:
             return check
     return None
 
 
-def verify(folder: Path, strict: bool = False) -> int:
+def passes(where: str, result: Result) -> bool:
+    """Print a line about a case; whether it is within its tolerance."""
+    case, error, tolerance = result
+    ok = error <= tolerance  # false for NaN
+    verdict = "ok" if ok else "FAILED"
+    print(f"{where}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
+    return ok
+
+
+def verify(
+    folder: Path, strict: bool = False, kinds: Collection[Check] | None = None
+) -> int:
     """Check every .npz below `folder`; print a line a case; return the exit status.
+
+    kinds: the checks to run, all by default.
 
     Raises:
       UserError: no such folder, or no golden file in it.
@@ -201,18 +272,20 @@ def verify(folder: Path, strict: bool = False) -> int:
             with path.open("rb") as file, np.load(file) as archive:
                 data = dict(archive)
             check = kind_of(data)
+            if kinds is not None and check not in kinds:
+                continue
             if check is None:
                 skipped += 1
                 print(f"{name}: kind not covered yet")
                 continue
-            for case, error, tolerance in check(path, data):
-                ok = error <= tolerance  # false for NaN
+            for result in check(path, data):
+                ok = passes(name, result)
                 failed, passed = failed + (not ok), passed + ok
-                verdict = "ok" if ok else "FAILED"
-                print(f"{name}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
         except (BadZipFile, KeyError, OSError, ValueError) as error:
             failed += 1
             print(f"{name}: FAILED: {type(error).__name__}: {error}")
+    if kinds is not None and not failed + passed:
+        raise UserError(f"{folder} holds no golden files of these kinds")
     device = jax.devices()[0]
     print(
         f"{passed} passed, {failed} failed, {skipped} files not covered; "

@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Shapes and types named in annotations are checked here and cost nothing elsewhere.
-TYPED = ("models", "transport", "alignment", "sampler", "evaluation.generate")
+TYPED = (
+    "models",
+    "transport",
+    "alignment",
+    "sampler",
+    "evaluation.generate",
+    "evaluation.neighbours",
+)
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 
@@ -51,6 +58,7 @@ def tiny() -> ConfigDict:
     c.run.log_every = 1
     c.run.checkpoint_every = 2
     c.run.grid_columns = 1
+    c.eval.every = 2
     c.eval.num_samples = 80
     return c
 
@@ -75,3 +83,17 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "latents"
     encode("digits", folder, "digits", 32, store_images=True, encoder="digits", grid=4)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(
+    latents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ConfigDict, Path]:
+    """(config, workdir) of a run of 4 steps that nothing interrupted; not to change."""
+    from sra2_jax.training.train import train
+
+    config = tiny.__wrapped__()
+    config.data.dir = str(latents)
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(config, str(workdir))
+    return config, workdir

@@ -107,7 +107,10 @@ def test_settings_of_repa_and_sra():
     assert (t.head_layers, t.head_width) == (2, 0)
 
 
-PATHS = ("name", "vae", "data.dir", "data.images", "align.encoder.model")
+PATHS = (
+    "name", "vae", "data.dir", "data.images", "align.encoder.model",
+    "eval.inception", "eval.reference",
+)  # fmt: skip
 
 
 def test_every_number_has_a_range_and_every_choice_a_list():
@@ -144,7 +147,7 @@ def test_every_number_has_a_range_and_every_choice_a_list():
         ({"run.checkpoint_every": 33}, "multiple of config.run.log_every"),
         ({"mesh.data": 0}, "config.mesh.data=0"),
         ({"sampling.guidance_channels": 5}, "exceeds config.latents.channels=4"),
-        ({"data.num_classes": 12}, "config.eval.proxy='digits' needs"),
+        ({"data.num_classes": 12}, "config.eval.features='digits' needs"),
     ],
 )
 def test_impossible_values(changes, message):

@@ -125,7 +125,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
 
 def test_training_goes_on_from_an_imported_checkpoint(tiny, latents, tmp_path):
     """Sampling first; then the very loss of the run that the weights came from."""
-    tiny.data.dir, tiny.eval.proxy = str(latents), ""
+    tiny.data.dir, tiny.eval.features = str(latents), ""
     tiny.steps = 3
     train(tiny, str(tmp_path / "a"))
     merged = {}
@@ -182,7 +182,7 @@ def refused(path, config, run, **flags):
     ("changes", "message"),
     [
         (
-            {"model.depth": 3, "data.num_classes": 9, "eval.proxy": ""},
+            {"model.depth": 3, "data.num_classes": 9, "eval.features": ""},
             "--config.data.num_classes=10 (now 9), --config.model.depth=2 (now 3)",
         ),
         ({"model.learn_sigma": True}, "--config.model.learn_sigma=False (now True)"),

@@ -3,29 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.evaluation.generate import grid, make_generate, to_uint8
+from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.evaluation.features import DigitsFeatures
+from sra2_jax.evaluation.generate import draw_labels, grid, make_generate, to_uint8
 from sra2_jax.evaluation.metrics import frechet_distance, gaussian
-from sra2_jax.evaluation.proxy import DigitsProxy
+from sra2_jax.evaluation.score import compare, summarise
 from sra2_jax.pretrained import load_vae
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
 from sra2_jax.training.state import create_sharded
-
-
-def test_frechet_distance(golden):
-    """ADM's fid and sfid, and the closed form for diagonal covariances."""
-    data = np.load(golden / "adm_metrics.npz")
-    for kind, a, b in (
-        ("fid", "ref", "samples"),
-        ("sfid", "spatial_ref", "spatial_samples"),
-    ):
-        ours = frechet_distance(*gaussian(data[a]), *gaussian(data[b]))
-        assert ours == pytest.approx(float(data[kind]), rel=1e-6)
-    exact = 1 + 4 + (3 - 2) ** 2 + (1 - 5) ** 2
-    ours = frechet_distance(
-        np.zeros(2), np.diag([9.0, 1.0]), np.array([1.0, 2.0]), np.diag([4.0, 25.0])
-    )
-    assert ours == pytest.approx(exact)
 
 
 def test_to_uint8():
@@ -69,7 +55,8 @@ def make(tiny):
         tiny.sampling.update(sampling)
         mesh = make_mesh(-1, 1, 8, devices=jax.devices()[:devices])
         generate = make_generate(tiny, mesh, vae, vae_params)
-        return generate(params, np.array(indices), np.full(len(indices), label))
+        labels = np.full(len(indices), label)
+        return np.concatenate([*generate(params, np.array(indices), labels)])
 
     return images
 
@@ -100,15 +87,54 @@ def test_sampling_settings_act(make):
             assert (a != b).any()
 
 
+def test_labels_follow_from_seed_and_index(tiny):
+    """Random ones are uniform, and neither order nor company matters."""
+    tiny.sampling.labels = "random"
+    labels = draw_labels(tiny, np.arange(5000))
+    np.testing.assert_array_equal(
+        draw_labels(tiny, np.array([4000, 7])), labels[[4000, 7]]
+    )
+    counts = np.bincount(labels, minlength=10)
+    assert np.sum((counts - 500) ** 2) / 500 < 27.9  # chi-squared, 9 dof, p = 0.001
+    assert abs(np.corrcoef(labels[1:], labels[:-1])[0, 1]) < 0.05
+    tiny.seed = 1
+    assert np.mean(draw_labels(tiny, np.arange(5000)) == labels) < 0.2
+    tiny.sampling.labels = "balanced"
+    counts = np.bincount(draw_labels(tiny, np.arange(5000)))
+    np.testing.assert_array_equal(counts, 500)
+
+
 def test_proxy_knows_real_digits():
-    proxy = DigitsProxy()
-    images, labels = proxy.test
-    real = proxy.score(images, labels)
-    assert real["accuracy"] > 0.97
-    assert abs(real["frechet"]) < 1e-6
-    wrong = proxy.score(255 - images, (labels + 1) % 10)
+    features = DigitsFeatures()
+    images, labels = load_digits("test")
+
+    def scores(images, labels):
+        """In two uneven batches."""
+        parts = images[:100], images[100:]
+        summary = summarise(
+            features, parts, "samples", total=360, keep=360, labels=labels
+        )
+        return compare(features, summary, real)
+
+    real = summarise(features, [images], "real", total=360, keep=360)
+    same = scores(images, labels)
+    assert same["accuracy"] > 0.97
+    assert abs(same["frechet"]) < 1e-6
+    assert same["precision"] == same["recall"] == 1
+    wrong = scores(255 - images, (labels + 1) % 10)
     assert wrong["accuracy"] < 0.2
     assert wrong["frechet"] > 1
-    reference = proxy.reference(images)
-    assert reference["reconstruction_accuracy"] == real["accuracy"]
-    assert 0 < reference["real_frechet"] < 0.1
+    assert wrong["precision"] == 0
+    expected = frechet_distance(
+        *gaussian(to_8x8(255 - images)), *gaussian(to_8x8(images))
+    )
+    assert wrong["frechet"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_some_features_are_kept_evenly():
+    features = DigitsFeatures()
+    images, _ = load_digits("test")
+    parts = np.split(images, [7, 200])
+    summary = summarise(features, parts, "digits", total=360, keep=5)
+    rows = [0, 90, 180, 269, 359]
+    np.testing.assert_allclose(summary.kept, to_8x8(images[rows]), atol=1e-6)

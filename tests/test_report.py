@@ -25,14 +25,14 @@ CONFIG = {
     "data": {"images": "digits", "resolution": 32},
     "model": {"width": 16, "depth": 2},
     "align": {"vae": {"enabled": True, "depth": 1}},
-    "eval": {"proxy": "digits", "num_samples": 20},
+    "eval": {"features": "digits", "num_samples": 20},
 }
 RESULTS = {
     "step": 40,
     "num_samples": 20,
     "metrics": {"frechet": 1.29, "accuracy": 0.936},
     "reference": {"real_frechet": 0.21, "reconstruction_accuracy": 0.978},
-    "space": "a space",
+    "features": "a space",
     "note": "a note",
 }
 
@@ -146,14 +146,14 @@ def test_names_what_a_young_run_lacks(young):
 
 
 def test_a_run_without_proxy_or_alignment(run):
-    plain = CONFIG | {"eval": {"proxy": ""}, "align": {"vae": {"enabled": False}}}
+    plain = CONFIG | {"eval": {"features": ""}, "align": {"vae": {"enabled": False}}}
     write_json(run / "config.json", plain)
     (run / "results.json").unlink()
     (run / "images" / "real.png").unlink()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss_denoise": 0.5}\n')
     page = Page(write_report(run))
     assert "Nothing to show" not in page.text
-    assert "eval.proxy is empty" in page.text
+    assert "eval.features is empty" in page.text
     assert "training latents, decoded" in page.text
     assert "Alignment" not in page.text
     assert "aligned" not in page.text
@@ -199,7 +199,7 @@ def test_escapes_hostile_text(run):
     bad = {
         "metrics": {HOSTILE: 1.0},
         HOSTILE: HOSTILE,
-        "space": HOSTILE,
+        "features": HOSTILE,
         "step": HOSTILE,
     }
     write_json(run / "results.json", bad | {"note": HOSTILE})

@@ -1,32 +1,25 @@
 """The whole job on real digits with a tiny network: run, resume, refuse."""
 
+import functools
 import gc
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from sra2_jax import sample
 from sra2_jax.errors import UserError
+from sra2_jax.evaluation.features import DigitsFeatures
+from sra2_jax.evaluation.observe import Observer
 from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
 from sra2_jax.training.state import create_sharded
 from sra2_jax.training.train import train
-
-
-@pytest.fixture(scope="module")
-def finished(latents, tmp_path_factory):
-    """(config, workdir) of a run of 4 steps that nothing interrupted."""
-    from tests.conftest import tiny
-
-    config = tiny.__wrapped__()
-    config.data.dir = str(latents)
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    train(config, str(workdir))
-    return config, workdir
 
 
 @pytest.fixture
@@ -105,6 +98,103 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
     )
 
 
+def test_scoring_is_made_up_for_after_a_kill(finished, tmp_path, monkeypatch):
+    """Killed while it scores step 2, saved before: the resumed run scores it first and
+    ends with the rows of the uninterrupted one."""
+    config, workdir = finished
+    score, seen = Observer.score, []
+
+    def killed(self, step, params):
+        raise KeyboardInterrupt
+
+    def counted(self, step, params):
+        seen.append(step)
+        return score(self, step, params)
+
+    monkeypatch.setattr(Observer, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, str(tmp_path / "run"))
+    monkeypatch.setattr(Observer, "score", counted)
+    train(config, str(tmp_path / "run"))
+    assert seen == [2, 4]
+    scored = [
+        [r for r in rows(f) if "eval/frechet" in r] for f in (workdir, tmp_path / "run")
+    ]
+    assert scored[0] == scored[1]
+    assert [r["step"] for r in scored[0]] == [2, 4]
+
+
+class TinyInception:
+    """Something that gives what Inception gives, in no time."""
+
+    kind, distance, facts = (
+        "inception",
+        "fid",
+        types.MappingProxyType({"inception": "w"}),
+    )
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, images):
+        x = images.reshape(len(images), -1) / 255.0
+        p = np.exp(x[:, :5])
+        return {
+            "pool": x[:, :8], "spatial": x[:, 8:12],
+            "probabilities": p / p.sum(axis=1, keepdims=True),
+        }  # fmt: skip
+
+
+def test_fid_while_training(finished, tmp_path, monkeypatch):
+    """Against a reference file; the distances follow from the moments of the samples,
+    which are those of `sample`."""
+    config, _ = finished
+    config = config.copy_and_resolve_references()
+    mu, sigma = np.full(8, 2.0), np.eye(8)
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, mu=mu, sigma=sigma, mu_s=mu[:4], sigma_s=sigma[:4, :4])
+    config.eval.features, config.eval.reference = "inception", str(reference)
+    config.steps, config.eval.every, config.eval.num_samples = 2, 1, 24
+    config.sampling.labels, config.align.vae.enabled = "random", False
+    monkeypatch.setattr("sra2_jax.evaluation.observe.make_features", TinyInception)
+    workdir = tmp_path / "run"
+    train(config, str(workdir))
+    scored = [r for r in rows(workdir) if "eval/fid" in r]
+    assert [r["step"] for r in scored] == [1, 2]
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["metrics"] == {
+        k.removeprefix("eval/"): v for k, v in scored[1].items() if k != "step"
+    }
+    assert "FID" in (workdir / "report.html").read_text()
+    out = tmp_path / "samples.npz"
+    command = ["sample", str(workdir), f"--out={out}", "--num=24"]
+    monkeypatch.setattr("sys.argv", command)
+    sample.main()
+    with np.load(out) as file:
+        x = file["arr_0"].reshape(24, -1)[:, :12] / 255.0
+    for name, columns in (("fid", slice(8)), ("sfid", slice(8, 12))):
+        part = x[:, columns]
+        shift = np.sum((part.mean(axis=0) - 2) ** 2)
+        values = np.linalg.eigvalsh(np.cov(part, rowvar=False))
+        expected = shift + np.sum((np.sqrt(np.maximum(values, 0)) - 1) ** 2)
+        assert results["metrics"][name] == pytest.approx(expected, rel=1e-6)
+
+
+def test_samples_that_cannot_be_scored_stop_nothing(tiny):
+    said = []
+    black = np.zeros((80, 32, 32, 3), np.uint8)
+    observer = types.SimpleNamespace(
+        config=tiny,
+        features=DigitsFeatures(),
+        reference="not reached",
+        generate=lambda *_: iter([black]),
+        log=types.SimpleNamespace(message=said.append),
+    )
+    observer.metrics = functools.partial(Observer.metrics, observer)
+    assert Observer.score(observer, 2, None) == {}
+    assert "step 2: not scored: samples: all 80 images have the same" in said[0]
+
+
 def snapshot(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -173,7 +263,7 @@ def test_damaged_checkpoint(run, damage):
         ({"latents.shift_factor": 0.5}, "config says latents.shift_factor=0.5"),
         ({"latents.size": 8}, "config says latents.size=8, dataset was encoded with 4"),
         (
-            {"data.num_classes": 9, "eval.proxy": ""},
+            {"data.num_classes": 9, "eval.features": ""},
             "config says data.num_classes=9, dataset was encoded with 10",
         ),
         ({"vae": "/nowhere"}, "/nowhere"),
@@ -194,7 +284,7 @@ def test_without_proxy_metrics(finished, tmp_path):
     """As on ImageNet: decoded records stand for the real images; periodic samples."""
     config, _ = finished
     config = config.copy_and_resolve_references()
-    config.eval.proxy, config.steps, config.run.sample_every = "", 2, 1
+    config.eval.features, config.steps, config.run.sample_every = "", 2, 1
     config.align.vae.enabled = False
     config.run.checkpoint_every, config.run.keep_checkpoints = 1, 1
     train(config, str(tmp_path / "run"))

@@ -11,9 +11,9 @@ from sra2_jax.verify import relative_error, verify
 COVERED = {
     "alignment_losses": 4, "center_crop": 4, "interpolants": 12, "samplers": 24,
     "sit": 1, "sit_learn_sigma": 1, "repa_sit": 3, "sra_sit": 3, "vae": 4,
-    "dinov2": 1,
+    "dinov2": 1, "adm_metrics": 6, "inception": 3,
 }  # fmt: skip
-LATER = ("adm_metrics", "inception", "mmdit")
+LATER = ("mmdit",)
 
 
 def test_golden_files_pass(golden, capsys):
@@ -28,7 +28,7 @@ def test_golden_files_pass(golden, capsys):
 
 
 def test_strict_fails_on_kinds_not_covered(tmp_path, golden):
-    shutil.copy(golden / "adm_metrics.npz", tmp_path)
+    shutil.copy(golden / "mmdit.npz", tmp_path)
     assert verify(tmp_path) == 0
     assert verify(tmp_path, strict=True) == 1
 

@@ -263,3 +263,58 @@ def curves_figure(
     axis.set_ylabel(ylabel)
     axis.legend()
     return figure
+
+
+def heat_map(
+    values: np.ndarray,
+    scales: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    name: str,
+) -> Figure:
+    """A distance (rows: intervals, columns: guidance scales), the best one framed.
+
+    values: NaN where nothing was measured yet. Darker is better.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows, columns = values.shape
+    figure = Figure(
+        figsize=(1.9 + 0.95 * columns, 1.3 + 0.6 * rows), layout="constrained"
+    )
+    axis = figure.subplots()
+    axis.grid(visible=False)
+    # steps of equal ratio look equal: distances span powers of ten
+    logs = np.log(np.maximum(values, 1e-12))
+    picture = axis.imshow(logs, cmap="viridis", aspect="auto")
+    low, high = np.nanmin(logs), np.nanmax(logs)
+    best = np.nanargmin(values)
+    for i, j in np.ndindex(rows, columns):
+        if np.isfinite(values[i, j]):
+            bright = high > low and (logs[i, j] - low) / (high - low) > 0.6
+            axis.text(
+                j,
+                i,
+                f"{values[i, j]:.3g}",
+                ha="center",
+                va="center",
+                color="black" if bright else "white",
+                weight="bold" if i * columns + j == best else "normal",
+            )
+    frame = Rectangle(
+        (best % columns - 0.48, best // columns - 0.48),
+        0.96,
+        0.96,
+        fill=False,
+        edgecolor=ALIGNED,
+        linewidth=2,
+    )
+    axis.add_patch(frame)
+    axis.set_xticks(range(columns), [f"{s:g}" for s in scales])
+    axis.set_yticks(range(rows), [f"{a:g} to {b:g}" for a, b in intervals])
+    axis.tick_params(length=0)
+    axis.set_xlabel("guidance scale")
+    axis.set_ylabel("interval of t, 0 = data")
+    axis.set_title(name)
+    figure.colorbar(picture, ax=axis).set_ticks([])
+    return figure

@@ -9,20 +9,19 @@ its place. Needs neither jax nor TensorFlow, so it opens runs copied from elsewh
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from sra2_jax.errors import run_program
 from sra2_jax.evaluation.curves import curve, short
+from sra2_jax.evaluation.html import missing, pairs, section, text
+from sra2_jax.evaluation.quality import quality_curves, quality_tiles, results
 from sra2_jax.evaluation.rundir import (
     METHODS,
     Run,
@@ -47,47 +46,6 @@ CURVES = {
     "learning_rate": ("Learning rate", True, False),
     "images_per_second": ("Images per second", True, True),
 }
-# metric -> title, direction, what real images are to it
-QUALITY = {
-    "accuracy": ("Recognised as asked", "higher is better", "real images"),
-    "frechet": ("Fréchet distance, proxy", "lower is better", "floor, real images"),
-}
-REFERENCES = {
-    "real": "Real images<small>distance: training set, share: held out</small>",
-    "reconstruction": "Through the VAE<small>held-out real images</small>",
-}
-PROSE = ("metrics", "reference", "space", "note", "step")  # shown apart from the rest
-HONEST = (
-    "Neither FID nor any published number is to be set beside these proxies. Real "
-    "images scored the same way give the level that good samples would reach."
-)
-
-
-def shown(key: str, value: float | None) -> str:
-    """A metric's value as text: accuracies are shares."""
-    if value is None or not key.endswith("accuracy"):
-        return short(value)
-    return f"{100 * value:.1f}%"
-
-
-def text(value: Any) -> str:
-    """Any value of a JSON file, escaped; no thousands separators, it may be an id."""
-    return escape(value if isinstance(value, str) else json.dumps(value)) or "(empty)"
-
-
-def missing(what: str) -> str:
-    return f'<p class="missing">{escape(what)}</p>'
-
-
-def section(title: str, lead: str, body: str) -> str:
-    """`title` and `lead` are text, `body` is HTML."""
-    lead = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
-
-
-def pairs(values: Mapping[str, Any]) -> str:
-    rows = (f"<div><dt>{text(k)}</dt><dd>{text(values[k])}</dd></div>" for k in values)
-    return f'<dl class="pairs">{"".join(rows)}</dl>'
 
 
 def header(run: Run) -> str:
@@ -121,17 +79,9 @@ def header(run: Run) -> str:
     )
 
 
-def quality_tiles(run: Run) -> list[tuple[str, str, str]]:
-    """Proxy metrics with the level of real images, or losses where there are none."""
+def loss_tiles(run: Run) -> list[tuple[str, str, str]]:
+    """What a run that measures no quality shows first."""
     cells = []
-    if lookup(run.config, "eval", "proxy"):
-        for key, (label, _, level) in QUALITY.items():
-            value, step = run.newest(key)
-            where = "not evaluated yet" if value is None else f"step {step:,}"
-            real = number(run.results, "reference", f"real_{key}")
-            where += "" if real is None else f"<br>{level} {shown(key, real)}"
-            cells.append((label, shown(key, value), where))
-        return cells
     for key in ("loss_denoise", "grad_norm"):
         steps, values = run.series.get(key, (None, None))
         if values is None or steps is None:
@@ -145,7 +95,7 @@ def quality_tiles(run: Run) -> list[tuple[str, str, str]]:
 
 def tiles(run: Run) -> str:
     """The headline figures, each with what to hold it against."""
-    cells = quality_tiles(run)
+    cells = quality_tiles(run) or loss_tiles(run)
     device = lookup(run.versions, "device")
     count = number(run.versions, "device_count") or 1
     note = f"{count:.0f} x {text(device)}" if count > 1 else text(device)
@@ -216,21 +166,7 @@ def strip(grids: Sequence[tuple[int, epath.Path]]) -> str:
 
 def curves(run: Run) -> str:
     """Quality, where the run measures it, then what the optimizer saw."""
-    quality, optimizer = "", ""
-    for key, (label, _, _) in QUALITY.items():
-        series = run.series.get(f"eval/{key}")
-        if series is None and not lookup(run.config, "eval", "proxy"):
-            continue
-        level = number(run.results, "reference", f"real_{key}")
-        show = functools.partial(shown, key)
-        quality += curve(label, series, run.step, show, zero=True, level=level)
-    if quality:
-        samples = text(lookup(run.config, "eval", "num_samples"))
-        quality += (
-            f'<div class="note"><p>A point scores {samples} samples.</p><p>'
-            '<span class="key">real training images,</span> scored the same way.'
-            "</p></div>"
-        )
+    optimizer = ""
     on = tuple(f"_align_{name}" for name in run.aligned)
     for key, (label, zero, smoothed) in CURVES.items():
         series = run.series.get(key)
@@ -240,36 +176,9 @@ def curves(run: Run) -> str:
         "Against the training step. Thin: as logged; bold: smoothed over about a "
         "twentieth of the log. An axis is logarithmic where its range is wide."
     )
-    return section("Curves", lead, f'<div class="charts">{quality}{optimizer}</div>')
-
-
-def results(run: Run) -> str:
-    """The table of results.json, and what its numbers are and are not."""
-    metrics = lookup(run.results, "metrics")
-    if not isinstance(metrics, dict) or not metrics:
-        proxy = lookup(run.config, "eval", "proxy")
-        why = "No results.json yet: the run is scored when it ends."
-        why = why if proxy else "This run measures no quality: eval.proxy is empty."
-        return section("Results", "", missing(why))
-    rows = ""
-    for key in metrics:
-        label, direction, _ = QUALITY.get(key, (str(key), "", ""))
-        values = [number(metrics, key)]
-        values += [number(run.results, "reference", f"{k}_{key}") for k in REFERENCES]
-        cells = "".join(f"<td>{shown(key, v)}</td>" for v in values)
-        rows += f"<tr><th>{escape(label)}<small>{direction}</small></th>{cells}</tr>"
-    heads = "".join(f"<th>{what}</th>" for what in REFERENCES.values())
-    samples = f"Samples<small>step {text(lookup(run.results, 'step'))}</small>"
-    table = (
-        '<div class="scroll"><table class="numbers"><thead><tr><td></td>'
-        f"<th>{samples}</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return section(
+        "Curves", lead, f'<div class="charts">{quality_curves(run)}{optimizer}</div>'
     )
-    space, note = (lookup(run.results, key) for key in ("space", "note"))
-    words = [f"Measured in {space}." if space else "", note, HONEST]
-    notes = "".join(f"<p>{escape(str(w))}</p>" for w in words if w)
-    how = {k: v for k, v in run.results.items() if k not in PROSE}
-    body = f'{table}<div class="after note">{notes}</div>{pairs(how)}'
-    return section("Results", "", body)
 
 
 def configuration(run: Run) -> str:

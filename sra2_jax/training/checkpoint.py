@@ -39,7 +39,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             folder,
             options=options,
-            item_handlers={"state": ocp.StandardCheckpointHandler()},
+            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
         )
 
     def latest(self) -> int | None:
@@ -48,11 +48,16 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Save in the background; a step saved already is left alone."""
         if step != self.latest():
-            item = ocp.args.StandardSave(state)
+            item = ocp.args.PyTreeSave(state)
             self._manager.save(step, args=ocp.args.Composite(state=item))
 
-    def restore(self, abstract: Any, step: int | None = None) -> Any:
+    def restore(
+        self, abstract: Any, step: int | None = None, partial: bool = False
+    ) -> Any:
         """The state of a step, the newest by default, placed as `abstract` says.
+
+        partial: `abstract` is a part of the state, as nested dicts; nothing else is
+        read.
 
         Raises:
           UserError: no such step, the checkpoint is of another model (the first array
@@ -70,7 +75,7 @@ class Checkpoints:
         except Exception as error:
             raise UserError(self._unreadable(where, step, error)) from error
         wanted = _leaves(abstract)
-        for name in sorted(wanted.keys() | stored.keys()):
+        for name in sorted(wanted if partial else wanted.keys() | stored.keys()):
             if stored.get(name) != wanted.get(name):
                 raise UserError(
                     f"{where} is of another model: {name} is "
@@ -79,7 +84,11 @@ class Checkpoints:
                     "use its config or another --workdir"
                 )
         try:
-            item = ocp.args.StandardRestore(abstract)
+            item = ocp.args.PyTreeRestore(
+                abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=partial,
+            )
             args = ocp.args.Composite(state=item)
             return self._manager.restore(step, args=args).state
         except Exception as error:  # Orbax and TensorStore raise many kinds

@@ -32,14 +32,18 @@ class Log:
         self._batch_size, self._every, self._steps = batch_size, log_every, steps
         self._rows: list[dict[str, float]] = []
         self._clock = time.perf_counter()
+        path = workdir / "metrics.jsonl"
+        kept = _rows_until(path, start)
+        # steps with a row of evaluations
+        self.scored = {
+            row["step"] for row in kept if any(key.startswith("eval/") for key in row)
+        }
         if not self._active:
             return
         # clu's writers import TensorFlow (seconds): here, and on this process only.
         records.tensorflow()  # first, so that it takes no GPU
         from clu import metric_writers
 
-        path = workdir / "metrics.jsonl"
-        kept = _rows_until(path, start)
         fresh = workdir / "metrics.jsonl.tmp"
         fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
         fresh.replace(path)  # whole, or as it was

@@ -1,6 +1,8 @@
 """A run's folder, opened by other programs: its config and its trained state."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -41,6 +43,31 @@ def restore_run(workdir: str, step: int | None = None) -> tuple[ConfigDict, Trai
       UserError: no run, no such checkpoint, or one that cannot be read.
     """
     config = read_config(workdir)
+    with _open(workdir, config) as (checkpoints, abstract):
+        return config, checkpoints.restore(abstract, step)
+
+
+def restore_weights(
+    workdir: str, config: ConfigDict, weights: str, step: int | None = None
+) -> tuple[Any, int]:
+    """The DiT's tree alone and the step it is of, copied to every device.
+
+    Optimizer moments and the other set of weights are not read: a quarter of the file.
+
+    weights: "ema" or "raw". config: the run's; it may differ in what makes no other
+    tree. Raises as `restore_run`.
+    """
+    with _open(workdir, config) as (checkpoints, abstract):
+        key = {"ema": "ema", "raw": "params"}[weights]
+        wanted: dict[str, Any] = {key: {"network": getattr(abstract, key)["network"]}}
+        wanted["step"] = abstract.step
+        state = checkpoints.restore(wanted, step, partial=True)
+    return state[key]["network"], int(state["step"])
+
+
+@contextmanager
+def _open(workdir: str, config: ConfigDict) -> Iterator[tuple[Checkpoints, TrainState]]:
+    """A run's checkpoints and the abstract state, replicated."""
     folder = epath.Path(workdir).absolute() / "checkpoints"
     if not folder.exists():
         raise UserError(f"{folder}: no such folder: give the workdir of a run")
@@ -49,7 +76,6 @@ def restore_run(workdir: str, step: int | None = None) -> tuple[ConfigDict, Trai
     abstract, _ = create_sharded(config, transform, mesh)
     checkpoints = Checkpoints(folder, config.run.keep_checkpoints)
     try:
-        state: Any = checkpoints.restore(abstract, step)
+        yield checkpoints, abstract
     finally:
         checkpoints.close()
-    return config, state

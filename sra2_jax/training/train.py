@@ -1,12 +1,8 @@
 """The training job: check, restore, loop."""
 
 import json
-import platform
-import subprocess
 import time
 from contextlib import ExitStack
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +10,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.encode import encode
@@ -30,6 +25,7 @@ from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
 from sra2_jax.training.state import count_parameters, create_sharded
 from sra2_jax.training.step import batch_shapes, make_step, record_fields
+from sra2_jax.versions import versions
 
 SPLIT = "train"
 
@@ -62,27 +58,6 @@ def claim_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         saved.write_text(configuration.to_json(config))
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-
-
-def versions() -> dict[str, Any]:
-    """What the run ran on: packages, commit, devices, date."""
-    root = Path(sra2_jax.__file__).parents[1]
-    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu")
-    return {
-        "sra2_jax": sra2_jax.__version__,
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
-    }
 
 
 def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
@@ -296,6 +271,9 @@ def loop(
         process_count=jax.process_count(),
         fields=record_fields(config),
     )
+    if 0 < start < config.steps:
+        with log.paused():
+            observer.observe(start, state.ema["network"], resumed=True)
     pending = None
     with prefetch_to_device(stream, batch_sharding(mesh)) as ready:
         for step in range(start + 1, config.steps + 1):
@@ -308,18 +286,16 @@ def loop(
 
             last = step == config.steps
             saving = last or step % config.run.checkpoint_every == 0
-            sampling = not last and step % config.run.sample_every == 0
-            scoring = not last and observer.proxy and step % config.eval.every == 0
-            if not (saving or sampling or scoring):
+            observing = not last and any(observer.due(step))
+            if not (saving or observing):
                 continue
             log.step(*pending)
             pending = None
             with log.paused():
-                if sampling:
-                    observer.sample(step, state.ema["network"])
-                if scoring:
-                    observer.score(step, state.ema["network"])
-                if saving:
+                if saving:  # first: scoring may take long, and be cut off
                     checkpoints.save(step, state)
+                if observing:
+                    observer.observe(step, state.ema["network"])
+                if saving:
                     observer.report()
     return state

@@ -1,0 +1,109 @@
+"""Inception against torch-fidelity's features, and its files."""
+
+import hashlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sra2_jax import convert
+from sra2_jax.errors import UserError
+from sra2_jax.evaluation.features import InceptionFeatures
+from sra2_jax.models.inception import resize_bilinear
+from sra2_jax.pretrained.inception import load_inception, read_weights
+from sra2_jax.statedict import write_file
+from sra2_jax.training.sharding import make_mesh
+from sra2_jax.verify import inception_weights, relative_error
+
+FIRST = "Conv2d_1a_3x3.conv.weight"
+
+
+@pytest.fixture(scope="module")
+def data():
+    from tests.conftest import ROOT
+
+    return dict(np.load(ROOT / "tests" / "golden" / "inception.npz"))
+
+
+@pytest.fixture(scope="module")
+def weights(data):
+    return inception_weights(data)
+
+
+@pytest.fixture(scope="module")
+def file(weights, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.npz"
+    write_file(path, weights, {})
+    return path
+
+
+def test_features_over_all_devices(data, file):
+    """Golden values, in uneven batches: rows that fill up a batch are left out."""
+    features = InceptionFeatures(str(file), make_mesh(-1, 1, 8), batch=8)
+    images = data["images"][np.arange(11) % 2]
+    out = features(images)
+    rows = np.arange(11) % 2
+    assert relative_error(out["pool"], data["pool3"][rows]) < 1e-4
+    spatial = data["spatial7"][rows].reshape(11, -1)
+    assert relative_error(out["spatial"], spatial) < 1e-4
+    expected = np.exp(data["logits_unbiased"].astype(np.float64))
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert relative_error(out["probabilities"], expected[rows]) < 1e-4
+    assert features.facts["inception"] == "weights.npz"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert features.facts["inception_sha256"] == digest
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (7, 512), (299, 299)])
+def test_resize_is_that_of_tensorflow_1(height, width):
+    """Pixel i of 299 lies at i * size / 299 of the original; edges are repeated."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 2))
+    ours = resize_bilinear(jnp.asarray(image[None], jnp.float32), 299)[0]
+
+    def interpolated(values):
+        size = len(values)
+        places = np.arange(299) * size / 299
+        return np.interp(places, np.arange(size), values)
+
+    rows = np.apply_along_axis(interpolated, 0, image.astype(np.float64))
+    expected = np.apply_along_axis(interpolated, 1, rows)
+    assert np.abs(np.asarray(ours) - expected).max() < 0.01  # of 255
+    if height == 299:
+        np.testing.assert_array_equal(ours, image)
+
+
+def test_converted_weights_are_the_same(file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "inception.safetensors"
+    command = ["convert", "inception", str(file), f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", command)
+    convert.main()
+    assert "472 tensors of weights.npz" in capsys.readouterr().out
+    (_, a), (_, b) = load_inception(str(file)), load_inception(str(out))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    with pytest.raises(UserError, match="exists already"):
+        convert.main()
+
+
+def test_refusals(weights, file, tmp_path):
+    with pytest.raises(UserError, match=r"inception.safetensors: no such.*releases"):
+        load_inception("inception.safetensors")
+    damaged = tmp_path / "weights-inception-2015-12-05-6726825d.pth"
+    damaged.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="SHA-256 does not begin with 6726825d"):
+        load_inception(str(damaged))
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cut.npz: not a whole .npz"):
+        load_inception(str(cut))
+    shapes = {k: np.broadcast_to(np.float32(1), v.shape) for k, v in weights.items()}
+    for changed, message in (
+        ({FIRST: np.zeros((32, 3, 3, 4), np.float32)}, f"{FIRST} is .32, 3, 3, 4., .3"),
+        ({"AuxLogits.fc.bias": np.zeros(1000)}, "AuxLogits.fc.bias is .1000,., None"),
+        ({FIRST: np.full((32, 3, 3, 3), np.nan)}, f"{FIRST} is not finite"),
+    ):
+        path = tmp_path / "other.npz"
+        np.savez(path, **shapes | changed)
+        with pytest.raises(UserError, match=message):
+            read_weights(path)

@@ -1,0 +1,224 @@
+"""Metrics against ADM's values, closed forms and two-pass float64 numpy."""
+
+import numpy as np
+import pytest
+
+from sra2_jax.errors import UserError
+from sra2_jax.evaluation.metrics import (
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    gaussian,
+)
+from sra2_jax.evaluation.neighbours import precision_recall
+
+
+@pytest.fixture
+def adm(golden):
+    return dict(np.load(golden / "adm_metrics.npz"))
+
+
+def moments(features, cuts):
+    """Streamed in uneven batches."""
+    summary = Moments("samples.npz")
+    for part in np.split(features, cuts):
+        summary.add(part)
+    return summary
+
+
+def direct(reference, samples, k=3):
+    """Precision and recall from all differences in float64."""
+
+    def squared(a, b):
+        return ((a[:, None] - b) ** 2).sum(axis=-1)
+
+    reference, samples = (x.astype(np.float64) for x in (reference, samples))
+    across = squared(reference, samples)
+    radii = [np.sort(squared(x, x), axis=1)[:, k] for x in (reference, samples)]
+    return (
+        (across <= radii[0][:, None]).any(axis=0).mean(),
+        (across <= radii[1]).any(axis=1).mean(),
+    )
+
+
+# Frechet distance
+
+
+@pytest.mark.parametrize(("case", "prefix"), [("fid", ""), ("sfid", "spatial_")])
+def test_golden_distance(adm, case, prefix):
+    samples = moments(adm[f"{prefix}samples"], [7, 8, 200])
+    reference = moments(adm[f"{prefix}ref"], [399])
+    distance = frechet_distance(
+        samples.mean, samples.cov(), reference.mean, reference.cov()
+    )
+    assert distance == pytest.approx(float(adm[case]), rel=1e-6)
+
+
+def test_frechet_distance_of_diagonal_covariances():
+    draw = np.random.default_rng(0)
+    means = draw.normal(size=(2, 8))
+    spreads = draw.uniform(0, 3, size=(2, 8))
+    distance = frechet_distance(
+        means[0], np.diag(spreads[0] ** 2), means[1], np.diag(spreads[1] ** 2)
+    )
+    expected = ((means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2).sum()
+    assert distance == pytest.approx(expected, rel=1e-12)
+
+
+def test_covariances_without_full_rank():
+    """Few images: equal sets are at distance 0; in planes at right angles, the
+    distance is the sum of the traces."""
+    points = np.random.default_rng(0).normal(size=(40, 300)) ** 3
+    mean, cov = gaussian(points)
+    assert abs(frechet_distance(mean, cov, mean, cov)) < 1e-6 * np.trace(cov)
+    one, other = points * (np.arange(300) < 90), points * (np.arange(300) >= 90)
+    cov1, cov2 = gaussian(one)[1], gaussian(other)[1]
+    distance = frechet_distance(mean, cov1, mean, cov2)
+    assert distance == pytest.approx(np.trace(cov1) + np.trace(cov2), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mean", "cov", "message"),
+    [
+        (np.zeros(3), np.eye(3), "features, the other"),
+        (np.zeros(3), np.eye(2), r"\(3,\) and a covariance of shape \(2, 2\)"),
+        (np.array([0, np.nan]), np.eye(2), "not finite"),
+        (np.zeros(2), np.diag([np.inf, 1]), "not finite"),
+        (np.zeros(2), np.diag([1, -1e-3]), "negative eigenvalue -0.001"),
+        (np.zeros(2), np.array([[1, 0.5], [0, 1]]), "not symmetric"),
+    ],
+)
+def test_no_statistics(mean, cov, message):
+    for sides in (
+        (mean, cov, np.zeros(2), np.eye(2)),
+        (np.zeros(2), np.eye(2), mean, cov),
+    ):
+        with pytest.raises(UserError, match=message):
+            frechet_distance(*sides)
+
+
+# Streamed statistics
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+def test_streaming_equals_numpy(offset):
+    draw = np.random.default_rng(0)
+    points = draw.normal(size=(2600, 5)) @ draw.normal(size=(5, 5)) + offset
+    summary = moments(points, [1, 1, 900, 2111, 2599])
+    assert summary.count == 2600
+    np.testing.assert_allclose(
+        summary.mean, points.mean(axis=0), rtol=1e-14, atol=1e-14
+    )
+    # Taking the offset away again is exact, so numpy's two passes lose nothing.
+    exact = np.cov(points - offset, rowvar=False)
+    np.testing.assert_allclose(summary.cov(), exact, rtol=1e-8 if offset else 1e-12)
+
+
+def test_statistics_may_be_read_between_batches():
+    points = np.random.default_rng(0).normal(size=(30, 3))
+    summary, buffer = Moments("x"), np.empty((10, 3))
+    for i in range(0, 30, 10):
+        buffer[:] = points[i : i + 10]
+        summary.add(buffer)
+        buffer[:] = np.nan
+        mean, cov = gaussian(points[: i + 10])
+        np.testing.assert_allclose(summary.mean, mean, rtol=1e-12)
+        np.testing.assert_allclose(summary.cov(), cov, rtol=1e-12)
+
+
+def test_unusable_features():
+    points = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    for value in (np.nan, np.inf):
+        bad = points.copy()
+        bad[6, 1] = value
+        with pytest.raises(UserError, match=r"samples\.npz: image 6 .* not finite"):
+            moments(bad, [5])
+    summary = moments(points, [])
+    with pytest.raises(UserError, match=r"samples\.npz: images from 9 on have 3"):
+        summary.add(points[:, :3])
+    with pytest.raises(UserError, match=r"samples\.npz: 1 images .* at least 2"):
+        moments(points[:1], []).cov()
+    same = np.tile(points[:1], (1500, 1))
+    same[::2] *= 1 + 1e-7  # the last bit of a float32
+    for features in (same, np.zeros((5, 4))):
+        with pytest.raises(UserError, match="the same picture"):
+            moments(features, [3]).cov()
+
+
+# Inception Score
+
+
+@pytest.mark.parametrize(("split", "case"), [(300, "all"), (50, "50")])
+def test_golden_inception_score(adm, split, case):
+    score = InceptionScore(split)
+    for part in np.split(adm["probs"], [1, 49, 170]):
+        score.add(part)
+    expected = float(adm[f"inception_score_split_{case}"])
+    assert score.value() == pytest.approx(expected, rel=1e-5)
+
+
+def test_inception_score_of_certain_classes_and_a_short_split():
+    """K certain classes score K; the last split, of one class, scores 1."""
+    score = InceptionScore(40)
+    score.add(np.eye(4)[np.arange(40) % 4])
+    score.add(np.eye(4)[np.zeros(3, int)])
+    assert score.value() == pytest.approx((4 + 1) / 2, rel=1e-12)
+
+
+def test_no_probabilities():
+    with pytest.raises(UserError, match="no images"):
+        InceptionScore().value()
+    for value in (np.nan, -0.1):
+        with pytest.raises(UserError, match="not finite"):
+            InceptionScore().add(np.array([[value, 1]]))
+
+
+# Precision and recall
+
+
+@pytest.mark.parametrize("block", [2048, 128, 77])
+def test_golden_precision_and_recall(adm, block):
+    """Equal to all distances in float64; ADM itself rounds them to float16."""
+    found = precision_recall(adm["ref"], adm["samples"], block=block)
+    assert found == direct(adm["ref"], adm["samples"])
+    assert found == pytest.approx(
+        (float(adm["precision"]), float(adm["recall"])), abs=0.005
+    )
+
+
+def test_features_far_from_zero_and_other_k():
+    draw = np.random.default_rng(0)
+    reference = 300 + draw.normal(size=(90, 6)).astype(np.float32)
+    samples = 300.5 + draw.normal(size=(70, 6)).astype(np.float32)
+    for k in (1, 5):
+        found = precision_recall(reference, samples, k, block=32)
+        assert found == direct(reference, samples, k)
+        assert 0 < found[0] < 1
+        assert 0 < found[1] < 1
+
+
+def test_copies_are_neighbours():
+    """Of 4 copies each the third neighbour is a copy: balls of radius 0, which hold
+    copies of their centre in the other set and nothing else."""
+    draw = np.random.default_rng(0)
+    points = draw.normal(size=(60, 16)).astype(np.float32)
+    reference = np.repeat(points[:40], 4, axis=0)
+    samples = np.repeat(points[30:], 4, axis=0)
+    assert precision_recall(reference, samples, block=64) == (10 / 30, 10 / 40)
+    # Of 3 copies it is another point.
+    thrice = np.repeat(points, 3, axis=0)
+    shifted = thrice + np.float32(1e-2)
+    assert precision_recall(thrice, shifted, block=64) == (1, 1)
+
+
+def test_unusable_points():
+    points = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    with pytest.raises(UserError, match="samples: 3 images are too few for 3"):
+        precision_recall(points, points[:3])
+    with pytest.raises(UserError, match="reference: 0 images"):
+        precision_recall(points[:0], points)
+    with pytest.raises(UserError, match="reference has 4 features, samples 3"):
+        precision_recall(points, points[:, :3])
+    points[3, 2] = np.inf
+    with pytest.raises(UserError, match="reference: has features that are not finite"):
+        precision_recall(points, points)

@@ -1,0 +1,240 @@
+"""The programs that sample, on a finished tiny run: resume, record, refuse, sweep."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sra2_jax import evaluate, sample, sweep
+from sra2_jax.errors import UserError
+from sra2_jax.evaluation import shards
+from sra2_jax.evaluation.archive import open_images
+from sra2_jax.evaluation.subject import read_settings
+
+DIGITS = ("--features=digits", "--reference=digits", "--split=test")
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Call a program's main with arguments."""
+
+    def call(module, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+            return module.main()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def whole(finished, program, tmp_path_factory):
+    """80 samples of the run, as many as its own scores took."""
+    out = tmp_path_factory.mktemp("samples") / "whole.npz"
+    program(sample, finished[1], f"--out={out}", "--num=80")
+    return out
+
+
+def test_the_file_says_what_made_it(finished, whole):
+    workdir = finished[1]
+    with np.load(whole) as file:
+        assert file["arr_0"].shape == (80, 32, 32, 3)
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_1"], np.arange(80) % 10)
+        settings = json.loads(str(file["settings"]))
+    expected = {
+        "run": str(workdir), "step": 4, "weights": "ema", "seed": 0, "vae": "digits",
+        "method": "euler_maruyama", "steps": 3, "guidance": 1.0, "guidance_low": 0.0,
+        "guidance_high": 1.0, "labels": "balanced", "rounding": "truncate",
+        "count": 80,
+    }  # fmt: skip
+    assert expected.items() <= settings.items()
+    assert settings["versions"]["jax"]
+    assert not whole.with_suffix(".shards").exists()
+
+
+def test_a_killed_program_goes_on_and_gives_the_same_images(
+    finished, whole, program, tmp_path, monkeypatch
+):
+    """Only what is missing is made again; a shard cut off in the middle counts as
+    missing, and a damaged one is found at the end."""
+    monkeypatch.setattr(shards, "IMAGES", 16)
+    out = tmp_path / "samples.npz"
+    call = finished[1], f"--out={out}", "--num=80", "--config.sampling.batch_size=16"
+    write, made = shards.Shards.write, []
+
+    def killed(self, number, images):
+        if number == 3:
+            (self.folder / "000003.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        made.append(number)
+        write(self, number, images)
+
+    monkeypatch.setattr(shards.Shards, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        program(sample, *call)
+    assert made == [0, 1, 2]
+    assert not out.exists()
+    folder = out.with_suffix(".shards")
+    second = folder / "000001.npy"
+    second.write_bytes(second.read_bytes()[:-7])
+
+    def go_on(self, number, images):
+        made.append(number)
+        write(self, number, images)
+
+    monkeypatch.setattr(shards.Shards, "write", go_on)
+    with pytest.raises(UserError, match=r"000001.npy: was damaged and is removed"):
+        program(sample, *call)
+    assert made == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match="seed is 0 there, 7 now"):
+        program(sample, *call, "--config.seed=7")
+    program(sample, *call)
+    assert made == [0, 1, 2, 3, 4, 1]
+    with np.load(out) as ours, np.load(whole) as expected:
+        # the other batch size is compiled to other sums
+        difference = ours["arr_0"].astype(int) - expected["arr_0"]
+        assert np.abs(difference).max() <= 1
+        np.testing.assert_array_equal(ours["arr_1"], expected["arr_1"])
+
+
+def test_seed_and_weights_act(finished, whole, program, tmp_path):
+    with np.load(whole) as file:
+        base = file["arr_0"][:16].astype(int)
+    for name, flag in (("seed", "--config.seed=1"), ("raw", "--weights=raw")):
+        out = tmp_path / f"{name}.npz"
+        program(sample, finished[1], f"--out={out}", "--num=16", flag)
+        with np.load(out) as file:
+            assert np.abs(file["arr_0"] - base).max() > 5
+            assert flag.partition("=")[2] in str(file["settings"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--out=a.npy"], "--out=a.npy: must end in .npz"),
+        (["--out={whole}"], "exists already: remove it or use another"),
+        (["--num=0"], "--num=0: must be at least 1"),
+        (["--config.model.width=32"], "config.model.width is part of the run"),
+        (["--config.sampling.method=rk4"], "config.sampling.method='rk4': must be"),
+        (["--config.sampling.guidence=2"], "did you mean config.sampling.guidance?"),
+        (["--step=3"], "no checkpoint of step 3: it has 2, 4"),
+        (["--config.vae=/nowhere"], "/nowhere"),
+        (["extra"], "unexpected argument 'extra'"),
+    ],
+)
+def test_refusals(finished, whole, program, tmp_path, flags, message):
+    defaults = [f"--out={tmp_path / 'x.npz'}"]
+    flags = [flag.format(whole=whole) for flag in flags]
+    with pytest.raises(UserError) as error:
+        program(sample, finished[1], *defaults, *flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_gives_the_scores_of_the_run(finished, whole, program):
+    """Sampled and scored by hand or at the end of training: the same numbers."""
+    program(evaluate, whole, *DIGITS)
+    results = json.loads(whole.with_suffix(".json").read_text())
+    own = json.loads((finished[1] / "results.json").read_text())["metrics"]
+    assert results["metrics"]["accuracy"] == pytest.approx(own["accuracy"], abs=0.02)
+    assert results["metrics"]["frechet"] == pytest.approx(own["frechet"], rel=1e-3)
+    assert 0 <= results["metrics"]["precision"] <= 1
+    assert results["sampling"]["steps"] == 3
+    assert results["num_samples"] == 80
+    assert results["notes"] == []
+
+
+def test_a_reference_file_equals_the_images_it_was_made_of(
+    whole, program, tmp_path, capsys
+):
+    """Statistics and images inside; another network's are refused."""
+    made = tmp_path / "reference.npz"
+    program(evaluate, "digits", "--split=test", "--features=digits",
+            f"--make_reference={made}")  # fmt: skip
+    with np.load(made) as file:
+        assert file["mu"].shape == (64,)
+        assert file["sigma"].shape == (64, 64)
+        np.testing.assert_array_equal(
+            file["arr_0"],
+            np.concatenate([*open_images("digits", None, "test").batches(99)]),
+        )
+    found = []
+    for name, reference in (("a", [f"--reference={made}"]), ("b", DIGITS[1:])):
+        out = tmp_path / f"{name}.json"
+        program(evaluate, whole, "--features=digits", f"--out={out}", *reference)
+        found.append(json.loads(out.read_text())["metrics"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    few = tmp_path / "few.npz"
+    np.savez(few, arr_0=np.load(whole)["arr_0"][:40])
+    program(evaluate, few, *DIGITS)
+    assert (
+        "few.npz: 40 images give the covariance of 64 pool features"
+        in capsys.readouterr().out
+    )
+    small = tmp_path / "small.npz"
+    np.savez(small, arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    for arguments, message in (
+        ([small, *DIGITS], "small.npz has images of 16x16 pixels, digits of 32x32"),
+        ([few, f"--reference={made}", "--out={other}"], "the Inception weights of FID"),
+        ([whole, "--features=digits", f"--reference={few}", "--out=x"], "end in .json"),
+        ([few, *DIGITS], "few.json: exists already"),
+    ):
+        arguments = [str(a).format(other=tmp_path / "other.json") for a in arguments]
+        with pytest.raises(UserError, match=message):
+            program(evaluate, *arguments)
+
+
+def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
+    """Cells differ by their guidance alone; a killed sweep goes on; scale 1 is the
+    plain sample, whatever the interval."""
+    out = tmp_path / "sweep"
+    call = [finished[1], f"--out={out}", *DIGITS, "--num=80"]
+    call += ["--guidance=4,1", "--interval=0:1,0:0.5"]
+    run_cell, cells = sweep.run_cell, []
+
+    def counted(subject, features, reference, cell, count):
+        if len(cells) == 2:
+            cells.append("killed")
+            raise KeyboardInterrupt
+        cells.append(tuple(cell.values()))
+        return run_cell(subject, features, reference, cell, count)
+
+    monkeypatch.setattr(sweep, "run_cell", counted)
+    with pytest.raises(KeyboardInterrupt):
+        program(sweep, *call)
+    program(sweep, *call)
+    assert cells == [(1, 0, 1), (4, 0, 1), "killed", (4, 0, 0.5)]
+    written = json.loads((out / "sweep.json").read_text())
+    found = {tuple(c[n] for n in sweep.NAMES): c["metrics"] for c in written["cells"]}
+    assert len({m["frechet"] for m in found.values()}) == 3
+    config = read_settings(str(finished[1]), [])
+    assert written["settings"]["seed"] == config.seed
+    program(evaluate, whole, *DIGITS, f"--out={tmp_path / 'plain.json'}")
+    plain = json.loads((tmp_path / "plain.json").read_text())["metrics"]
+    assert found[1, 0, 1] == pytest.approx(plain, rel=1e-6)
+    table = (out / "sweep.md").read_text()
+    assert table.count("\n| 4 |") == 2
+    assert table.count("**") == 2
+    assert table in capsys.readouterr().out
+    with Image.open(out / "sweep.png") as picture:
+        assert min(picture.size) > 300
+    with pytest.raises(UserError, match="num_samples is 80 there, 40 now"):
+        program(sweep, *call, "--num=40")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--guidance=1,two", "--guidance=1,two: give scales"),
+        ("--guidance=-1", "config.sampling.guidance=-1.0: must lie between"),
+        ("--interval=0.7:0.2", "give intervals low:high"),
+        ("--interval=0.5", "give intervals low:high"),
+        ("--num=1", "--num=1: must be at least 2"),
+    ],
+)
+def test_sweep_refusals(finished, program, tmp_path, flag, message):
+    with pytest.raises(UserError, match=message):
+        program(sweep, finished[1], f"--out={tmp_path / 'o'}", *DIGITS, flag)
+    assert not list(tmp_path.iterdir())
