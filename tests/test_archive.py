@@ -233,6 +233,13 @@ def test_images_shorter_than_their_header_says(tmp_path):
     refused(open_images, path, "arr_0 has", "fetch or make it again")
 
 
+def test_a_file_that_changes(whole):
+    images = open_images(str(whole))
+    np.savez(whole, IMAGES[:5])
+    with pytest.raises(UserError, match=r"whole\.npz: .* changed"):
+        list(images.batches(2))
+
+
 # Writing
 
 

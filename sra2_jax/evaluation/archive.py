@@ -211,13 +211,12 @@ def _stream(
 ) -> Iterator[np.ndarray]:
     row = math.prod(shape[1:])
     with _opened(path) as archive, archive.open(f"{IMAGES}.npy") as member:
-        _read_header(member)
+        if _read_header(member)[0] != shape:
+            raise ValueError("it changed since it was opened")
         for start in range(0, shape[0], size):
-            wanted = min(size, shape[0] - start) * row
-            data = member.read(wanted)
-            if len(data) < wanted:
-                raise EOFError(f"{IMAGES} ends early")
-            yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])
+            n = min(size, shape[0] - start)
+            data = np.frombuffer(member.read(n * row), np.uint8)
+            yield data.reshape(n, *shape[1:])
 
 
 def _settings_of(archive: zipfile.ZipFile) -> dict[str, Any] | None:

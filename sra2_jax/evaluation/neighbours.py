@@ -9,17 +9,13 @@ from jaxtyping import Array
 
 from sra2_jax.errors import UserError
 
-# Squared distances below this share of the two squared norms are rounding of float32:
-# copies of a point are to be at distance 0.
-ROUNDING = 1e-6
-
 
 def _squared_distances(rows: Array, columns: Array) -> Array:
-    """(n, D), (m, D) -> (n, m)."""
+    """(n, D), (m, D) -> (n, m), at least 0."""
     norms = (rows**2).sum(axis=1)[:, None] + (columns**2).sum(axis=1)
     # Accelerators would otherwise round the features to bf16 or TF32.
     squared = norms - 2 * jnp.matmul(rows, columns.T, precision="highest")
-    return jnp.where(squared > ROUNDING * norms, squared, 0)
+    return jnp.maximum(squared, 0)
 
 
 @jax.jit

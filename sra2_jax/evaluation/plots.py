@@ -286,7 +286,7 @@ def heat_map(
     axis.grid(visible=False)
     # steps of equal ratio look equal: distances span powers of ten
     logs = np.log(np.maximum(values, 1e-12))
-    picture = axis.imshow(logs, cmap="viridis", aspect="auto")
+    axis.imshow(logs, cmap="viridis", aspect="auto")
     low, high = np.nanmin(logs), np.nanmax(logs)
     best = np.nanargmin(values)
     for i, j in np.ndindex(rows, columns):
@@ -310,11 +310,12 @@ def heat_map(
         linewidth=2,
     )
     axis.add_patch(frame)
-    axis.set_xticks(range(columns), [f"{s:g}" for s in scales])
+    axis.set_xticks(
+        range(columns), [f"{s:g}" if s != 1 else "1 (none)" for s in scales]
+    )
     axis.set_yticks(range(rows), [f"{a:g} to {b:g}" for a, b in intervals])
     axis.tick_params(length=0)
     axis.set_xlabel("guidance scale")
     axis.set_ylabel("interval of t, 0 = data")
     axis.set_title(name)
-    figure.colorbar(picture, ax=axis).set_ticks([])
     return figure
