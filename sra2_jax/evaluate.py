@@ -35,7 +35,7 @@ from sra2_jax.versions import versions
 
 SHOWN = {
     "fid": "FID",
-    "frechet": "Frechet distance, proxy",
+    "frechet": "Fréchet distance, proxy",
     "sfid": "sFID",
     "inception_score": "Inception Score",
     "accuracy": "Recognised as asked",

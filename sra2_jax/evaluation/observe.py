@@ -42,11 +42,11 @@ MIN_PICTURE = 640
 RESULTS = "results.json"
 # what results.json says of the numbers
 NOTES = {
-    "digits": "Proxies, not FID: a Frechet distance to the 360 held-out real digits "
+    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits "
     "between Gaussians fitted in a 64-dimensional pixel space on a few hundred images, "
     "and the share of samples that a support vector machine fitted on the 1,437 real "
     "training digits gives the label asked for.",
-    "inception": "Frechet distances fall with the number of samples: only those of as "
+    "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
 

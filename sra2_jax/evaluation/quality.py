@@ -20,8 +20,9 @@ QUALITY = {
 # config.eval.features -> the metrics that a run measures
 MEASURED = {
     "digits": ("accuracy", "frechet"),
-    "inception": ("fid", "sfid", "inception_score"),
+    "inception": ("fid", "inception_score", "sfid"),
 }
+TILES = 2  # metrics among the headline figures
 REFERENCES = {
     "real": "Real images<small>distance: training set, share: held out</small>",
     "reconstruction": "Through the VAE<small>held-out real images</small>",
@@ -47,9 +48,9 @@ def shown(key: str, value: float | None) -> str:
 
 
 def quality_tiles(run: Run) -> list[tuple[str, str, str]]:
-    """The metrics' newest values, with the level of real images where it is known."""
+    """The first metrics' newest values, with the level of real images where known."""
     cells = []
-    for key in measured(run):
+    for key in measured(run)[:TILES]:
         label, _, level = QUALITY[key]
         value, step = run.newest(key)
         where = "not evaluated yet" if value is None else f"step {step:,}"

@@ -160,21 +160,19 @@ def compare(
     """
     names = {"pool": features.distance, "spatial": "sfid"}
     metrics = {}
-    for kind in samples.gaussians.keys() & reference.gaussians.keys():
-        try:
+    try:
+        for kind in samples.gaussians.keys() & reference.gaussians.keys():
             metrics[names[kind]] = frechet_distance(
                 *samples.gaussians[kind], *reference.gaussians[kind]
             )
-        except UserError as error:
-            raise UserError(
-                f"{samples.name} against {reference.name}, {kind} features: {error}"
-            ) from error
+        if samples.kept is not None and reference.kept is not None:
+            precision, recall = precision_recall(reference.kept, samples.kept)
+            metrics |= {"precision": precision, "recall": recall}
+    except UserError as error:
+        raise UserError(f"{samples.name} against {reference.name}: {error}") from error
     if samples.inception_score is not None:
         metrics["inception_score"] = samples.inception_score
     if samples.accuracy is not None:
         metrics["accuracy"] = samples.accuracy
-    if samples.kept is not None and reference.kept is not None:
-        precision, recall = precision_recall(reference.kept, samples.kept)
-        metrics |= {"precision": precision, "recall": recall}
     order = (features.distance, "sfid", "inception_score", "accuracy", "precision")
     return {k: metrics[k] for k in (*order, "recall") if k in metrics}
