@@ -123,29 +123,34 @@ def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
         np.testing.assert_array_equal(contents.sets["ema"]["a"], b)
 
 
-def test_training_goes_on_from_an_imported_checkpoint(tiny, latents, tmp_path):
+def test_training_goes_on_from_an_imported_checkpoint(finished, tmp_path):
     """Sampling first; then the very loss of the run that the weights came from."""
-    tiny.data.dir, tiny.eval.features = str(latents), ""
-    tiny.steps = 3
-    train(tiny, str(tmp_path / "a"))
+    tiny, workdir = finished[0].copy_and_resolve_references(), finished[1]
+    tiny.eval.features = ""
     merged = {}
     for prefix, name in statedict.SETS.items():
         out = tmp_path / f"{name}.safetensors"
-        export_run(str(tmp_path / "a"), out, name, step=2, heads=True)
+        export_run(str(workdir), out, name, step=2, heads=True)
         merged |= {f"{prefix}.{k}": v for k, v in load_file(out).items()}
     save_file(merged, tmp_path / "both.safetensors")
     import_file(tmp_path / "both.safetensors", str(tmp_path / "b"), tiny, step=2)
 
     tiny.steps = 2
     train(tiny, str(tmp_path / "b"))
-    assert json.loads((tmp_path / "b" / "results.json").read_text())["step"] == 2
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert results["step"] == 2
+    assert results["method"] == "euler_maruyama"
+    assert results["versions"]["jax"] == jax.__version__
+    assert "metrics" not in results
     assert (tmp_path / "b" / "samples" / "step_00000002.png").exists()
 
     tiny.steps = 3
     train(tiny, str(tmp_path / "b"))
     first, second = (
         [json.loads(line) for line in text.splitlines() if '"loss"' in line]
-        for text in ((tmp_path / r / "metrics.jsonl").read_text() for r in "ab")
+        for text in (
+            (run / "metrics.jsonl").read_text() for run in (workdir, tmp_path / "b")
+        )
     )
     assert [r["step"] for r in second] == [3]
     for key in ("loss", "loss_align_vae", "grad_norm", "learning_rate"):

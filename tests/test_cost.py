@@ -78,7 +78,7 @@ def get_config():
     c = quickstart.get_config()
     c.model.width, c.model.depth, c.model.heads = 16, 1, 2
     for section in (c.align.vae, c.align.encoder, c.align.teacher):
-        section.depth, section.head_width = 1, 16
+        section.depth, section.head_width, section.head_layers = 1, 16, 1
     c.align.teacher.teacher_depth = 1
     return c
 """

@@ -10,6 +10,7 @@ from PIL import Image
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError
+from sra2_jax.evaluation.archive import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.pretrained import load_dinov2, load_vae
 from tests.test_pipeline import BATCH, read_with_tfds, take
@@ -149,6 +150,9 @@ def test_tfds_source(tmp_path, monkeypatch):
         images.center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)
     }
     assert {image.tobytes(): label for _, _, image, label in rows} == wanted
+    scored = list(open_images("tfds:tiny:test", SIDE).batches(2))
+    assert [len(part) for part in scored] == [2, 2, 1]
+    assert {image.tobytes() for part in scored for image in part} == wanted.keys()
     with pytest.raises(UserError, match="no split 'train'"):
         images.open_source("tfds:tiny", "train")
 

@@ -71,6 +71,27 @@ def test_an_image_depends_on_its_index_alone(make):
     assert np.abs(sharded - whole).max() <= 1
 
 
+def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
+    """What is done with a batch costs the device no time; all come, in order."""
+    sent = []
+
+    def run(_, indices, labels):
+        sent.append(list(indices))
+        return jnp.ones((len(indices), 4, 4, 4)) * indices[:, None, None, None]
+
+    monkeypatch.setattr("sra2_jax.evaluation.generate.make_sampler", lambda *_: run)
+    tiny.sampling.batch_size = 2
+    mesh = make_mesh(1, 1, 8, devices=jax.devices()[:1])
+    batches = make_generate(tiny, mesh, *load_vae("digits"))(
+        None, np.arange(10, 15), np.zeros(5)
+    )
+    first = next(batches)
+    assert sent == [[10, 11], [12, 13]]
+    rest = list(batches)
+    assert sent == [[10, 11], [12, 13], [14, 14]]
+    assert [len(part) for part in (first, *rest)] == [2, 2, 1]
+
+
 def test_sampling_settings_act(make):
     """Method, label, guidance and its channels each change the picture."""
     pictures = [

@@ -77,30 +77,10 @@ def test_what_a_run_leaves_behind(finished):
     assert versions["jax"] == jax.__version__
 
 
-def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path):
-    """Bit for bit: state, logged metrics. Rows after the checkpoint are replaced."""
-    config, workdir = finished
-    config = config.copy_and_resolve_references()
-    config.steps = 2
-    train(config, str(tmp_path / "run"))
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
-    config.steps = 4
-    train(config, str(tmp_path / "run"))
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        final_state(config, workdir),
-        final_state(config, tmp_path / "run"),
-    )
-    resumed = [r for r in rows(tmp_path / "run") if "loss" in r]
-    assert without_speed(resumed) == without_speed(
-        [r for r in rows(workdir) if "loss" in r]
-    )
-
-
-def test_scoring_is_made_up_for_after_a_kill(finished, tmp_path, monkeypatch):
-    """Killed while it scores step 2, saved before: the resumed run scores it first and
-    ends with the rows of the uninterrupted one."""
+def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
+    """Bit for bit: state, logged metrics and scores. Killed while it scores step 2,
+    which is saved by then: the resumed run scores it first. Rows after the checkpoint
+    are replaced."""
     config, workdir = finished
     score, seen = Observer.score, []
 
@@ -114,14 +94,23 @@ def test_scoring_is_made_up_for_after_a_kill(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(Observer, "score", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config, str(tmp_path / "run"))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
     monkeypatch.setattr(Observer, "score", counted)
     train(config, str(tmp_path / "run"))
     assert seen == [2, 4]
-    scored = [
-        [r for r in rows(f) if "eval/frechet" in r] for f in (workdir, tmp_path / "run")
-    ]
-    assert scored[0] == scored[1]
-    assert [r["step"] for r in scored[0]] == [2, 4]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_state(config, workdir),
+        final_state(config, tmp_path / "run"),
+    )
+    for key in ("loss", "eval/frechet"):
+        resumed, whole = (
+            without_speed([r for r in rows(run) if key in r])
+            for run in (tmp_path / "run", workdir)
+        )
+        assert resumed == whole
+    assert [r["step"] for r in whole] == [2, 4]
 
 
 class TinyInception:
@@ -146,8 +135,9 @@ class TinyInception:
 
 
 def test_fid_while_training(finished, tmp_path, monkeypatch):
-    """Against a reference file; the distances follow from the moments of the samples,
-    which are those of `sample`."""
+    """As on ImageNet: against a reference file; decoded records stand for the real
+    images; the distances follow from the moments of the samples, which are those of
+    `sample`."""
     config, _ = finished
     config = config.copy_and_resolve_references()
     mu, sigma = np.full(8, 2.0), np.eye(8)
@@ -156,6 +146,8 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     config.eval.features, config.eval.reference = "inception", str(reference)
     config.steps, config.eval.every, config.eval.num_samples = 2, 1, 24
     config.sampling.labels, config.align.vae.enabled = "random", False
+    config.run.checkpoint_every = config.run.keep_checkpoints = 1
+    config.run.sample_every = 1
     monkeypatch.setattr("sra2_jax.evaluation.observe.make_features", TinyInception)
     workdir = tmp_path / "run"
     train(config, str(workdir))
@@ -166,6 +158,10 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
         k.removeprefix("eval/"): v for k, v in scored[1].items() if k != "step"
     }
     assert "FID" in (workdir / "report.html").read_text()
+    names = {p.name for p in workdir.rglob("*.png")}
+    assert names == {"reconstruction.png", "step_00000001.png", "step_00000002.png"}
+    kept = [p.name for p in (workdir / "checkpoints").glob("[0-9]*")]
+    assert kept == ["2"]
     out = tmp_path / "samples.npz"
     command = ["sample", str(workdir), f"--out={out}", "--num=24"]
     monkeypatch.setattr("sys.argv", command)
@@ -278,24 +274,6 @@ def test_refusals(finished, tmp_path, changes, message):
         train(config, str(tmp_path / "run"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_without_proxy_metrics(finished, tmp_path):
-    """As on ImageNet: decoded records stand for the real images; periodic samples."""
-    config, _ = finished
-    config = config.copy_and_resolve_references()
-    config.eval.features, config.steps, config.run.sample_every = "", 2, 1
-    config.align.vae.enabled = False
-    config.run.checkpoint_every, config.run.keep_checkpoints = 1, 1
-    train(config, str(tmp_path / "run"))
-    names = {p.name for p in (tmp_path / "run").rglob("*.png")}
-    assert names == {"reconstruction.png", "step_00000001.png", "step_00000002.png"}
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "metrics" not in results
-    assert results["method"] == "euler_maruyama"
-    assert (tmp_path / "run" / "report.html").exists()
-    kept = [p.name for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
-    assert kept == ["2"]
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):

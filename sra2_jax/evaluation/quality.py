@@ -28,7 +28,7 @@ REFERENCES = {
     "reconstruction": "Through the VAE<small>held-out real images</small>",
 }
 # shown apart from the rest
-PROSE = ("metrics", "reference", "features", "note", "step")
+PROSE = ("metrics", "reference", "features", "note", "step", "versions")
 HONEST = (
     "Neither FID nor any published number is to be set beside these proxies. Real "
     "images scored the same way give the level that good samples would reach."
