@@ -15,9 +15,11 @@ import pytest
 from jaxtyping import install_import_hook
 from ml_collections import ConfigDict
 
-# The tests of the whole job compile the same programs again and again.
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# The tests of the whole job compile the same programs again and again. The first
+# process makes the folder; its worker processes inherit the variable.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 ROOT = Path(__file__).parents[1]
