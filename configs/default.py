@@ -127,6 +127,7 @@ def get_config() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that hold copies of the state; -1 = all that are left
     c.mesh.fsdp = 1  # devices that share one copy
+    c.mesh.tensor = 1  # devices that share a layer's heads and hidden channels
 
     c.sampling = ConfigDict()
     c.sampling.method = "euler_maruyama"  # euler, heun, euler_maruyama

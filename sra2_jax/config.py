@@ -64,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "accumulate": (1, INF),
     "mesh.data": (-1, INF),
     "mesh.fsdp": (1, INF),
+    "mesh.tensor": (1, INF),
     "sampling.steps": (2, INF),
     "sampling.guidance": (0, 1000),
     "sampling.guidance_low": (0, 1),
@@ -279,6 +280,11 @@ def _check_combinations(config: ConfigDict) -> None:
         "the same rows",
     )
     require(config.mesh.data != 0, "config.mesh.data=0: must be -1 or at least 1")
+    require(
+        model.heads % config.mesh.tensor == 0,
+        f"config.mesh.tensor={config.mesh.tensor} does not divide "
+        f"config.model.heads={model.heads}",
+    )
     require(
         config.sampling.guidance_channels <= config.latents.channels,
         f"config.sampling.guidance_channels={config.sampling.guidance_channels} "

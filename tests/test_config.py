@@ -171,7 +171,7 @@ def test_impossible_values(changes, message):
 def test_mesh_refuses(arguments, message):
     with pytest.raises(UserError, match=message):
         make_mesh(*arguments)
-    assert make_mesh(-1, 2, 16).shape == {"data": 4, "fsdp": 2}
+    assert make_mesh(-1, 2, 16).shape == {"data": 4, "fsdp": 2, "tensor": 1}
     assert jax.device_count() == 8
 
 

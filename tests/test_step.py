@@ -47,15 +47,16 @@ def assert_close(a, b, rtol=2e-4, atol=2e-6):
 
 
 def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
-    """Losses and parameters to float tolerance with all three alignments at once;
-    FSDP really shards the state."""
+    """Losses and parameters to float tolerance with all three alignments at once: data
+    parallel, fully sharded, and both with split layers. The state is really sharded."""
     from sra2_jax.training import sharding
 
     tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     state, rows = run(tiny, batch)
     assert rows[0]["loss"] != rows[1]["loss"]
-    for fsdp, accumulate in ((1, 1), (4, 2)):
-        tiny.mesh.fsdp, tiny.accumulate = fsdp, accumulate
+    for fsdp, tensor, accumulate in ((1, 1, 1), (8, 1, 2), (2, 2, 1)):
+        tiny.mesh.fsdp, tiny.mesh.tensor = fsdp, tensor
+        tiny.accumulate = accumulate
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
             other, other_rows = run(tiny, batch, devices=8)
@@ -66,7 +67,7 @@ def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
         kernel = other.params["network"]["blocks"]["qkv"]["kernel"]
         local = kernel.addressable_shards[0].data.shape
         assert kernel.shape[0] == local[0] == 2  # never over the layer axis
-        assert np.prod(local) * fsdp == kernel.size
+        assert np.prod(local) * fsdp * tensor == kernel.size
         moment = other.opt_state[1][0].mu["network"]["blocks"]["qkv"]["kernel"]
         assert moment.sharding == kernel.sharding
 

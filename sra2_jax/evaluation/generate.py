@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from sra2_jax import sampler
 from sra2_jax.models.vae import AutoencoderKL
-from sra2_jax.training.sharding import batch_sharding, replicated
+from sra2_jax.training.sharding import batch_sharding, replicated, within
 from sra2_jax.training.state import build_networks
 from sra2_jax.transport import Transport
 
@@ -71,7 +71,8 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
             return jax.vmap(draw)(keys)
 
         def velocity(x: Array, t: Array, y: Array) -> Array:
-            output, _, _ = apply({"params": params}, x, t, y)
+            with within(mesh):
+                output, _, _ = apply({"params": params}, x, t, y)
             return transport.velocity(output, x, t)
 
         x = jax.lax.with_sharding_constraint(noise(s.steps), batch_sharding(mesh))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sra2_jax.training.sharding import BATCH, constrain
+
 XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros_init()
@@ -76,6 +78,30 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+class HeadsDense(nn.Module):
+    """Queries, keys and values of all heads, (B, T, H, D / H) each.
+
+    One (D, 3D) matrix: xavier on separate q, k and v would start too large. It is
+    viewed as (D, 3, H, D / H), so that a mesh can split it by heads.
+    """
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:
+        d = x.shape[-1]
+        shape = (3, self.heads, d // self.heads)
+        kernel = self.param("kernel", XAVIER, (d, 3 * d))
+        bias = self.param("bias", ZEROS, (3 * d,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = constrain(kernel.reshape(d, *shape), None, None, "tensor", None)
+        qkv = jnp.einsum("btd,dnhe->nbthe", x, kernel)
+        qkv = qkv + bias.reshape(3, 1, 1, *shape[1:])
+        q, k, v = (constrain(part, BATCH, None, "tensor", None) for part in qkv)
+        return q, k, v
+
+
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT)."""
 
@@ -95,19 +121,19 @@ class Block(nn.Module):
         modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c)).astype(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
-        # One (D, 3D) matrix: xavier on separate q, k and v would start too large.
-        qkv = dense(3 * d, "qkv")(modulate(layer_norm(x), shift1, scale1))
-        q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, self.heads, d // self.heads), 2, 0)
+        qkv = HeadsDense(self.heads, self.dtype, name="qkv")
+        q, k, v = qkv(modulate(layer_norm(x), shift1, scale1))
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
         mixed = dense(d, "attention_out")(mixed.reshape(b, t, d))
-        x = x + gate1[:, None] * mixed
+        x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
 
         # The ratio may come from hidden / d of a checkpoint, off by rounding.
         hidden = dense(int(d * self.mlp_ratio + 1e-6), "mlp_in")(
             modulate(layer_norm(x), shift2, scale2)
         )
+        hidden = constrain(hidden, BATCH, None, "tensor")
         hidden = dense(d, "mlp_out")(nn.gelu(hidden, approximate=True))
-        return x + gate2[:, None] * hidden
+        return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
 
 
 class FinalLayer(nn.Module):

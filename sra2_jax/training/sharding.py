@@ -1,15 +1,34 @@
-"""One mesh, and one rule that places every array of the training state on it."""
+"""The mesh, and where every array of a training step lies on it: all of it here.
 
+Three axes: `data` copies the state, `fsdp` splits it, both split the batch; `tensor`
+splits attention heads and hidden channels.
+"""
+
+import contextlib
+import re
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from sra2_jax.errors import UserError
 
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
 # Smaller arrays are copied to every device: sharding them costs more than it saves.
 MIN_SHARDED_SIZE = 2**16
+
+# Name of a parameter -> mesh axes of its dimensions. Blocks are stacked: their first
+# dimension is their number. What no rule names is split over fsdp along its largest
+# dimension. Optimizer moments and EMA have their parameter's name and so its place.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"blocks/(qkv|mlp_in|modulation)/kernel$", (None, "fsdp", "tensor")),
+    (r"blocks/(qkv|mlp_in|modulation)/bias$", (None, "tensor")),
+    (r"blocks/(attention_out|mlp_out)/kernel$", (None, "tensor", "fsdp")),
+)
 
 
 def make_mesh(
@@ -18,62 +37,96 @@ def make_mesh(
     batch_size: int,
     n: int = 1,
     devices: Sequence[jax.Device] | None = None,
+    tensor: int = 1,
 ) -> Mesh:
-    """The ("data", "fsdp") mesh over `devices`, all of them by default.
+    """The ("data", "fsdp", "tensor") mesh over `devices`, all of them by default.
 
     Args:
       data: devices that hold copies of the state, -1 for all that are left.
       fsdp: devices that share one copy.
       batch_size, n: the batch and its micro-batches, checked for divisibility.
+      tensor: devices that share one layer's heads and hidden channels.
 
     Raises:
-      UserError: the numbers do not fit the devices or the batch.
+      UserError: the numbers do not fit the devices, the processes or the batch.
     """
     devices = devices or jax.devices()
     count = len(devices)
     if data == -1:
-        data = max(count // fsdp, 1)
-    if data * fsdp != count:
+        data = max(count // (fsdp * tensor), 1)
+    if data * fsdp * tensor != count:
         raise UserError(
-            f"config.mesh.data={data} x config.mesh.fsdp={fsdp} must be the number of "
-            f"devices, {count}"
+            f"config.mesh.data={data} x config.mesh.fsdp={fsdp} x "
+            f"config.mesh.tensor={tensor} must be the number of devices, {count}"
         )
-    if batch_size % (count * n):
+    if batch_size % (data * fsdp * n):
         raise UserError(
-            f"config.batch_size={batch_size} is not divisible by {count} devices x "
-            f"config.accumulate={n}"
+            f"config.batch_size={batch_size} is not divisible by {data * fsdp} devices "
+            f"x config.accumulate={n}"
+        )
+    if jax.process_count() > 1 and jax.local_device_count() % tensor:
+        raise UserError(
+            f"config.mesh.tensor={tensor} must divide the {jax.local_device_count()} "
+            "devices of a process: rows of a batch would be split between hosts"
         )
     # Auto: explicit axes, make_mesh's default, make FSDP parameters fail in Dense.
-    auto = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, fsdp), ("data", "fsdp"), auto, devices=devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh((data, fsdp, tensor), AXES, auto, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over every device."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """The leading axis over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(state: object, mesh: Mesh) -> object:
-    """A sharding for each leaf of the abstract state (ShapeDtypeStructs).
+def within(mesh: Mesh) -> contextlib.AbstractContextManager[object]:
+    """Inside, while a function is traced, `constrain` refers to `mesh`."""
+    if mesh.size == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
-    The largest axis that fsdp divides is sharded over fsdp, the first axis of stacked
-    blocks (their number) excepted; small arrays are replicated. Optimizer moments and
-    EMA have their parameter's shape and so its placement.
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Place an activation's dimensions on mesh axes; nothing outside of `within`.
+
+    Where XLA would guess: it may split tokens or channels to suit a parameter that
+    fsdp splits, and gather the batch.
     """
-    size = mesh.shape["fsdp"]
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def state_shardings(state: object, mesh: Mesh) -> object:
+    """A sharding for each leaf of the abstract state (ShapeDtypeStructs), by RULES.
+
+    A dimension that its axis does not divide stays whole.
+    """
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-        first = 1 if "blocks" in names else 0
-        axes = [a for a in range(first, leaf.ndim) if leaf.shape[a] % size == 0]
-        if size == 1 or not axes or np.prod(leaf.shape) < MIN_SHARDED_SIZE:
+        if np.prod(leaf.shape) < MIN_SHARDED_SIZE:
             return replicated(mesh)
-        largest = max(axes, key=lambda a: leaf.shape[a])
-        spec = ["fsdp" if a == largest else None for a in range(leaf.ndim)]
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        axes = _axes("/".join(names), leaf.shape, mesh)
+        fits = [
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _axes(name: str, shape: tuple[int, ...], mesh: Mesh) -> Sequence[str | None]:
+    """The mesh axis, or None, of each dimension of a parameter."""
+    for pattern, axes in RULES:
+        if re.search(pattern, name):
+            return axes
+    first = 1 if "blocks/" in name else 0
+    split = [a for a in range(first, len(shape)) if shape[a] % mesh.shape["fsdp"] == 0]
+    largest = max(split, key=lambda a: shape[a], default=None)
+    return ["fsdp" if a == largest else None for a in range(len(shape))]

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sra2_jax.alignment import EncoderAlignment, LatentAlignment, TeacherAlignment
 from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.training.sharding import batch_sharding, replicated
+from sra2_jax.training.sharding import batch_sharding, replicated, within
 from sra2_jax.training.state import TrainState, build_alignments, build_networks
 from sra2_jax.training.targets import make_targets
 from sra2_jax.transport import Transport
@@ -180,7 +180,8 @@ def make_step(
         draws = draw(batch, state.step)
         draws = jax.lax.with_sharding_constraint(draws, batch_sharding(mesh))
         frozen = {"teacher": state.ema["network"], "encoder": encoder_params}
-        grads, metrics = gradients(state.params, frozen, draws, state.step)
+        with within(mesh):
+            grads, metrics = gradients(state.params, frozen, draws, state.step)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = config.ema_decay
