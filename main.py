@@ -10,6 +10,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from sra2_jax import config as configuration
+from sra2_jax import distributed
 from sra2_jax.errors import run_program
 
 DEFAULT = Path(__file__).resolve().parent / "configs" / "quickstart.py"
@@ -22,11 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--workdir", help="folder of the run, local or gs:// (runs/CONFIG_NAME)"
     )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="several processes (TPU pod, SLURM): jax.distributed",
-    )
+    distributed.add_arguments(parser)
     # The config is checked before TensorFlow is imported or a device touched.
     arguments, config = configuration.parse_arguments(parser, str(DEFAULT))
 
@@ -37,13 +34,11 @@ def main() -> None:
     logging.get_absl_handler().addFilter(
         lambda r: r.levelname == "ERROR" or r.filename == "logging_writer.py"
     )
-    import jax
-
-    if arguments.distributed:
-        jax.distributed.initialize()
+    distributed.initialize(arguments)
     from sra2_jax.training.train import train
 
     train(config, arguments.workdir or f"runs/{config.name}")
+    distributed.finish()
 
 
 if __name__ == "__main__":

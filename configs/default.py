@@ -85,8 +85,8 @@ def get_config() -> ConfigDict:
     c.model.time_scale = 1.0  # factor on t in [0, 1] before its features
     c.model.learn_sigma = False  # a second half of the output that nothing uses
     c.model.scan = True  # blocks as a loop, or unrolled
-    c.model.remat = "dots"  # rematerialisation: none, dots, full
-    c.model.attention = "xla"  # xla, cudnn
+    c.model.remat = "dots"  # rematerialisation: none, dots, attention, full
+    c.model.attention = "auto"  # xla, cudnn, auto: cudnn on GPUs where it works
     c.model.dtype = "bfloat16"  # compute type: bfloat16, float32
 
     c.label_dropout = 0.1  # share of labels replaced by the null label

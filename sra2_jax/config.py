@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sra2_jax import alignment, sampler, transport
+from sra2_jax import alignment, attention, sampler, transport
 from sra2_jax.errors import UserError
 from sra2_jax.models.dit import REMAT_POLICIES
 
@@ -83,7 +83,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.remat": tuple(REMAT_POLICIES),
-    "model.attention": ("xla", "cudnn"),
+    "model.attention": attention.CHOICES,
     "model.dtype": ("bfloat16", "float32"),
     "transport.path": transport.PATHS,
     "transport.prediction": transport.PREDICTIONS,

@@ -17,6 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from sra2_jax import distributed
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.evaluation.archive import write_npz
 from sra2_jax.evaluation.generate import batch_size, draw_labels
@@ -122,10 +123,10 @@ def main() -> None:
     if arguments.num < 1:
         raise UserError(f"--num={arguments.num}: must be at least 1")
     config = read_settings(arguments.workdir, overrides)
-    if arguments.distributed:
-        jax.distributed.initialize()
+    distributed.initialize(arguments)
     subject = open_subject(config, arguments.workdir, arguments.weights, arguments.step)
     sample(subject, out, arguments.num, subject.settings | {"count": arguments.num})
+    distributed.finish()
 
 
 if __name__ == "__main__":

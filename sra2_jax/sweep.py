@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from sra2_jax import config as configuration
+from sra2_jax import distributed
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.evaluate import SHOWN, add_feature_arguments
 from sra2_jax.evaluation import plots
@@ -223,8 +224,7 @@ def main() -> None:
         changed = config.copy_and_resolve_references()
         changed.sampling.update(cell)
         configuration.check(changed)
-    if a.distributed:
-        jax.distributed.initialize()
+    distributed.initialize(a)
     held = open_reference(a.reference, a.resolution, a.split)
     subject = open_subject(config, a.workdir, a.weights, a.step)
     batch = batch_size(config, subject.mesh)
@@ -244,6 +244,7 @@ def main() -> None:
     if jax.process_index() == 0:
         print(table(cells, settings))
         print(f"wrote {out / 'sweep.md'}, sweep.png, {FILE}")
+    distributed.finish()
 
 
 if __name__ == "__main__":

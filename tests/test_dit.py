@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from configs.default import SIZES
+from sra2_jax.attention import implementation
 from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify
 from sra2_jax.models.heads import alignment_head
 from sra2_jax.training.state import count_parameters
@@ -140,7 +141,7 @@ def test_scan_remat_and_dtype_compute_the_same():
     value, grad = value_and_grad()
     for changes in (
         {"scan": False},
-        {"remat": "dots"},
+        {"remat": "attention"},
         {"scan": False, "remat": "full"},
     ):
         other, other_grad = value_and_grad(**changes)
@@ -163,3 +164,35 @@ def test_time_scale_and_mlp_ratio():
     np.testing.assert_allclose(scaled, plain, rtol=1e-5, atol=1e-5)
     shapes = jax.eval_shape(make(mlp_ratio=2.0).init, jax.random.key(0), x, t, y)
     assert shapes["params"]["blocks"]["mlp_in"]["kernel"].shape == (3, 16, 32)
+
+
+def test_cudnn_forward_runs_once_where_its_output_is_kept(monkeypatch):
+    """Traced only, no GPU: calls of cuDNN's attention in a gradient's program."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    for name, value in (
+        ("check_cudnn_version", 91100),
+        ("check_compute_capability", True),
+        ("is_cuda_compute_capability_equal", False),
+    ):
+        monkeypatch.setattr(cudnn, name, lambda *_, value=value: value)
+
+    def calls(remat):
+        model = make(attention="cudnn", dtype=jnp.bfloat16, remat=remat)
+        args = inputs(model)
+        params = jax.eval_shape(model.init, jax.random.key(0), *args)
+        gradient = jax.grad(lambda p: model.apply(p, *args)[0].sum())
+        text = str(jax.make_jaxpr(gradient)(params))
+        names = (f"dot_product_attention_{part}_wrapper" for part in ("fwd", "bwd"))
+        return [text.count(name) for name in names]
+
+    assert calls("none") == calls("attention") == [1, 1]
+    assert calls("dots") == [2, 1]
+
+
+def test_attention_is_tried_before_it_is_relied_on():
+    """No cuDNN here: "auto" is XLA's quietly, "cudnn" with a warning."""
+    sizes = "bfloat16", 16, 2, 8
+    assert implementation("auto", *sizes) == implementation("xla", *sizes) == "xla"
+    with pytest.warns(UserWarning, match="XLA's is used"):
+        assert implementation("cudnn", *sizes) == "xla"

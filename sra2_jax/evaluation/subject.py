@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
+from sra2_jax import distributed
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.generate import Generate, describe, make_generate
 from sra2_jax.models.vae import AutoencoderKL
@@ -29,11 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)"
     )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="several processes (TPU pod, SLURM): jax.distributed",
-    )
+    distributed.add_arguments(parser)
     parser.epilog = (
         "Sampling is as the run's config says; any key of its section sampling, and "
         "seed, vae and model.dtype, can be overridden: "

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sra2_jax.training.sharding import BATCH, constrain
@@ -19,9 +20,23 @@ XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros_init()
 
+
+def _keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
+    """Saves cuDNN's attention with its statistics, and what is named "attention"."""
+    cudnn = "dot_product_attention_fwd" in primitive.name
+    return cudnn or NAMED_ATTENTION(primitive, *avals, **params)
+
+
+DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+NAMED_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": DOTS,
+    # "dots" runs attention's forward pass once more in the backward pass: its output
+    # is a product with batch dimensions, or with cuDNN no product at all.
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        DOTS, _keeps_attention
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -119,11 +134,13 @@ class Block(nn.Module):
 
         # In x's type: 1 + scale would lose half of scale's digits in bf16.
         modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c)).astype(x.dtype)
+        modulation = constrain(modulation, BATCH, None)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
         qkv = HeadsDense(self.heads, self.dtype, name="qkv")
         q, k, v = qkv(modulate(layer_norm(x), shift1, scale1))
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
+        mixed = checkpoint_name(mixed, "attention")
         mixed = dense(d, "attention_out")(mixed.reshape(b, t, d))
         x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
 
@@ -148,7 +165,8 @@ class FinalLayer(nn.Module):
         modulation = nn.Dense(
             2 * d, dtype=self.dtype, kernel_init=ZEROS, name="modulation"
         )(nn.silu(c))
-        shift, scale = jnp.split(modulation.astype(c.dtype), 2, axis=-1)
+        modulation = constrain(modulation.astype(c.dtype), BATCH, None)
+        shift, scale = jnp.split(modulation, 2, axis=-1)
         return nn.Dense(
             self.features, dtype=self.dtype, kernel_init=ZEROS, name="linear"
         )(modulate(layer_norm(x), shift, scale))
@@ -166,7 +184,7 @@ class DiT(nn.Module):
         DiT weights do.
       scan: run the blocks as a loop (fast compile) or unrolled (less memory without
         rematerialisation); the parameters are the same stacked tree either way.
-      remat: "none", "dots" or "full", see `REMAT_POLICIES`.
+      remat: "none", "dots", "attention" or "full", see `REMAT_POLICIES`.
       attention: "xla" or "cudnn".
       dtype: compute type of the matrix products.
     """
@@ -213,7 +231,8 @@ class DiT(nn.Module):
         # Adding the float32 table makes the residual stream float32, as it is under
         # the reference's autocast.
         tokens = tokens + sincos_positions(d, self.size // p).astype(x.dtype)
-        c = self._condition(t, y)
+        tokens = constrain(tokens, BATCH, None, None)
+        c = constrain(self._condition(t, y), BATCH, None)
         tokens, kept = self._blocks(tokens, c, features)
         channels = self.channels * (2 if self.learn_sigma else 1)
         out = FinalLayer(p * p * channels, self.dtype, name="final")(tokens, c)

@@ -28,6 +28,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks/(qkv|mlp_in|modulation)/kernel$", (None, "fsdp", "tensor")),
     (r"blocks/(qkv|mlp_in|modulation)/bias$", (None, "tensor")),
     (r"blocks/(attention_out|mlp_out)/kernel$", (None, "tensor", "fsdp")),
+    # Small; a lookup in a split table would cost an exchange of the whole batch.
+    (r"label/embedding$", (None, None)),
 )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax.alignment import KINDS, Alignment
+from sra2_jax.attention import implementation
 from sra2_jax.models.dit import DiT
 from sra2_jax.models.heads import MLPHead, alignment_head
 from sra2_jax.training.sharding import state_shardings
@@ -30,7 +31,12 @@ class TrainState:
 
 def build_networks(config: ConfigDict) -> tuple[DiT, dict[str, MLPHead]]:
     """The backbone and, by name, the head of each alignment that is on."""
-    fields = dict(config.model, dtype=jnp.dtype(config.model.dtype))
+    m = config.model
+    fields = dict(m, dtype=jnp.dtype(m.dtype))
+    tokens = (config.latents.size // m.patch_size) ** 2
+    fields["attention"] = implementation(
+        m.attention, m.dtype, tokens, m.heads, m.width // m.heads
+    )
     network = DiT(
         size=config.latents.size,
         channels=config.latents.channels,
