@@ -19,7 +19,7 @@ from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
 from sra2_jax.training.state import create_sharded
-from sra2_jax.training.train import train
+from sra2_jax.training.train import keep_compiled, train
 
 
 @pytest.fixture
@@ -274,6 +274,24 @@ def test_refusals(finished, tmp_path, changes, message):
         train(config, str(tmp_path / "run"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):
+    """Unless the user has named a place, as these tests do."""
+    place = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    keep_compiled(tmp_path)
+    assert jax.config.jax_compilation_cache_dir == place
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+        monkeypatch.undo()
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled(tmp_path)  # a CPU
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", place)
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):
