@@ -23,6 +23,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda12]==0.10.2"],
         "tpu": ["jax[tpu]==0.10.2"],
+        "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in sra2_jax.aot
         "torch": ["torch==2.13.0"],  # reads .pt files in sra2_jax.convert, nothing else
         "test": [
             "pytest==9.2.0",

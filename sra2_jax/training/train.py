@@ -187,7 +187,8 @@ def keep_compiled(folder: epath.Path) -> None:
     On accelerators: a CPU's are compiled for the very machine. JAX's own setting
     (JAX_COMPILATION_CACHE_DIR) wins.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if jax.default_backend() != "cpu" and not chosen:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -1,0 +1,164 @@
+"""The ahead-of-time check on eight simulated CPUs, and the committed figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from sra2_jax import aot, chips, gates, hlo
+from sra2_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_what_a_device_holds_and_does(tiny):
+    """Against the parameters' number and the passes counted by formula, with SRA 2, an
+    encoder and a teacher at once, which are not trained."""
+    tiny.model.scan = False
+    plain = aot.training_flops(tiny, None)
+    tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
+    facts = aot.describe(tiny, "cpu:8", memory_gb=1)
+    numbers = sum(facts["parameters"].values())
+    held = facts["bytes"]
+    assert held["parameters"] == held["ema"] == 4 * numbers
+    assert 8 * numbers < held["optimizer"] < 8 * numbers + 100  # two moments, a count
+    assert held["encoder"] > 0
+    # Of 2 rows: mean and std in float16, a label, an image
+    assert held["batch"] == 2 * (2 * 4 * 4 * 4 * 2 + 4 + 32 * 32 * 3)
+    assert facts["peak_bytes"] > 16 * numbers + held["encoder"] + held["batch"]
+    assert facts["fits"] is True
+    assert facts["estimate"] is None  # a CPU has no nominal speed
+    program = facts["program"]
+    assert facts["flops_formula"] > plain
+    # The first layers need no gradient of their input.
+    assert 0.9 < 8 * program["matmul_flops"] / facts["flops_formula"] < 1
+    reduced = program["collectives"]["all-reduce f32"]["bytes"]
+    assert 4 * numbers <= reduced < 4 * numbers + 100
+    with pytest.raises(UserError, match="batch_size=16 is not divisible by 7 devices"):
+        aot.describe(tiny, "cpu:7")
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "sra2_jax.aot", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    config = tmp_path / "small.py"
+    config.write_text(
+        "from configs import quickstart\n\n\n"
+        "def get_config():\n"
+        "    c = quickstart.get_config()\n"
+        "    c.model.width, c.model.depth, c.model.heads = 16, 1, 2\n"
+        "    for section in (c.align.vae, c.align.encoder, c.align.teacher):\n"
+        "        section.depth = 1\n"
+        "    c.align.teacher.teacher_depth = 1\n"
+        "    return c\n"
+    )
+    return f"--config={config}"
+
+
+def test_program_says_that_it_does_not_fit(small, tmp_path):
+    """Exit status 1, figures as text and JSON, and last what to change."""
+    file = tmp_path / "facts.json"
+    done = run(small, "--topology=cpu:8", "--memory_gb=0.0001", f"--json={file}")
+    assert done.returncode == 1, done.stderr
+    facts = json.loads(file.read_text())
+    assert facts["fits"] is False
+    *table, last = done.stdout.splitlines()
+    need = f"needs {facts['peak_bytes'] / 1e9:.2f} GB a device of 0.00 GB"
+    assert last.startswith(f"does not fit: {need}")
+    for hint in ("remat=full", "mesh.fsdp", "batch_size"):
+        assert hint in last
+    for name in ("GB a device", "products", "GB moved", "all-reduce f32"):
+        assert any(line.startswith(name) for line in table), name
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v7:4x4", "unknown --topology=v7:4x4: known are v4 and v5p: 2x2x1"),
+        ("v5e", "unknown --topology=v5e: known are"),
+        ("cpu:0", "unknown --topology=cpu:0"),
+        ("cpu:9", "this process has 8 devices"),
+        ("v5e:4x4", r"needs the package libtpu: pip install -e '\.\[aot\]'"),
+    ],
+)
+def test_mistakes(topology, message, monkeypatch):
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=message):
+        chips.find_devices(topology)
+
+
+def test_compiler_that_runs_out_of_memory_is_told_as_not_fitting(tiny, monkeypatch):
+    """What a TPU's compiler raises; it gives no program then."""
+
+    class Step:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
+                "required for HLO temporaries (27.50G) exceeds available HBM (15.75G)."
+            )
+
+    monkeypatch.setattr(aot, "make_step", lambda *arguments: Step())
+    facts = aot.describe(tiny, "cpu:8", memory_gb=16)
+    assert facts["fits"] is False
+    assert facts["peak_bytes"] == 27.5 * 2**30
+    assert "needs 29.53 GB a device of 16.00 GB" in aot.advice(facts)
+    assert facts["program"] is facts["estimate"] is None
+    assert json.dumps(facts)
+
+
+def test_estimate():
+    """A roofline worked by hand, on a made-up chip."""
+    chip = chips.Chip("made up", flops=1000, bandwidth=100, links=10, memory=1)
+    counts = hlo.Counts()
+    # 800 FLOPs at 80% of 1,000: 1 s, twice; 180 bytes at 90% of 100: 2 s
+    counts.products = [(800, 9, 2), (8, 180, 1)]
+    counts.traffic.update(elementwise=45, copy=45, matmul=198, collective=60)  # 1 s
+    counts.collective_bytes.update(
+        {("all-reduce", "f32"): 20, ("all-gather", "f32"): 40}
+    )
+    facts = chips.estimate(counts, flops=6000, chip=chip, devices=4)
+    assert facts["matmul_seconds"] == pytest.approx(4)
+    assert facts["memory_seconds"] == pytest.approx(1)
+    assert facts["collective_seconds"] == pytest.approx((2 * 20 + 40) * 3 / 4 / 10)
+    assert facts["step_seconds_hidden"] == pytest.approx(6)
+    assert facts["mfu_exposed"] == pytest.approx(6000 / 4000 / 11)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_committed_figures(tmp_path):
+    """Two of the committed cases: what is compiled now is no larger; and a figure that
+    was smaller is named."""
+    cases = json.loads(gates.GATES.read_text())
+    chosen = {name: cases[name] for name in ("cpu-data8-scan", "cpu-fsdp8-unrolled")}
+    figures = chosen["cpu-fsdp8-unrolled"]["figures"]
+    figures["all-gather f32 bytes"] /= 1.04
+    file = tmp_path / "gates.json"
+    file.write_text(json.dumps(chosen))
+    grown = gates.gate(file, "cpu:8")
+    assert len(grown) == 1, grown
+    assert grown[0].startswith("cpu-fsdp8-unrolled: all-gather f32 bytes grew from")
+
+
+def test_gate_figures_that_are_new_or_old(tmp_path):
+    known = {"matmuls": 100, "all-reduce f32 count": 4}
+    assert not gates.compare({"matmuls": 103, "all-reduce f32 count": 1}, known)
+    assert gates.compare({"matmuls": 104, "all-gather bf16 count": 1}, known) == [
+        "matmuls grew from 100 to 104",
+        "all-gather bf16 count grew from 0 to 1",
+    ]
+    file = tmp_path / "gates.json"
+    file.write_text(json.dumps({"case": {"topology": "cpu:8", "compiler": "jax 0"}}))
+    with pytest.raises(UserError, match="case was recorded with jax 0, this is jax"):
+        gates.gate(file, "cpu:8")
+    with pytest.raises(UserError, match="no case of --topology=cpu:4"):
+        gates.gate(file, "cpu:4")
