@@ -1,48 +1,152 @@
 """Time the training step on made-up latents, vanilla SiT and SRA 2 by turns.
 
-    python -m benchmarks.train_step --config=configs/sra2_s.py --config.batch_size=4
+    python -m benchmarks.train_step --config=configs/sra2_s.py --batch_size=4
+    python -m benchmarks.train_step --sizes=S,B,L,XL --json=train_step.json
 
-Runs without TensorFlow. Prints the seconds to compile each step and, over rounds in
-which both run, the median images/s with its range and the median of SRA 2's time over
-vanilla's in the same round. All five methods: python -m sra2_jax.cost --measure=CONFIG.
+Runs without TensorFlow. Every round runs both; a ratio is the median of the ratios of
+the rounds. FLOPs are those of the formula (sra2_jax.cost), MFU is against the chip's
+nominal peak and against a matrix product timed here. All five methods:
+python -m sra2_jax.cost --measure=CONFIG.
 """
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from configs import default
 from sra2_jax import config as configuration
-from sra2_jax.errors import run_program
-from sra2_jax.measure import by_turns, prepare, ratio
+from sra2_jax.chips import of_device
+from sra2_jax.cost import training_flops
+from sra2_jax.errors import UserError, run_program
+from sra2_jax.measure import (
+    Timed,
+    allocated_bytes,
+    by_turns,
+    machine,
+    matmul_speed,
+    prepare,
+    ratio,
+    spread,
+)
+
+SIZES = ("S", "B", "L", "XL")
+
+
+def describe(config: ConfigDict, run: Timed, matmul: float) -> dict[str, Any]:
+    """Figures of one case, the keys of --json."""
+    flops = training_flops(config, None)
+    speed = spread(config.batch_size / np.array(run.seconds))
+    devices = jax.device_count()
+    tflops = speed["p50"] * flops / config.batch_size / 1e12
+    chip = of_device(jax.devices()[0].device_kind)
+    return {
+        "case": config.name,
+        "method": "sra2" if config.align.vae.enabled else "vanilla",
+        "batch_size": config.batch_size,
+        "tokens": (config.latents.size // config.model.patch_size) ** 2,
+        "dtype": config.model.dtype,
+        "attention": config.model.attention,
+        "remat": config.model.remat,
+        "scan": config.model.scan,
+        "mesh": config.mesh.to_dict(),
+        "compile_seconds": run.compile_seconds,
+        "rounds": len(run.seconds),
+        "images_per_second": speed,
+        "step_seconds": spread(run.seconds),
+        "cpu_seconds": spread(run.cpu_seconds),
+        "dispatch_seconds": spread(run.dispatch_seconds),
+        "gflops_per_image": flops / config.batch_size / 1e9,
+        "tflops": tflops,
+        "matmul_tflops": devices * matmul / 1e12,
+        "mfu_matmul": tflops * 1e12 / (devices * matmul),
+        "mfu_nominal": tflops * 1e12 / (devices * chip.flops) if chip else None,
+        "peak_bytes": run.peak_bytes,
+        "allocated_bytes": allocated_bytes(),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """A case as text."""
+    rate, nominal = row["images_per_second"], row["mfu_nominal"]
+    text = (
+        f"{row['case']} {row['method']}: {rate['p50']:.2f} images/s "
+        f"({rate['p10']:.2f} to {rate['p90']:.2f}), "
+        f"{1e3 * row['step_seconds']['p50']:.1f} ms a step, "
+        f"{row['tflops']:.3g} TFLOP/s, MFU {row['mfu_matmul']:.1%} of a matrix "
+        f"product's {row['matmul_tflops']:.3g} TFLOP/s"
+    )
+    text += f" ({nominal:.1%} of nominal)" if nominal else ""
+    text += f"; {row['peak_bytes'] / 1e9:.2f} GB a device, dispatch "
+    text += f"{1e3 * row['dispatch_seconds']['p50']:.1f} ms"
+    if jax.default_backend() == "cpu":
+        text += f", {row['cpu_seconds']['p50']:.2f} CPU seconds a step"
+    return text
+
+
+def measure(
+    config: ConfigDict, rounds: int, steps: int, matmul: float
+) -> list[dict[str, Any]]:
+    """Time vanilla and SRA 2 by turns; prints a line each and the ratio."""
+    runs: dict[str, tuple[ConfigDict, Timed]] = {}
+    for name, enabled in (("vanilla", False), ("sra2", True)):
+        made = config.copy_and_resolve_references()
+        made.align.vae.enabled = enabled
+        runs[name] = made, prepare(made)
+        seconds = runs[name][1].compile_seconds
+        print(f"{config.name} {name}: compiled in {seconds:.1f} s", flush=True)
+    by_turns({name: run for name, (_, run) in runs.items()}, rounds, steps)
+    rows = [describe(made, run, matmul) for made, run in runs.values()]
+    print("\n".join(line(row) for row in rows))
+    median, low, high = ratio(runs["sra2"][1], runs["vanilla"][1])
+    rows[1]["time_over_vanilla"] = {"median": median, "range": [low, high]}
+    print(
+        f"{config.name} sra2 / vanilla time: {median:.3f} ({low:.3f} to {high:.3f})",
+        flush=True,
+    )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3, help="steps a round and method")
+    add = parser.add_argument
+    add("--sizes", default="", help="S,B,L,XL instead of the config's own")
+    add("--batch_size", type=int, help="images a step (the config's)")
+    add("--rounds", type=int, default=7)
+    add("--steps", type=int, default=3, help="steps a round and method (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_s.py")
-    runs = {}
-    for name, enabled in (("vanilla", False), ("sra2", True)):
-        config.align.vae.enabled = enabled
-        runs[name] = prepare(config)
-        print(f"{name}: compiled in {runs[name].compile_seconds:.1f} s", flush=True)
-    by_turns(runs, arguments.rounds, arguments.steps)
-    for name, run in runs.items():
-        rate = config.batch_size / np.array(run.seconds)
-        print(
-            f"{name}: {np.median(rate):.2f} images/s ({rate.min():.2f} to "
-            f"{rate.max():.2f}), {np.median(run.seconds):.3f} s a step"
-        )
-    median, low, high = ratio(runs["sra2"], runs["vanilla"])
-    device = jax.devices()[0].device_kind
-    print(
-        f"sra2 / vanilla time: {median:.3f} ({low:.3f} to {high:.3f}); {config.name}, "
-        f"batch {config.batch_size}, {config.model.dtype}, {jax.device_count()} x "
-        f"{device}, jax {jax.__version__}"
+    sizes = arguments.sizes.upper().split(",") if arguments.sizes else []
+    if set(sizes) - set(SIZES):
+        raise UserError(f"--sizes={arguments.sizes}: known are {','.join(SIZES)}")
+    config.batch_size, config.data.streams = (
+        arguments.batch_size or config.batch_size,
+        1,
     )
+    facts = machine()
+    matmul = matmul_speed(jnp.dtype(config.model.dtype))
+    print(
+        f"{facts['devices']} x {facts['device']}, jax {facts['jax']}; batch "
+        f"{config.batch_size}, {config.model.dtype}; load {facts['load']}"
+    )
+    rows = []
+    for size in sizes or [None]:
+        made = config.copy_and_resolve_references()
+        if size:
+            default.set_size(made, size)
+            made.name = f"SiT-{size}/{made.model.patch_size}"
+            configuration.check(made)
+        rows += measure(made, arguments.rounds, arguments.steps, matmul)
+    if arguments.json:
+        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
+        arguments.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

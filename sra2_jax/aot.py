@@ -31,12 +31,12 @@ from sra2_jax.chips import (
     estimate,
     find_devices,
 )
-from sra2_jax.cost import dit_macs, encoder_macs, head_macs, load_architecture
+from sra2_jax.cost import load_architecture, training_flops
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.models.dinov2 import DINOv2
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh, replicated
-from sra2_jax.training.state import build_networks, count_parameters, create_sharded
+from sra2_jax.training.state import count_parameters, create_sharded
 from sra2_jax.training.step import batch_shapes, make_step
 
 # Of the chip's memory, for what runs beside the step: the next batch, a sampler.
@@ -47,6 +47,7 @@ RESERVE = 0.03
 class Program:
     """A training step for devices that need not exist."""
 
+    mesh: Mesh
     state: Any  # ShapeDtypeStructs, as the other two
     batch: dict[str, jax.ShapeDtypeStruct]
     encoder_params: Any
@@ -96,7 +97,7 @@ def compile_program(config: ConfigDict, devices: list[Any]) -> Program:
         found = re.search(r"\(([\d.]+)G\) exceeds", str(error))
         needed = int(float(found.group(1)) * 2**30) if found else None
     seconds = time.perf_counter() - began
-    return Program(state, batch, params, encoder, compiled, needed, seconds)
+    return Program(mesh, state, batch, params, encoder, compiled, needed, seconds)
 
 
 def peak_bytes(compiled: Any) -> int:
@@ -120,20 +121,6 @@ def device_bytes(tree: Any) -> int:
         jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize
         for shape, dtype in shards
     )
-
-
-def training_flops(config: ConfigDict, encoder: DINOv2 | None) -> float:
-    """FLOPs of a step by formula (`sra2_jax.cost`): 2 a multiply-accumulate, network
-    and heads 3 x their forward pass, encoder and teacher 1 x."""
-    network, heads = build_networks(config)
-    grid = network.size // network.patch_size
-    macs = 3 * dit_macs(network, network.depth)
-    macs += 3 * sum(head_macs(h, network.width, grid * grid) for h in heads.values())
-    if encoder:
-        macs += encoder_macs(encoder.config, grid)
-    if "teacher" in heads:
-        macs += dit_macs(network, config.align.teacher.teacher_depth, final=False)
-    return 2.0 * macs * config.batch_size
 
 
 def describe(
@@ -161,7 +148,7 @@ def describe(
         "topology": topology,
         "devices": len(devices),
         "batch_size": config.batch_size,
-        "mesh": config.mesh.to_dict(),
+        "mesh": dict(made.mesh.shape),
         "scan": config.model.scan,
         "remat": config.model.remat,
         "accumulate": config.accumulate,

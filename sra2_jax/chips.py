@@ -1,7 +1,7 @@
 """Chips that a program can be compiled for, and what one can do at most.
 
 Sources: Cloud TPU's pages docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the tables
-of jax-ml/scaling-book's tpus.md (links between chips) and NVIDIA's H200 data sheet.
+of jax-ml/scaling-book's tpus.md (links between chips) and NVIDIA's data sheets.
 Memory of a TPU is what its compiler lets a program use (libtpu 0.0.42.1), a little less
 than the chip has; that of an H200 is what its driver reports.
 """
@@ -24,7 +24,7 @@ GIB = 2**30
 # on an H200.
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.8, 0.9
 KNOWN = (
-    "v4 and v5p: 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8; "
+    "v4 and v5p: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, ...; "
     "v5e and v6e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; cpu:N"
 )
 # libtpu would look for its machine; a value of the machine's own stays.
@@ -55,9 +55,18 @@ CHIPS = {
         Chip("v5e", 197e12, 0.819e12, 100e9, 15.75 * GIB),
         Chip("v5p", 459e12, 2.765e12, 200e9, 95.74 * GIB),
         Chip("v6e", 918e12, 1.64e12, 200e9, 31.25 * GIB),
+        Chip("a100", 312e12, 2.039e12, 600e9, 80e9),
+        Chip("h100", 989e12, 3.35e12, 900e9, 80e9),
         Chip("h200", 989e12, 4.8e12, 900e9, 140.4 * GIB),
     )
 }
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip that a device calls itself, as "TPU v5 lite"; None of others."""
+    name = kind.lower().replace(" lite", "e").replace("tpu v5p", "v5p")
+    name = "v5p" if name == "tpu v5" else name
+    return next((chip for chip in CHIPS.values() if chip.name in name), None)
 
 
 def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
@@ -69,7 +78,11 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     name, _, shape = topology.partition(":")
     if name == "cpu" and shape.isdigit() and int(shape):
         return _processors(int(shape)), None
-    if name not in CHIPS or name == "h200" or not re.fullmatch(r"\d+(x\d+)+", shape):
+    if (
+        not name.startswith("v")
+        or name not in CHIPS
+        or not re.fullmatch(r"\d+(x\d+)+", shape)
+    ):
         raise UserError(f"unknown --topology={topology}: known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
         raise UserError(
@@ -77,7 +90,9 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
         )
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
-    options = {"chip_config_name": "megacore"} if name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         made = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, **options

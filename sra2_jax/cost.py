@@ -76,6 +76,21 @@ def encoder_macs(config: DINOv2Config, grid: int) -> int:
     return grid * grid * 3 * config.patch_size**2 * d + config.num_hidden_layers * block
 
 
+def training_flops(config: ConfigDict, encoder: DINOv2 | None) -> float:
+    """FLOPs of a training step by formula: 2 a multiply-accumulate, network and heads
+    3 x their forward pass, encoder and teacher 1 x; what is computed again by
+    rematerialisation does not count."""
+    network, heads = build_networks(config)
+    grid = network.size // network.patch_size
+    macs = 3 * dit_macs(network, network.depth)
+    macs += 3 * sum(head_macs(h, network.width, grid * grid) for h in heads.values())
+    if encoder:
+        macs += encoder_macs(encoder.config, grid)
+    if "teacher" in heads:
+        macs += dit_macs(network, config.align.teacher.teacher_depth, final=False)
+    return 2.0 * macs * config.batch_size
+
+
 def load_architecture(config: ConfigDict) -> DINOv2:
     """The encoder of config.align.encoder; DINOv2-B is known without its files."""
     model = config.align.encoder.model

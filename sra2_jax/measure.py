@@ -1,9 +1,15 @@
-"""Timing of training steps on made-up batches, several configs by turns."""
+"""Timing of jitted functions by turns, on made-up batches.
 
+Machines are shared and clocks vary, so what is compared runs alternately in one
+process, and medians and ratios within a round count.
+"""
+
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib.metadata import version
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +23,12 @@ from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
 from sra2_jax.training.state import create_sharded
 from sra2_jax.training.step import batch_shapes, make_step
 
+T = TypeVar("T")
+
 
 @dataclass
 class Timed:
-    """A compiled step with its state; `seconds` a step, one entry a round."""
+    """A compiled step with its state; seconds a step, one entry a round."""
 
     step: Any
     state: Any
@@ -29,6 +37,8 @@ class Timed:
     compile_seconds: float
     peak_bytes: int  # on each device: arguments, results and temporaries
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads
+    dispatch_seconds: list[float] = field(default_factory=list)  # until a call returns
 
 
 def made_up(shape: jax.ShapeDtypeStruct, draw: np.random.Generator) -> np.ndarray:
@@ -79,18 +89,85 @@ def prepare(config: ConfigDict, encoder: DINOv2 | None = None) -> Timed:
 
 
 def by_turns(runs: Mapping[str, Timed], rounds: int, steps: int) -> None:
-    """Fill `seconds`: every round takes `steps` steps of each run, one by one."""
+    """Fill the lists: every round takes `steps` steps of each run, one run by one."""
+    for number, run in turns(list(runs.values()), rounds):
+        began, processor, returned = time.perf_counter(), time.process_time(), []
+        for _ in range(steps):
+            called = time.perf_counter()
+            run.state, metrics = run.step(run.state, run.batch, run.encoder_params)
+            returned.append(time.perf_counter() - called)
+        jax.block_until_ready((run.state, metrics))
+        if number:  # the first round warms up
+            run.seconds.append((time.perf_counter() - began) / steps)
+            run.cpu_seconds.append((time.process_time() - processor) / steps)
+            run.dispatch_seconds.append(float(np.median(returned)))
+
+
+def turns(runs: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """(round, run) for rounds 0 to `rounds`, each beginning with another run."""
     for number in range(rounds + 1):
-        for run in runs.values():
-            began = time.perf_counter()
-            for _ in range(steps):
-                run.state, metrics = run.step(run.state, run.batch, run.encoder_params)
-            jax.block_until_ready((run.state, metrics))
-            if number:  # the first round warms up
-                run.seconds.append((time.perf_counter() - began) / steps)
+        for i in range(len(runs)):
+            yield number, runs[(number + i) % len(runs)]
 
 
 def ratio(run: Timed, base: Timed) -> tuple[float, float, float]:
     """Median, smallest and largest of time over `base`'s time in the same round."""
     ratios = np.array(run.seconds) / np.array(base.seconds)
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The 10th, 50th and 90th percentile: p10, p50, p90."""
+    quantiles = np.quantile(np.array(values), (0.1, 0.5, 0.9))
+    return dict(zip(("p10", "p50", "p90"), map(float, quantiles), strict=True))
+
+
+def matmul_speed(dtype: Any, side: int = 0, repeats: int = 5) -> float:
+    """FLOP/s of one device in products of square matrices, the best of `repeats`.
+
+    Args:
+      side: of the matrices; 0: 8192 on accelerators, 2048 on a CPU.
+    """
+    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
+    products = 4
+
+    @jax.jit
+    def chain(a: jax.Array, b: jax.Array) -> jax.Array:
+        for _ in range(products):
+            a = a @ b
+        return a
+
+    # Columns of +-1/sqrt(side) keep the size of what they multiply.
+    keys = jax.random.split(jax.random.key(0))
+    device = jax.local_devices()[0]
+    a = jax.device_put(jax.random.normal(keys[0], (side, side), dtype), device)
+    signs = jax.random.rademacher(keys[1], (side, side), dtype)
+    b = jax.device_put(signs / np.sqrt(side).astype(dtype), device)
+    jax.block_until_ready(chain(a, b))
+    best = min(_seconds(lambda: chain(a, b)) for _ in range(repeats))
+    return products * 2 * side**3 / best
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the program."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "flax": version("flax"),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def allocated_bytes() -> int | None:
+    """The most memory that this process had on its first device; None on a CPU."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from sra2_jax import aot, chips, gates, hlo
+from sra2_jax.cost import training_flops
 from sra2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -18,7 +19,7 @@ def test_what_a_device_holds_and_does(tiny):
     """Against the parameters' number and the passes counted by formula, with SRA 2, an
     encoder and a teacher at once, which are not trained."""
     tiny.model.scan = False
-    plain = aot.training_flops(tiny, None)
+    plain = training_flops(tiny, None)
     tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     facts = aot.describe(tiny, "cpu:8", memory_gb=1)
     numbers = sum(facts["parameters"].values())
@@ -81,7 +82,7 @@ def test_program_says_that_it_does_not_fit(small, tmp_path):
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v7:4x4", "unknown --topology=v7:4x4: known are v4 and v5p: 2x2x1"),
+        ("v7:4x4", "unknown --topology=v7:4x4: known are v4 and v5p: 1x1x1"),
         ("v5e", "unknown --topology=v5e: known are"),
         ("cpu:0", "unknown --topology=cpu:0"),
         ("cpu:9", "this process has 8 devices"),

@@ -1,0 +1,178 @@
+"""Time the input pipeline: records of made-up latents, read as training reads them.
+
+    python -m benchmarks.input_pipeline --records=40000
+
+Writes the records to a temporary folder, reads shuffled batches of them through
+`sra2_jax.data.pipeline.batches`, once as numpy arrays and once placed on the devices,
+and prints records a second and records a CPU second (of all threads). With --config,
+also times the training step fed with them against one made-up batch, by turns.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from sra2_jax import config as configuration
+from sra2_jax.data import records
+from sra2_jax.data.pipeline import batches
+from sra2_jax.data.prefetch import prefetch_to_device
+from sra2_jax.errors import UserError, run_program
+from sra2_jax.measure import machine, prepare, spread, turns
+from sra2_jax.training.sharding import batch_sharding, make_mesh
+
+WARM_UP = 20  # batches: buffers fill, files are in the page cache
+
+
+def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> None:
+    """A dataset of latents, numbers made up, of the config's shape."""
+    side, channels = config.latents.size, config.latents.channels
+    shape, draw = (side, side, channels), np.random.default_rng(0)
+    pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
+    with records.ShardWriter(folder, "train", shards) as writer:
+        for i in range(count):
+            arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
+            label = i % config.data.num_classes
+            writer.write(label=label, index=i, image=None, **arrays)
+    info = records.LatentsInfo(
+        vae=config.vae,
+        scaling_factor=config.latents.scaling_factor,
+        shift_factor=config.latents.shift_factor,
+        resolution=config.data.resolution,
+        latent_shape=shape,
+        num_examples=count,
+        num_classes=config.data.num_classes,
+        class_names=(),
+        splits={"train": writer.shards()},
+        latent_mean=(0.0,) * channels,
+        latent_std=(1.0,) * channels,
+        crop=records.CROP,
+        versions={},
+    )
+    info.write(folder)
+
+
+def stream(folder: Path, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+    """Batches as the training loop asks for them."""
+    return batches(
+        folder,
+        split="train",
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=0,
+        streams=config.data.streams,
+        shuffle_buffer=config.data.shuffle_buffer,
+        process_index=0,
+        process_count=1,
+    )
+
+
+def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
+    """Records a wall and a CPU second over `count` batches."""
+    for _ in range(WARM_UP):
+        jax.block_until_ready(next(rows))
+    began, processor = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        jax.block_until_ready(next(rows))
+    wall, cpu = time.perf_counter() - began, time.process_time() - processor
+    return {
+        "records_per_second": count * batch_size / wall,
+        "records_per_cpu_second": count * batch_size / cpu,
+    }
+
+
+def read_cases(
+    folder: Path, config: ConfigDict, count: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Numpy batches and batches on the devices, by turns."""
+    sharding = batch_sharding(make_mesh(-1, 1, batch_size=config.batch_size))
+    found: dict[str, list[dict[str, float]]] = {"numpy": [], "on devices": []}
+    for _, name in turns(list(found), rounds - 1):
+        rows = stream(folder, config)
+        if name == "numpy":
+            found[name].append(read(rows, config.batch_size, count))
+        else:
+            with prefetch_to_device(rows, sharding) as placed:
+                found[name].append(read(placed, config.batch_size, count))
+    cases = []
+    for name, results in found.items():
+        row = {k: spread([r[k] for r in results]) for k in results[0]}
+        wall, cpu = row["records_per_second"], row["records_per_cpu_second"]
+        print(
+            f"{name}: {wall['p50']:,.0f} records a second, {cpu['p50']:,.0f} a CPU "
+            f"second ({cpu['p10']:,.0f} to {cpu['p90']:,.0f})",
+            flush=True,
+        )
+        cases.append({"case": f"input pipeline, {name}", **row})
+    return cases
+
+
+def train_case(
+    folder: Path, config: ConfigDict, rounds: int, steps: int
+) -> dict[str, Any]:
+    """The step fed with records over the step fed with one made-up batch."""
+    run = prepare(config)
+    fed: dict[str, list[float]] = {"made up": [], "records": []}
+    sharding = batch_sharding(make_mesh(**config.mesh, batch_size=config.batch_size))
+    with prefetch_to_device(stream(folder, config), sharding) as placed:
+        for number, name in turns(list(fed), rounds):
+            began = time.perf_counter()
+            for _ in range(steps):
+                batch = run.batch
+                if name == "records":
+                    batch = {k: v for k, v in next(placed).items() if k in run.batch}
+                run.state, metrics = run.step(run.state, batch, None)
+            jax.block_until_ready((run.state, metrics))
+            if number:
+                fed[name].append((time.perf_counter() - began) / steps)
+    ratios = np.array(fed["records"]) / np.array(fed["made up"])
+    row = {
+        "case": f"{config.name}, batch {config.batch_size}, fed",
+        "step_seconds": spread(fed["records"]),
+        "time_over_made_up": spread(list(ratios)),
+    }
+    print(
+        f"{config.name}, batch {config.batch_size}: {spread(fed['records'])['p50']:.3f}"
+        f" s a step, {np.median(ratios):.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
+        " of the time with a made-up batch"
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--records", type=int, default=40_000, help="to write (%(default)s)")
+    add("--batches", type=int, default=200, help="to read in a round (%(default)s)")
+    add("--rounds", type=int, default=3)
+    add("--train", action="store_true", help="time the training step as well")
+    add("--steps", type=int, default=5, help="of the training step a round")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
+    shards = 2 * config.data.streams
+    if arguments.records < max(config.batch_size, shards):
+        raise UserError(f"--records={arguments.records}: give at least one batch")
+    facts = machine()
+    print(f"{facts['devices']} x {facts['device']}, jax {facts['jax']}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_records(folder, config, arguments.records, shards)
+        rows = read_cases(folder, config, arguments.batches, arguments.rounds)
+        if arguments.train:
+            rows.append(train_case(folder, config, arguments.rounds, arguments.steps))
+    if arguments.json:
+        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,159 @@
+"""Time the sampler: guided everywhere, guided in the interval, and without guidance.
+
+    python -m benchmarks.sampling --config=configs/sra2_xl.py --batch_size=256
+
+Latents only, with random weights (decoding is 0.5% of the work at XL/2). Every round
+runs all three. Network rows an image are what the interval leaves: two inside it, one
+outside. Runs without TensorFlow.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sra2_jax import config as configuration
+from sra2_jax.chips import of_device
+from sra2_jax.cost import dit_macs
+from sra2_jax.errors import UserError, run_program
+from sra2_jax.evaluation.generate import batch_size, make_sampler
+from sra2_jax.measure import machine, matmul_speed, spread, turns
+from sra2_jax.sampler import time_grid
+from sra2_jax.training.sharding import make_mesh, replicated
+from sra2_jax.training.state import build_networks
+from sra2_jax.transport import Transport
+
+# name -> (guidance scale; None: the config's or 1.8, top of the interval)
+CASES: dict[str, tuple[float | None, float]] = {
+    "no guidance": (1.0, 1.0),
+    "guided in [0, 0.7]": (None, 0.7),
+    "guided everywhere": (None, 1.0),
+}
+
+
+@dataclass
+class Case:
+    """A compiled sampler; seconds a batch, one entry a round."""
+
+    config: ConfigDict
+    run: Any
+    compile_seconds: float
+    peak_bytes: int
+    seconds: list[float] = field(default_factory=list)
+
+
+def network_rows(config: ConfigDict) -> int:
+    """Rows that the network sees for one image, by the times of the sampler."""
+    s = config.sampling
+    times = time_grid(s.method, s.steps, Transport(**config.transport))[:-1]
+    inside = (s.guidance_low <= times) & (times <= s.guidance_high)
+    rows = np.where(inside & (s.guidance != 1.0), 2, 1)
+    # Heun calls twice in every step but the last.
+    return int(2 * rows.sum() - rows[-1] if s.method == "heun" else rows.sum())
+
+
+def prepare(config: ConfigDict, mesh: Mesh, params: Any) -> Case:
+    """Compile the sampler of `config`."""
+    numbers = jnp.arange(batch_size(config, mesh), dtype=jnp.int32)
+    labels = numbers % config.data.num_classes
+    began = time.perf_counter()
+    compiled = make_sampler(config, mesh).lower(params, numbers, labels).compile()
+    seconds = time.perf_counter() - began
+    memory: Any = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak += memory.temp_size_in_bytes
+    return Case(config, lambda: compiled(params, numbers, labels), seconds, peak)
+
+
+def measure(config: ConfigDict, rounds: int) -> list[dict[str, Any]]:
+    """Time the three cases by turns; figures of each, the keys of --json."""
+    mesh = make_mesh(-1, 1, batch_size=jax.device_count())
+    network, _ = build_networks(config)
+    x = jnp.zeros((1, network.size, network.size, network.channels))
+    init = jax.jit(network.init, out_shardings=replicated(mesh))
+    zero = jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    params = init(jax.random.key(0), x, *zero)["params"]
+    cases = {}
+    for name, (scale, high) in CASES.items():
+        made = config.copy_and_resolve_references()
+        wanted = made.sampling.guidance
+        made.sampling.guidance = scale or (1.8 if wanted == 1.0 else wanted)
+        made.sampling.guidance_low, made.sampling.guidance_high = 0.0, high
+        cases[name] = prepare(made, mesh, params)
+        seconds = cases[name].compile_seconds
+        print(f"{name}: compiled in {seconds:.1f} s", flush=True)
+    for number, case in turns(list(cases.values()), rounds):
+        began = time.perf_counter()
+        latents = jax.block_until_ready(case.run())
+        if number:
+            case.seconds.append(time.perf_counter() - began)
+        elif not bool(jnp.isfinite(latents).all()):
+            raise UserError(f"{config.name}: samples are not finite")
+    speed = mesh.size * matmul_speed(jnp.dtype(config.model.dtype))
+    chip = of_device(jax.devices()[0].device_kind)
+    base, rows = cases["guided everywhere"].seconds, []
+    for name, case in cases.items():
+        images = batch_size(case.config, mesh)
+        rate = spread(images / np.array(case.seconds))
+        evaluated = network_rows(case.config)
+        flops = 2.0 * dit_macs(network, network.depth) * evaluated * rate["p50"]
+        ratio = float(np.median(np.array(case.seconds) / np.array(base)))
+        row = {
+            "case": f"{config.name}, {name}",
+            "batch_size": images,
+            "method": config.sampling.method,
+            "steps": config.sampling.steps,
+            "network_rows": evaluated,
+            "images_per_second": rate,
+            "tflops": flops / 1e12,
+            "mfu_matmul": flops / speed,
+            "mfu_nominal": flops / (mesh.size * chip.flops) if chip else None,
+            "time_over_guided": ratio,
+            "compile_seconds": case.compile_seconds,
+            "peak_bytes": case.peak_bytes,
+            "rounds": len(case.seconds),
+        }
+        rows.append(row)
+        print(
+            f"{name}: {rate['p50']:.3g} images/s ({rate['p10']:.3g} to "
+            f"{rate['p90']:.3g}), {evaluated} network rows an image, time "
+            f"{ratio:.3f} of guided everywhere, {row['tflops']:.3g} TFLOP/s, MFU "
+            f"{row['mfu_matmul']:.1%} of a matrix product"
+            + (f" ({row['mfu_nominal']:.1%} of nominal)" if chip else "")
+            + f"; {row['peak_bytes'] / 1e9:.2f} GB a device"
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--batch_size", type=int, help="images at a time (config.sampling.batch_size)")
+    add("--rounds", type=int, default=3)
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
+    config.sampling.batch_size = arguments.batch_size or config.sampling.batch_size
+    facts, s = machine(), config.sampling
+    print(
+        f"{config.name}, {s.steps} steps of {s.method}, batch {s.batch_size}, "
+        f"{config.model.dtype}; {facts['devices']} x {facts['device']}, jax "
+        f"{facts['jax']}; load {facts['load']}"
+    )
+    rows = measure(config, arguments.rounds)
+    if arguments.json:
+        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

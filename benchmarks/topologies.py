@@ -1,0 +1,98 @@
+"""The table of docs/aot.md: SiT-XL/2 + SRA 2 compiled for TPUs that are not there.
+
+    python -m benchmarks.topologies > table.md
+
+Needs `pip install -e '.[aot]'`. Half a minute to two minutes a row on two CPU cores.
+"""
+
+import argparse
+from typing import Any
+
+import jax
+
+from sra2_jax import config as configuration
+from sra2_jax.aot import describe
+from sra2_jax.errors import run_program
+
+HEAD = (
+    "| px | topology | chips | batch | flags | GB a chip | fits | collectives, GB "
+    "| step, ms | images/s | MFU |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+# Resolution, topology, batch, and what differs from the config.
+CASES = [
+    (256, "v5e:4x4", 256, ""),
+    (256, "v5e:4x4", 256, "mesh.fsdp=16"),
+    (256, "v5e:4x4", 1024, "mesh.fsdp=16"),
+    (256, "v5e:4x4", 1024, "mesh.fsdp=16 model.remat=full"),
+    (256, "v6e:4x4", 256, ""),
+    (256, "v6e:4x4", 256, "mesh.fsdp=16"),
+    (256, "v6e:4x4", 1024, "mesh.fsdp=16"),
+    (256, "v5p:4x4x4", 256, ""),
+    (256, "v5p:4x4x4", 256, "mesh.fsdp=64"),
+    (256, "v5p:4x4x4", 1024, ""),
+    (256, "v5p:4x4x4", 1024, "mesh.fsdp=64"),
+    (256, "v5p:4x4x4", 4096, "mesh.fsdp=64"),
+    (256, "v5e:1x1", 256, "model.remat=full accumulate=32"),
+    (256, "v5e:2x2", 256, "mesh.fsdp=4"),
+    (256, "v5e:2x2", 256, "mesh.fsdp=4 model.remat=full"),
+    (256, "v6e:1x1", 256, "accumulate=8"),
+    (256, "v6e:2x2", 256, "mesh.fsdp=4"),
+    (256, "v5p:2x2x1", 256, ""),
+    (256, "v5p:2x2x1", 256, "model.scan=False model.remat=none"),
+    (512, "v5e:4x4", 256, "mesh.fsdp=16"),
+    (512, "v5e:4x4", 256, "mesh.fsdp=16 model.remat=full"),
+    (512, "v6e:4x4", 256, "mesh.fsdp=16"),
+    (512, "v6e:4x4", 256, "mesh.fsdp=16 model.remat=full"),
+    (512, "v5p:4x4x4", 256, ""),
+    (512, "v5p:4x4x4", 256, "mesh.fsdp=64"),
+    (512, "v5p:4x4x4", 1024, "mesh.fsdp=64"),
+    (512, "v6e:2x2", 256, "mesh.fsdp=4 model.remat=full accumulate=4"),
+    (512, "v5p:2x2x1", 256, "accumulate=4"),
+]
+
+
+def row(
+    resolution: int, topology: str, batch: int, flags: str, facts: dict[str, Any]
+) -> str:
+    """One line of the table."""
+    peak, limit = facts["peak_bytes"], facts["memory_bytes"]
+    needs = f"{peak / 1e9:.1f}" if peak else "more"
+    cells = [resolution, topology, facts["devices"], batch, flags or "-"]
+    cells += [f"{needs} of {limit / 1e9:.1f}", "yes" if facts["fits"] else "**no**"]
+    if facts["program"]:
+        moved = sum(c["bytes"] for c in facts["program"]["collectives"].values()) / 1e9
+        best, worst = (
+            facts["estimate"][f"step_seconds_{name}"] for name in ("hidden", "exposed")
+        )
+        cells += [f"{moved:.2f}", f"{1e3 * best:.0f} to {1e3 * worst:.0f}"]
+        cells += [f"{batch / worst:,.0f} to {batch / best:,.0f}"]
+        mfu = facts["estimate"]["mfu_exposed"], facts["estimate"]["mfu_hidden"]
+        cells += [f"{mfu[0]:.0%} to {mfu[1]:.0%}"]
+    else:
+        cells += [""] * 4
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--only", default="", help="topologies that start so: v5e")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # of a TPU only its compiler is needed
+    print(HEAD, flush=True)
+    for resolution, topology, batch, flags in CASES:
+        if not topology.startswith(arguments.only):
+            continue
+        name = "sra2_xl" if resolution == 256 else "sra2_xl_512"
+        changes = [f"--config.{flag}" for flag in flags.split()]
+        config = configuration.load(
+            f"configs/{name}.py", [*changes, f"--config.batch_size={batch}"]
+        )
+        configuration.check(config)
+        facts = describe(config, topology)
+        print(row(resolution, topology, batch, flags, facts), flush=True)
+
+
+if __name__ == "__main__":
+    run_program(main)
