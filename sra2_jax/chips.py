@@ -16,16 +16,18 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from sra2_jax import gpu_topology
 from sra2_jax.errors import UserError
 from sra2_jax.hlo import Counts
 
 GIB = 2**30
+TPUS = ("v4", "v5e", "v5p", "v6e")
 # What an estimate takes for granted, of the nominal figures; those that were measured
 # on an H200.
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.8, 0.9
 KNOWN = (
     "v4 and v5p: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, ...; "
-    "v5e and v6e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; cpu:N"
+    "v5e and v6e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; h200:N; cpu:N"
 )
 # libtpu would look for its machine; a value of the machine's own stays.
 QUIET = {
@@ -76,13 +78,11 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
       UserError: there is no such topology, or no libtpu.
     """
     name, _, shape = topology.partition(":")
-    if name == "cpu" and shape.isdigit() and int(shape):
-        return _processors(int(shape)), None
-    if (
-        not name.startswith("v")
-        or name not in CHIPS
-        or not re.fullmatch(r"\d+(x\d+)+", shape)
-    ):
+    if name in ("cpu", "h200") and shape.isdigit() and int(shape):
+        if name == "cpu":
+            return _processors(int(shape)), None
+        return gpu_topology.find_devices(int(shape)), CHIPS[name]
+    if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"unknown --topology={topology}: known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
         raise UserError(

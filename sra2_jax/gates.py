@@ -8,14 +8,13 @@ collectives with the figures there. No clock is read, so there is no noise. Exit
 
 import argparse
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from sra2_jax import config as configuration
-from sra2_jax.aot import advice, describe
+from sra2_jax.aot import advice, compiler, describe
 from sra2_jax.chips import find_devices
 from sra2_jax.errors import UserError, run_program
 
@@ -64,22 +63,22 @@ def gate(path: Path, topology: str, update: bool = False) -> list[str]:
     chosen = {k: case for k, case in cases.items() if case["topology"] == topology}
     if not chosen:
         raise UserError(f"{path} has no case of --topology={topology}")
-    compiler, grown = f"jax {jax.__version__}", []
-    if not topology.startswith("cpu"):
-        find_devices(topology)  # says how to get libtpu
-        compiler += f", libtpu {version('libtpu')}"
+    _, chip = find_devices(topology)  # says how to get a compiler that is missing
+    versions, grown = f"jax {jax.__version__}", []
+    if extra := compiler(chip):
+        versions += f", {extra}"
     for name, case in chosen.items():
-        if not update and case["compiler"] != compiler:
+        if not update and case["compiler"] != versions:
             raise UserError(
                 f"{path}: {name} was recorded with {case['compiler']}, this is "
-                f"{compiler}: record it again with --update"
+                f"{versions}: record it again with --update"
             )
         config = configuration.load(case["config"], case["overrides"])
         configuration.check(config)
         figures = gate_figures(describe(config, topology))
         print(f"{name}: " + ", ".join(f"{k} {v:,.0f}" for k, v in figures.items()))
         grown += [f"{name}: {line}" for line in compare(figures, case["figures"])]
-        case |= {"compiler": compiler, "figures": figures}
+        case |= {"compiler": versions, "figures": figures}
     if update:
         path.write_text(json.dumps(cases, indent=2) + "\n")
         return []

@@ -15,6 +15,7 @@ from sra2_jax.hlo_text import (
     Instruction,
     Leaf,
     constant_value,
+    library_flops,
     matmul_flops,
     parse,
 )
@@ -27,6 +28,8 @@ COLLECTIVES = (
     "collective-permute",
 )
 MATMULS = ("dot", "convolution")
+# The same as calls of a GPU's libraries.
+LIBRARY_PRODUCTS = ("__cublas$", "__cudnn$fmha")
 # Kinds of traffic, in the order of a report.
 TRAFFIC = ("matmul", "elementwise", "copy", "custom", "collective")
 # Names, not work: they move no bytes.
@@ -138,6 +141,8 @@ class _Counter:
         if made.opcode == "fusion":
             inside = list(self._fused(self._called(made, "calls")))
         matmuls = [part for part in inside if part[1].opcode in MATMULS]
+        if target.startswith(LIBRARY_PRODUCTS):
+            matmuls = inside
         collectives = [part for part in inside if part[1].base in COLLECTIVES]
         for part in collectives:
             self._collective(*part, times)
@@ -165,6 +170,8 @@ class _Counter:
         self.counts.matmuls += times
         self.counts.attention_matmuls += times * bool(ATTENTION.search(made.text))
         left, right = (where.instructions[o].leaves[0] for o in made.operands[:2])
+        if made.opcode == "custom-call":
+            return library_flops(made, left)
         return matmul_flops(made, left, right)
 
     def _collective(self, where: Computation, made: Instruction, times: int) -> None:

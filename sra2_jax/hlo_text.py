@@ -152,6 +152,24 @@ def matmul_flops(made: Instruction, left: Leaf, right: Leaf) -> int:
     return 2 * macs
 
 
+def library_flops(made: Instruction, left: Leaf) -> int:
+    """2 x multiply-accumulates of a call of cuBLAS, or of cuDNN's flash attention.
+
+    Attention makes two products of (tokens, head size) by tokens for each head and
+    image, its backward pass five (it computes the scores again).
+    """
+    if "fmha" in made.text:
+        b, t, h, d = left.shape  # the queries, as jax.nn.dot_product_attention has them
+        return (10 if "Backward" in made.text else 4) * b * h * t * t * d
+    axes = re.search(r'lhs_contracting_dimensions":\[([^\]]*)\]', made.text)
+    inner = re.findall(r"\d+", axes.group(1)) if axes else []
+    return (
+        2
+        * math.prod(made.leaves[0].shape)
+        * math.prod(left.shape[int(axis)] for axis in inner)
+    )
+
+
 def constant_value(where: Computation, name: str) -> int | None:
     """Of a whole constant or a copy of one; None of anything else."""
     made = where.instructions[name]

@@ -111,10 +111,14 @@ class HeadsDense(nn.Module):
         bias = self.param("bias", ZEROS, (3 * d,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = constrain(kernel.reshape(d, *shape), None, None, "tensor", None)
-        qkv = jnp.einsum("btd,dnhe->nbthe", x, kernel)
-        qkv = qkv + bias.reshape(3, 1, 1, *shape[1:])
-        q, k, v = (constrain(part, BATCH, None, "tensor", None) for part in qkv)
-        return q, k, v
+        bias = bias.reshape(shape)
+
+        # Three products: one of (D, 3D) would be cut and put together again by copies.
+        def product(i: int) -> Array:
+            out = jnp.einsum("btd,dhe->bthe", x, kernel[:, i]) + bias[i]
+            return constrain(out, BATCH, None, "tensor", None)
+
+        return product(0), product(1), product(2)
 
 
 class Block(nn.Module):
@@ -149,7 +153,8 @@ class Block(nn.Module):
             modulate(layer_norm(x), shift2, scale2)
         )
         hidden = constrain(hidden, BATCH, None, "tensor")
-        hidden = dense(d, "mlp_out")(nn.gelu(hidden, approximate=True))
+        # Saved for the backward pass is its input alone, the tanh is computed again.
+        hidden = dense(d, "mlp_out")(jax.checkpoint(nn.gelu)(hidden))
         return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
 
 
@@ -268,7 +273,7 @@ class DiT(nn.Module):
                 prevent_cse=not self.scan,
             )
 
-        def body(block: nn.Module, carry: Any, number: Array) -> tuple[Any, None]:
+        def body(block: nn.Module, carry: Any, number: Any) -> tuple[Any, None]:
             x, kept = carry
             x = block(x, c)
             return (x, {n: jnp.where(number == n, x, k) for n, k in kept.items()}), None
@@ -284,5 +289,7 @@ class DiT(nn.Module):
             self.heads, self.mlp_ratio, self.attention, self.dtype, name="blocks"
         )
         kept = {n: jnp.zeros_like(tokens) for n in features}
-        (tokens, kept), _ = scan(block, (tokens, kept), jnp.arange(1, self.depth + 1))
+        # NumPy's, a constant: unrolled, the compiler knows which blocks are kept.
+        numbers = np.arange(1, self.depth + 1)
+        (tokens, kept), _ = scan(block, (tokens, kept), numbers)
         return tokens, kept
