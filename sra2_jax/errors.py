@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from sra2_jax.xla_flags import set_flags
+
 
 class UserError(ValueError):
     """Something the user can mend: a config value, a file, a folder.
@@ -14,11 +16,12 @@ class UserError(ValueError):
 
 
 def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's main and exit with its status.
+    """Run a program's main, with XLA's flags set, and exit with its status.
 
     A `UserError` becomes one line, `error: ...`, and status 2, without a traceback;
     Ctrl-C becomes one line and status 130.
     """
+    set_flags()
     try:
         status = main()
     except UserError as error:

@@ -1,0 +1,171 @@
+"""The PyTorch comparison, with stand-ins for PyTorch's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.peer_jax import Worker
+from sra2_jax.reference import from_reference
+
+ROOT = Path(__file__).parents[1]
+
+CONFIG = """
+from configs import quickstart
+
+
+def get_config():
+    c = quickstart.get_config()
+    c.name = "small"
+    c.model.width, c.model.depth, c.model.heads = 16, 2, 2
+    c.align.vae.depth, c.align.vae.head_layers = 1, 2
+    return c
+"""
+
+# Answers like a peer that computes FACTOR times what ours does, and takes as many
+# seconds as its answers so far.
+STAND_IN = """#!{python}
+import json, pathlib, sys
+import numpy as np
+
+assert sys.argv[1:] == ["-m", "benchmarks.peer_worker", "torch"]
+runs, nan = 0, float("nan")
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = dict(device="cpu", name="cpu", text="stand-in 1.0")
+    if request["do"] == "check":
+        with np.load(request["weights"], allow_pickle=False) as file:
+            assert file["weight/blocks.1.mlp.fc2.weight"].shape == (16, 64)
+        ours = np.load(pathlib.Path(request["out"]).with_name("ours.npz"))
+        factors = {factors}
+        np.savez(request["out"], **{{k: factors.get(k, 1) * ours[k] for k in ours}})
+    if request["do"] == "prepare":
+        with np.load(request["batch"], allow_pickle=False) as file:
+            assert file["mean"].shape == (8, 4, 4, 4)
+    if request["do"] == "run":
+        runs += 1
+        answer = dict(seconds=runs, cpu_seconds=2 * runs, loss=0.5, peak_bytes=None)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def program(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def stand_in(tmp_path: Path, **factors: float) -> Path:
+    text = STAND_IN.format(python=sys.executable, factors=factors)
+    return program(tmp_path / "python", text)
+
+
+def peer(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.peer", f"--config={config}", *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_ratios_are_of_the_same_round(config, tmp_path):
+    done = peer(
+        config, "--batch_size=8", "--rounds=3", "--steps=1", "--modes=ours,eager",
+        f"--torch_python={stand_in(tmp_path)}", f"--json={tmp_path}/peer.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "eager agrees with ours to 0" in done.stdout
+    rows = [json.loads(x) for x in (tmp_path / "peer.json").read_text().splitlines()]
+    ours, eager = rows
+    assert (ours["mode"], ours["dtype"], ours["batch_size"]) == ("ours", "float32", 8)
+    assert ours["time_over_ours"] == [1, 1, 1]
+    assert 0 < ours["loss"] < 20
+    assert eager["seconds"] == [2, 1, 3]
+    assert eager["cpu_seconds"] == [4, 2, 6]
+    assert eager["images_per_second"] == pytest.approx([4, 8 / 3, 8])
+    assert "stand-in 1.0" in eager["versions"]
+    # The peer's 1, 2 and 3 seconds over what ours took in rounds 1, 2 and 3.
+    _, fast, slow = ours["seconds"]
+    assert 3 / slow <= eager["time_over_ours"][2] <= 3 / fast
+    assert 1 / slow <= eager["time_over_ours"][1] <= 1 / fast
+
+
+@pytest.mark.parametrize(
+    ("factors", "off"),
+    [
+        ({"velocity": 1.0002}, "its velocity is 0.0002 off"),
+        ({"loss": 1.001}, "its loss is 0.001 off"),
+        ({"grad_norm": float("nan")}, "its grad_norm is nan off"),
+    ],
+)
+def test_another_program_is_not_timed(config, tmp_path, factors, off):
+    python = stand_in(tmp_path, **factors)
+    done = peer(config, "--batch_size=8", f"--torch_python={python}")
+    assert done.returncode == 1
+    error = done.stderr.strip()
+    assert error.startswith("error: eager is not the same program as ours: " + off)
+    assert "\n" not in error
+    assert "images_per_second" not in done.stdout
+
+
+def test_missing_torch_is_one_line(config, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    )
+    python = program(
+        tmp_path / "python",
+        f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n',
+    )
+    done = peer(config, f"--torch_python={python}")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"error: {python} has no torch: --torch_python=PATH names an interpreter "
+        "that has it, --modes=ours does without"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--torch_python=/missing/python"], "/missing/python does not start: "),
+        (["--modes=eager"], "--modes must name ours"),
+        (["--modes=ours,fast"], "--modes must name ours"),
+        (["--steps=0"], "--steps must be at least 1"),
+        (["--config.transport.path=gvp"], "config.transport.path='gvp': the peer has"),
+        (["--config.align.encoder.enabled=True"], "config.align.encoder.enabled=True"),
+        (["--batch_size=0"], "config.batch_size=0: must lie between"),
+    ],
+)
+def test_mistakes_are_one_line(config, flags, line):
+    done = peer(config, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_weight_of_the_check_is_zero(tiny, tmp_path):
+    """Else the parts that begin at zero would hide what they multiply."""
+    files = {"weights": f"{tmp_path}/weights.npz", "out": f"{tmp_path}/ours.npz"}
+    Worker().check(tiny.to_dict(), **files)
+    with np.load(files["weights"], allow_pickle=False) as file:
+        weights = {k[7:]: file[k] for k in file.files if k.startswith("weight/")}
+        labels = file["input/y"]
+    assert tiny.data.num_classes in labels
+    assert from_reference(weights)[2].keys() == {"vae"}
+    for name, weight in weights.items():
+        if name != "pos_embed":
+            assert np.all(weight), name
+    with np.load(files["out"], allow_pickle=False) as file:
+        assert np.abs(file["velocity"]).mean() > 0.1
+        assert file["grad_norm"] > 0.1
