@@ -150,7 +150,10 @@ class _Counter:
             self.counts.custom_calls[target] += times
         kind = "matmul" if matmuls else "custom" if target else "elementwise"
         kind = "copy" if made.base in ("copy", "slice") else kind
-        if not collectives:
+        if target.startswith(LIBRARY_PRODUCTS):  # not the library's own space, bytes
+            workspace = sum(x.moved for x in made.leaves if x.dtype in ("s8", "u8"))
+            moved = self._sides(where, made) - workspace
+        elif not collectives:
             moved = self._moved(where, made)
         else:  # the fusion's own type holds the collective's buffers, too
             moved = sum(self._sides(*part) for part in matmuls)

@@ -73,7 +73,7 @@ ENTRY %main (x: f32[7,64], y: bf16[10]) -> f32[7,64] {
   %mean = (f32[7,64]{1,0}, /*index=1*/bf16[10]{0}) all-reduce(%x, %y), \
 channel_id=3, to_apply=%sum
   %space = f32[9]{0} custom-call(), custom_call_target="AllocateBuffer"
-  %call = f32[3]{0} custom-call(%y), custom_call_target="__cudnn$fmhaSoftmax"
+  %call = f32[3]{0} custom-call(%y), custom_call_target="Other"
   ROOT %result = f32[7,64]{1,0} get-tuple-element(%while), index=1
 }
 """
@@ -91,7 +91,7 @@ def test_loop_of_a_tpu():
     }
     assert counts.collective_bytes["all-gather", "bf16"] == 7 * 32 * 64 * 2
     assert counts.collective_bytes["all-reduce", "f32"] == 7 * 64 * 4
-    assert dict(counts.custom_calls) == {"__cudnn$fmhaSoftmax": 1}
+    assert dict(counts.custom_calls) == {"Other": 1}
     assert counts.traffic == {
         # One row and its number, not seven rows; and the loop's own sum.
         "elementwise": 7 * (64 * 4 + 4 + 12),
@@ -100,6 +100,35 @@ def test_loop_of_a_tpu():
         "custom": 10 * 2 + 3 * 4,
         "collective": 7 * 2 * (4 * 64 + 32 * 64) + 2 * (7 * 64 * 4 + 10 * 2),
     }
+
+
+def test_libraries_of_a_gpu():
+    """cuBLAS and cuDNN's attention, forward and backward; workspaces do not count."""
+    text = """
+ENTRY %main (x: bf16[6,10], w: bf16[10,5], q: bf16[2,8,3,4]) -> bf16[6,5] {
+  %x = bf16[6,10]{1,0} parameter(0)
+  %w = bf16[10,5]{1,0} parameter(1)
+  %q = bf16[2,8,3,4]{3,2,1,0} parameter(2)
+  %gemm = (bf16[6,5]{1,0}, s8[33554432]{0}) custom-call(%x, %w), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":\
+{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+  %fwd = (bf16[2,3,8,4]{3,1,2,0}, f32[2,3,8]{2,1,0}, u8[0]{0}) \
+custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax"
+  %bwd = (bf16[2,3,8,4]{3,1,2,0}, bf16[2,3,8,4]{3,1,2,0}, bf16[2,3,8,4]{3,1,2,0}) \
+custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward"
+  ROOT %result = bf16[6,5]{1,0} get-tuple-element(%gemm), index=0
+}
+"""
+    counts = hlo.count(text)
+    one = 2 * 2 * 3 * 8 * 8 * 4  # of attention's products
+    assert counts.products == [
+        (2 * 6 * 5 * 10, 2 * (60 + 50 + 30), 1),
+        (2 * one, 4 * 192 * 2 + 48 * 4, 1),
+        (5 * one, 6 * 192 * 2, 1),
+    ]
+    assert (counts.matmuls, counts.attention_matmuls) == (3, 2)
+    assert counts.custom_calls["__cublas$lt$matmul"] == 1
+    assert set(counts.traffic) == {"matmul"}
 
 
 def test_convolution_counts_only_places_on_the_input():

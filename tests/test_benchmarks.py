@@ -1,0 +1,138 @@
+"""Each benchmark on a small network: what it counts, never how fast it is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.sampling import network_rows
+from configs import quickstart
+from sra2_jax import xla_flags
+from sra2_jax.cost import dit_macs, training_flops
+from sra2_jax.training.state import build_networks
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from configs import quickstart
+
+
+def get_config():
+    c = quickstart.get_config()
+    c.model.width, c.model.depth, c.model.heads = 16, 1, 2
+    for section in (c.align.vae, c.align.encoder, c.align.teacher):
+        section.depth = 1
+    c.align.teacher.teacher_depth = 1
+    c.sampling.steps = 3
+    return c
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def benchmark(name, folder, *flags):
+    """Its text and the cases it wrote; on one device."""
+    file = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags, f"--json={file}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(file.read_text())
+    assert facts["machine"]["devices"] == 1
+    return done.stdout, facts["cases"]
+
+
+def test_train_step(small, tmp_path):
+    flags = [f"--config={small}", "--batch_size=8", "--rounds=2", "--steps=1"]
+    text, (vanilla, ours) = benchmark("train_step", tmp_path, *flags)
+    assert (vanilla["method"], ours["method"]) == ("vanilla", "sra2")
+    assert ours["gflops_per_image"] > vanilla["gflops_per_image"]
+    for row in (vanilla, ours):
+        speed = row["images_per_second"]
+        assert 0 < speed["p10"] <= speed["p50"] <= speed["p90"]
+        made = speed["p50"] * row["gflops_per_image"] / 1e3
+        assert row["tflops"] == pytest.approx(made)
+        assert row["mfu_matmul"] == pytest.approx(made / row["matmul_tflops"])
+        assert row["mfu_nominal"] is None  # a CPU has no nominal speed
+        assert 0 < row["dispatch_seconds"]["p50"] <= row["step_seconds"]["p90"]
+    assert "sra2 / vanilla time: " in text
+
+
+def test_sizes_of_train_step_are_checked(small):
+    command = [sys.executable, "-m", "benchmarks.train_step", "--sizes=S,M"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: --sizes=S,M: known are S,B,L,XL\n"
+
+
+def test_training_flops_are_three_forward_passes():
+    config = quickstart.get_config()
+    config.align.vae.enabled = False
+    network, _ = build_networks(config)
+    macs = dit_macs(network, network.depth)
+    assert training_flops(config, None) == 6 * macs * config.batch_size
+
+
+def test_sampling(small, tmp_path):
+    flags = [f"--config={small}", "--batch_size=8", "--rounds=1"]
+    text, rows = benchmark("sampling", tmp_path, *flags)
+    assert [row["network_rows"] for row in rows] == [3, 5, 6]
+    assert rows[2]["time_over_guided"] == 1
+    assert "guided in [0, 0.7]" in text
+
+
+def test_network_rows():
+    """At the reference's 250 steps of the SDE the interval spares 15% of the work."""
+    config = quickstart.get_config()
+    config.sampling.steps, config.sampling.guidance = 250, 1.8
+    assert network_rows(config) == 500
+    config.sampling.guidance_high = 0.7
+    # 249 times from 1 to 0.04 in steps of 0.96 / 249, then 0.04: 172 lie in [0, 0.7].
+    inside = sum(1 - i * 0.96 / 249 <= 0.7 for i in range(250))
+    assert network_rows(config) == 250 + inside
+    config.sampling.method, config.sampling.guidance = "heun", 1.0
+    assert network_rows(config) == 499
+
+
+def test_encoding(tmp_path):
+    flags = ["--batch_sizes=1,2", "--batches=2", "--resolution=32", "--channels=32,32"]
+    text, rows = benchmark("encoding", tmp_path, *flags)
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    assert "32 px, batch 2: " in text
+
+
+def test_input_pipeline(small, tmp_path):
+    flags = [f"--config={small}", "--config.batch_size=8", "--config.data.streams=2"]
+    flags += ["--records=64", "--batches=3", "--rounds=1", "--train", "--steps=1"]
+    text, rows = benchmark("input_pipeline", tmp_path, *flags)
+    assert len(rows) == 3
+    assert rows[0]["records_per_cpu_second"]["p50"] > 0
+    assert "of the time with a made-up batch" in text
+
+
+def test_flags_of_xla(monkeypatch):
+    """XLA knows them (it aborts otherwise), and the user's own come last."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: None)
+    xla_flags.set_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: True)
+    xla_flags.set_flags()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words == [*xla_flags.GPU_FLAGS, "--xla_gpu_autotune_level=0"]
+    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.92"
+    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2\n"
