@@ -122,7 +122,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("p10", "p50", "p90"), map(float, quantiles), strict=True))
 
 
-def matmul_speed(dtype: Any, side: int = 0, repeats: int = 5) -> float:
+def matmul_speed(dtype: Any, side: int = 0, repeats: int = 3) -> float:
     """FLOP/s of one device in products of square matrices, the best of `repeats`.
 
     Args:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import suite
 from benchmarks.sampling import network_rows
 from configs import quickstart
+from sra2_jax import config as configuration
 from sra2_jax import xla_flags
 from sra2_jax.cost import dit_macs, training_flops
 from sra2_jax.training.state import build_networks
@@ -117,6 +119,30 @@ def test_input_pipeline(small, tmp_path):
     assert len(rows) == 3
     assert rows[0]["records_per_cpu_second"]["p50"] > 0
     assert "of the time with a made-up batch" in text
+
+
+def test_suite_goes_on_after_a_failure(tmp_path, monkeypatch, capfd):
+    """And keeps the text of each command."""
+    commands = {"verify": "json.tool --nonsense", "encoding": "json.tool --help"}
+    monkeypatch.setattr(suite, "COMMANDS", commands)
+    monkeypatch.setattr(sys, "argv", ["suite", f"--out={tmp_path}"])
+    assert suite.main() == 1
+    said = capfd.readouterr().out
+    assert "== verify: status 2" in said
+    assert "== encoding: ok" in said
+    assert said.endswith("failed: verify\n")
+    assert "unrecognized" in (tmp_path / "verify.txt").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize("name", [k for k in suite.COMMANDS if k.startswith("train")])
+def test_flags_of_the_suite(name, monkeypatch):
+    """They make a config that can work; the other programs take the same ones."""
+    flags = suite.COMMANDS[name].split()[1:]
+    overrides = [flag for flag in flags if flag.startswith("--config.")]
+    file = next((f[9:] for f in flags if f.startswith("--config=")), "")
+    config = configuration.load(file or "configs/sra2_s.py", overrides)
+    configuration.check(config)
 
 
 def test_flags_of_xla(monkeypatch):

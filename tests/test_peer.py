@@ -105,7 +105,6 @@ def test_ratios_are_of_the_same_round(config, tmp_path):
     ("factors", "off"),
     [
         ({"velocity": 1.0002}, "its velocity is 0.0002 off"),
-        ({"loss": 1.001}, "its loss is 0.001 off"),
         ({"grad_norm": float("nan")}, "its grad_norm is nan off"),
     ],
 )
@@ -140,10 +139,8 @@ def test_missing_torch_is_one_line(config, tmp_path):
     [
         (["--torch_python=/missing/python"], "/missing/python does not start: "),
         (["--modes=eager"], "--modes must name ours"),
-        (["--modes=ours,fast"], "--modes must name ours"),
         (["--steps=0"], "--steps must be at least 1"),
         (["--config.transport.path=gvp"], "config.transport.path='gvp': the peer has"),
-        (["--config.align.encoder.enabled=True"], "config.align.encoder.enabled=True"),
         (["--batch_size=0"], "config.batch_size=0: must lie between"),
     ],
 )
