@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from sra2_jax import aot, chips, gates, hlo
+from sra2_jax import aot, chips, gates, gpu_topology, hlo
 from sra2_jax.cost import training_flops
 from sra2_jax.errors import UserError
+from sra2_jax.training import state
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,6 +89,7 @@ def test_program_says_that_it_does_not_fit(small, tmp_path):
         ("cpu:0", "unknown --topology=cpu:0"),
         ("cpu:9", "this process has 8 devices"),
         ("v5e:4x4", r"needs the package libtpu: pip install -e '\.\[aot\]'"),
+        ("h200:8", r"plugin and ptxas: pip install -e '\.\[aot-gpu\]'"),
     ],
 )
 def test_mistakes(topology, message, monkeypatch):
@@ -115,6 +118,36 @@ def test_compiler_that_runs_out_of_memory_is_told_as_not_fitting(tiny, monkeypat
     assert "needs 29.53 GB a device of 16.00 GB" in aot.advice(facts)
     assert facts["program"] is facts["estimate"] is None
     assert json.dumps(facts)
+
+
+def test_absent_gpu_runs_attention_of_cudnn():
+    """JAX writes its calls, forward and backward, for a GPU that is not there."""
+    q = jax.ShapeDtypeStruct((2, 256, 4, 72), jnp.bfloat16)
+
+    def lowered():
+        def loss(q):
+            out = jax.nn.dot_product_attention(q, q, q, implementation="cudnn")
+            return out.astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(loss)).trace(q)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        lowered()
+    with gpu_topology.present():
+        text = lowered()
+        chosen = state.implementation("auto", "bfloat16", 256, 4, 72)
+        assert chosen == "cudnn"
+        assert state.implementation("auto", "float32", 256, 4, 72) == "xla"
+    assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
+    assert text.count("__cudnn$fmhaSoftmax") == 2
+
+
+def test_names_that_devices_give_themselves():
+    kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H200", "cpu")
+    found = [chips.of_device(kind) for kind in kinds]
+    names = [chip and chip.name for chip in found]
+    assert names == ["v4", "v5e", "v5p", "v6e", "h200", None]
 
 
 def test_estimate():
