@@ -9,7 +9,6 @@ Runs without TensorFlow. Reading and decoding of image files is not in it.
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sra2_jax.data.encoders import VAEEncoder, encoded
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.measure import machine, spread
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 
@@ -55,7 +54,7 @@ def main() -> None:
     add("--batches", type=int, default=5, help="timed for each (%(default)s)")
     add("--channels", default="128,256,512,512", help="of the VAE (%(default)s)")
     add("--dtype", default="", help="bfloat16 or float32 (bfloat16 on accelerators)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments = parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")

@@ -24,7 +24,7 @@ from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import batches
 from sra2_jax.data.prefetch import prefetch_to_device
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.measure import machine, prepare, spread, turns
 from sra2_jax.training.sharding import batch_sharding, make_mesh
 
@@ -156,7 +156,7 @@ def main() -> None:
     add("--rounds", type=int, default=3)
     add("--train", action="store_true", help="time the training step as well")
     add("--steps", type=int, default=5, help="of the training step a round")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
     shards = 2 * config.data.streams
     if arguments.records < max(config.batch_size, shards):

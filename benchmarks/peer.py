@@ -29,7 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 
 ROOT = Path(__file__).parents[1]
 MODES = ("ours", "eager", "tuned")
@@ -126,7 +126,7 @@ def parse() -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--steps", type=int, default=2, help="steps a round and mode")
     parser.add_argument("--torch_python", default=sys.executable, metavar="PATH")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the figures there"
+        "--json", type=writable, metavar="FILE", help="write the figures there"
     )
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_s.py")
     arguments.modes = arguments.modes.split(",")

@@ -11,7 +11,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 from sra2_jax import config as configuration
 from sra2_jax.chips import of_device
 from sra2_jax.cost import dit_macs
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.evaluation.generate import batch_size, make_sampler
 from sra2_jax.measure import machine, matmul_speed, spread, turns
 from sra2_jax.sampler import time_grid
@@ -140,7 +139,7 @@ def main() -> None:
     add = parser.add_argument
     add("--batch_size", type=int, help="images at a time (config.sampling.batch_size)")
     add("--rounds", type=int, default=3)
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
     config.sampling.batch_size = arguments.batch_size or config.sampling.batch_size
     facts, s = machine(), config.sampling

@@ -11,7 +11,6 @@ python -m sra2_jax.cost --measure=CONFIG.
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from configs import default
 from sra2_jax import config as configuration
 from sra2_jax.chips import of_device
 from sra2_jax.cost import training_flops
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.measure import (
     Timed,
     allocated_bytes,
@@ -121,7 +120,7 @@ def main() -> None:
     add("--batch_size", type=int, help="images a step (the config's)")
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=3, help="steps a round and method (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_s.py")
     sizes = arguments.sizes.upper().split(",") if arguments.sizes else []
     if set(sizes) - set(SIZES):

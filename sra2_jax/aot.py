@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +33,7 @@ from sra2_jax.chips import (
     find_devices,
 )
 from sra2_jax.cost import load_architecture, training_flops
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.models.dinov2 import DINOv2
 from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh, replicated
@@ -292,9 +291,11 @@ def main() -> int:
     add = parser.add_argument
     add("--topology", default="", help="v5e:4x4, v5p:2x2x1, h200:8, cpu:8 ...")
     add("--memory_gb", type=float, help="of a device (the chip's)")
-    add("--json", type=Path, metavar="FILE", help="write the figures there")
+    add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
     jax.config.update("jax_platforms", "cpu")  # of a TPU only its compiler is needed
+    if arguments.memory_gb is not None and not arguments.memory_gb > 0:
+        raise UserError(f"--memory_gb={arguments.memory_gb} must be above 0")
     if not arguments.topology:
         raise UserError(f"--topology is missing: known are {KNOWN}")
     facts = describe(config, arguments.topology, arguments.memory_gb)

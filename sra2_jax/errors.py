@@ -1,8 +1,10 @@
 """The one exception that a person, not a programmer, is meant to read."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from sra2_jax.xla_flags import set_flags
@@ -13,6 +15,18 @@ class UserError(ValueError):
 
     The message is one line: what is wrong, where, and what to do.
     """
+
+
+def writable(text: str) -> Path:
+    """argparse's type of a file to write at the end: it complains at the start.
+
+    Raises:
+      argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
+    """
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no file in a folder that exists")
+    return path
 
 
 def run_program(main: Callable[[], int | None]) -> None:
