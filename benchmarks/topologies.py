@@ -9,10 +9,9 @@ cores. GPUs come first: XLA reads its flags once.
 import argparse
 from typing import Any
 
-import jax
-
 from sra2_jax import config as configuration
 from sra2_jax.aot import describe
+from sra2_jax.chips import compile_only
 from sra2_jax.errors import run_program
 
 HEAD = (
@@ -85,7 +84,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="topologies that start so: v5e")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # of a TPU only its compiler is needed
+    compile_only()
     print(HEAD, flush=True)
     for resolution, topology, batch, flags in CASES:
         if not topology.startswith(arguments.only):

@@ -29,6 +29,7 @@ from sra2_jax.chips import (
     KNOWN,
     MATMUL_SHARE,
     Chip,
+    compile_only,
     estimate,
     find_devices,
 )
@@ -293,7 +294,7 @@ def main() -> int:
     add("--memory_gb", type=float, help="of a device (the chip's)")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
-    jax.config.update("jax_platforms", "cpu")  # of a TPU only its compiler is needed
+    compile_only()
     if arguments.memory_gb is not None and not arguments.memory_gb > 0:
         raise UserError(f"--memory_gb={arguments.memory_gb} must be above 0")
     if not arguments.topology:

@@ -35,6 +35,7 @@ QUIET = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several programs may compile
 }
 
 
@@ -62,6 +63,12 @@ CHIPS = {
         Chip("h200", 989e12, 4.8e12, 900e9, 140.4 * GIB),
     )
 }
+
+
+def compile_only() -> None:
+    """Use no device of this machine: of TPUs and GPUs only the compilers are needed."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # "no GPU found", of the plugin
+    jax.config.update("jax_platforms", "cpu")
 
 
 def of_device(kind: str) -> Chip | None:
@@ -99,10 +106,6 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        if "lockfile" in reason:
-            raise UserError(
-                "libtpu is in use by another program on this machine: wait for it"
-            ) from error
         raise UserError(
             f"unknown --topology={topology} ({reason}): known are {KNOWN}"
         ) from error

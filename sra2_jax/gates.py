@@ -16,7 +16,7 @@ import jax
 
 from sra2_jax import config as configuration
 from sra2_jax.aot import advice, compiler, describe
-from sra2_jax.chips import find_devices
+from sra2_jax.chips import compile_only, find_devices
 from sra2_jax.errors import UserError, run_program
 
 GATES = Path(__file__).parents[1] / "benchmarks" / "gates.json"
@@ -95,7 +95,7 @@ def main() -> int:
     add("--topology", default="cpu:8", help="whose cases (%(default)s)")
     add("--update", action="store_true", help="write the figures into the file")
     arguments = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # of a TPU only its compiler is needed
+    compile_only()
     grown = gate(GATES, arguments.topology, arguments.update)
     print("\n".join(grown) or "ok")
     return int(bool(grown))
