@@ -176,7 +176,9 @@ class _Statistics:
     """Sums over all latents of a dataset, per channel, in float64."""
 
     def __init__(self) -> None:
-        self._count, self._mean, self._square = 0, 0.0, 0.0
+        self._count = 0
+        self._mean: Any = 0.0
+        self._square: Any = 0.0
 
     def add(self, mean: np.ndarray, std: np.ndarray) -> None:
         mean, std = mean.astype(np.float64), std.astype(np.float64)

@@ -56,7 +56,8 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
         return steps, values
     keep: set[int] = set()
     for part in np.array_split(np.arange(len(steps)), POINTS // 2):
-        keep |= {int(part[values[part].argmin()]), int(part[values[part].argmax()])}
+        low, high = np.argmin(values[part]), np.argmax(values[part])
+        keep |= {int(part[low]), int(part[high])}
     index = sorted(keep)
     return steps[index], values[index]
 

@@ -60,10 +60,10 @@ class Moments:
                 f"{features.shape[1]} features, those before {self._mean.size}: use "
                 "one network for all"
             )
-        bad = ~np.isfinite(features).all(axis=1)
-        if bad.any():
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if bad.size:
             raise UserError(
-                f"{self._source}: image {self.count + int(bad.argmax())} (from 0) has "
+                f"{self._source}: image {self.count + int(bad[0])} (from 0) has "
                 "features that are not finite: check that image and the network's "
                 "weights"
             )
