@@ -56,6 +56,11 @@ CASES = [
 ]
 
 
+def span(low: str, high: str) -> str:
+    """Two ends as text, one where they are alike."""
+    return low if low == high else f"{low} to {high}"
+
+
 def row(
     resolution: int, topology: str, batch: int, flags: str, facts: dict[str, Any]
 ) -> str:
@@ -69,10 +74,10 @@ def row(
         best, worst = (
             facts["estimate"][f"step_seconds_{name}"] for name in ("hidden", "exposed")
         )
-        cells += [f"{moved:.2f}", f"{1e3 * best:.0f} to {1e3 * worst:.0f}"]
-        cells += [f"{batch / worst:,.0f} to {batch / best:,.0f}"]
         mfu = facts["estimate"]["mfu_exposed"], facts["estimate"]["mfu_hidden"]
-        cells += [f"{mfu[0]:.0%} to {mfu[1]:.0%}"]
+        cells += [f"{moved:.2f}", span(f"{1e3 * best:.0f}", f"{1e3 * worst:.0f}")]
+        cells += [span(f"{batch / worst:,.0f}", f"{batch / best:,.0f}")]
+        cells += [span(f"{mfu[0]:.0%}", f"{mfu[1]:.0%}")]
     else:
         cells += [""] * 4
     return f"| {' | '.join(map(str, cells))} |"
