@@ -12,6 +12,8 @@ from absl import flags, logging
 from sra2_jax import config as configuration
 from sra2_jax import distributed
 from sra2_jax.errors import run_program
+from sra2_jax.training.lock import Lock
+from sra2_jax.training.watch import Watch
 
 DEFAULT = Path(__file__).resolve().parent / "configs" / "quickstart.py"
 
@@ -35,9 +37,14 @@ def main() -> None:
         lambda r: r.levelname == "ERROR" or r.filename == "logging_writer.py"
     )
     distributed.initialize(arguments)
-    from sra2_jax.training.train import train
+    workdir = arguments.workdir or f"runs/{config.name}"
+    with (
+        Watch(config.run.stall_seconds, arguments.heartbeat_seconds) as watch,
+        Lock(workdir),
+    ):
+        from sra2_jax.training.train import train
 
-    train(config, arguments.workdir or f"runs/{config.name}")
+        train(config, workdir, watch)
     distributed.finish()
 
 

@@ -145,6 +145,8 @@ def get_config() -> ConfigDict:
     c.run.checkpoint_every = 10_000
     c.run.keep_checkpoints = 3
     c.run.sample_every = 50_000
+    c.run.most_skipped = 10  # updates in a row, of losses or gradients not finite
+    c.run.stall_seconds = 1800  # without progress until the run ends itself
     c.run.grid_classes = 8  # rows of a sample grid, spread over the classes
     c.run.grid_columns = 8
 

@@ -75,6 +75,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.checkpoint_every": (1, INF),
     "run.keep_checkpoints": (1, INF),
     "run.sample_every": (1, INF),
+    "run.most_skipped": (0, INF),
+    "run.stall_seconds": (1, INF),
     "run.grid_classes": (1, INF),
     "run.grid_columns": (1, INF),
     "eval.every": (1, INF),

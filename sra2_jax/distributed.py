@@ -1,12 +1,27 @@
 """Several processes as one job: TPU pods, SLURM, Open MPI, or addresses by hand."""
 
 import argparse
+import json
 import os
+import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import RESTART, UserError, leave
+
+# How long the others may take to come, and, later, to give a sign of life.
+JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100
+# JAX aborts a process that finds another one lost; we say more, and come first.
+MARGIN_SECONDS = 60
+SIGNS, LOST = "sra2_jax/signs", "sra2_jax/lost"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="of process 0, elsewhere")
     add("--num_processes", type=int, metavar="N", help="with --coordinator")
     add("--process_id", type=int, metavar="I", help="with --coordinator, from 0")
+    add(
+        "--join_seconds",
+        type=int,
+        default=JOIN_SECONDS,
+        metavar="S",
+        help="to wait for the others at the start (%(default)s)",
+    )
+    add(
+        "--heartbeat_seconds",
+        type=int,
+        default=HEARTBEAT_SECONDS,
+        metavar="S",
+        help="without a sign of life of another until it is lost (%(default)s)",
+    )
 
 
 def initialize(arguments: argparse.Namespace) -> None:
     """Join the other processes, if the flags ask for it, before any device is used.
 
+    Ends the process with status 42 if the others do not come in time.
+
     Raises:
-      UserError: flags that do not belong together, no cluster to be found, or others
-        that do not come.
+      UserError: flags that do not belong together, or no cluster to be found.
     """
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     given = [value is not None for value in by_hand]
@@ -36,8 +66,27 @@ def initialize(arguments: argparse.Namespace) -> None:
         raise UserError("--coordinator, --num_processes and --process_id go together")
     if not (arguments.distributed or all(given)):
         return
+    seconds = arguments.join_seconds
+    who = "this process" if not all(given) else "process {2} of {1}".format(*by_hand)
+    where = f" at {arguments.coordinator}" if all(given) else ""
+    # JAX would abort, with no word on what to do.
+    late = threading.Timer(
+        seconds,
+        leave,
+        (
+            f"stopped: {who} waited {seconds} s for the others{where}: start all of "
+            "them, or mend the address",
+            RESTART,
+        ),
+    )
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(*by_hand)
+        jax.distributed.initialize(
+            *by_hand,
+            initialization_timeout=seconds + MARGIN_SECONDS,
+            heartbeat_timeout_seconds=arguments.heartbeat_seconds + MARGIN_SECONDS,
+        )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -45,6 +94,83 @@ def initialize(arguments: argparse.Namespace) -> None:
             "SLURM and Open MPI give --coordinator=HOST:PORT, --num_processes=N and "
             "--process_id=I"
         ) from error
+    finally:
+        late.cancel()
+
+
+def anywhere(mesh: Mesh) -> Callable[[bool], Any]:
+    """A function that says whether something is true on any process: of a bool, a bool
+    on one process, and on several, which call it together, an array not waited for."""
+    if jax.process_count() == 1:
+        return bool
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def of(value: bool) -> Any:
+        local = np.full(jax.local_device_count(), value, np.int32)
+        return largest(jax.make_array_from_process_local_data(split, local))
+
+    return of
+
+
+class Signs:
+    """Signs of life of all processes, in the table that JAX's coordinator keeps.
+
+    Process 0 looks at all of them, the others at process 0 and what it says.
+
+    Args:
+      seconds: without a sign until a process counts as lost.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        # Not public, and used by Orbax for its barriers as well.
+        from jax._src import distributed
+
+        self._client: Any = distributed.global_state.client
+        self._seconds, self._index = seconds, jax.process_index()
+        self._who = (
+            f"process {self._index} (host {socket.gethostname()}, pid {os.getpid()})"
+        )
+        self._count = 0
+        self._seen: dict[str, tuple[str, float]] = {}  # text, when it changed
+
+    def give(self, doing: str, ended: str = "") -> None:
+        """Say what this process is doing, or with what it ends."""
+        self._count += 1
+        sign = {"who": self._who, "n": self._count, "doing": doing, "ended": ended}
+        name, text = f"{SIGNS}/{self._index}/sign", json.dumps(sign)
+        self._client.key_value_set(name, text, allow_overwrite=True)
+
+    def lost(self) -> str:
+        """Who has ended, or has given no sign in time; "" if all are well."""
+        if self._index:
+            said = self._client.key_value_dir_get(LOST)
+            return said[0][1] if said else self._silent(self._signs(0))
+        found = self._silent(self._signs())
+        if found:
+            self._client.key_value_set(f"{LOST}/0", found, allow_overwrite=True)
+        return found
+
+    def all(self) -> list[str]:
+        """A line for each process: what it is doing."""
+        signs = [json.loads(text) for _, text in self._signs()]
+        return [f"{sign['who']}: {sign['doing']}" for sign in signs]
+
+    def _signs(self, index: int | str = "") -> list[tuple[str, str]]:
+        """(key, text) of a process, or of all."""
+        return sorted(self._client.key_value_dir_get(f"{SIGNS}/{index}".rstrip("/")))
+
+    def _silent(self, signs: Sequence[tuple[str, str]]) -> str:
+        now = time.monotonic()
+        for name, text in signs:
+            if self._seen.get(name, ("", 0.0))[0] != text:
+                self._seen[name] = text, now
+            sign, quiet = json.loads(text), now - self._seen[name][1]
+            if sign["ended"]:
+                return f"{sign['who']} has ended: {sign['ended']}"
+            if quiet > self._seconds:
+                return f"{sign['who']} has given no sign of life for {quiet:.0f} s"
+        return ""
 
 
 def finish() -> None:

@@ -1,7 +1,13 @@
-"""The one exception that a person, not a programmer, is meant to read."""
+"""What a person is told when a program ends early, and the exit status it ends with.
+
+Exit statuses of every program here: 0 done; 1 checked, and not good; 2 a mistake that a
+person must mend; 42 stopped by circumstances, the same command goes on from there; 130
+Ctrl-C. 134 is JAX's own: a process that lost the one that coordinates all.
+"""
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +15,18 @@ from typing import NoReturn
 
 from sra2_jax.xla_flags import set_flags
 
+MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
+
 
 class UserError(ValueError):
     """Something the user can mend: a config value, a file, a folder.
 
     The message is one line: what is wrong, where, and what to do.
     """
+
+
+class Restart(Exception):
+    """The program was stopped and is worth starting again, as it was."""
 
 
 def writable(text: str) -> Path:
@@ -32,21 +44,28 @@ def writable(text: str) -> Path:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's main, with XLA's flags set, and exit with its status.
 
-    A `UserError` becomes one line, `error: ...`, and status 2, without a traceback;
-    Ctrl-C becomes one line and status 130.
+    A `UserError`, a `Restart`, SIGTERM and Ctrl-C become one line and the status above,
+    without a traceback. (Training takes over SIGTERM, see training.watch.)
     """
     set_flags()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         status = main()
     except UserError as error:
-        _exit(f"error: {error}", 2)
+        leave(f"error: {error}", MISTAKE)
+    except Restart as error:
+        leave(f"stopped: {error}", RESTART)
     except KeyboardInterrupt:
-        _exit("interrupted", 130)
+        leave("interrupted", INTERRUPTED)
     sys.exit(status)
 
 
-def _exit(line: str, status: int) -> NoReturn:
-    """Print a line and end at once.
+def _terminated(*_: object) -> NoReturn:
+    leave("stopped by SIGTERM: run the same command again", RESTART)
+
+
+def leave(line: str, status: int) -> NoReturn:
+    """Print a line and end at once, from any thread.
 
     On their way out the libraries' threads would print thousands of lines about the
     same error, or hang.

@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,21 @@ def tiny() -> ConfigDict:
     c.eval.every = 2
     c.eval.num_samples = 80
     return c
+
+
+@pytest.fixture
+def as_file(tmp_path: Path) -> Callable[[ConfigDict], Path]:
+    """Writes a config to a file for --config."""
+
+    def write(config: ConfigDict) -> Path:
+        file = tmp_path / "config.py"
+        file.write_text(
+            "import json\nfrom ml_collections import ConfigDict\n"
+            f"def get_config(): return ConfigDict(json.loads({config.to_json()!r}))\n"
+        )
+        return file
+
+    return write
 
 
 @pytest.fixture

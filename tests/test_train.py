@@ -84,12 +84,12 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatc
     config, workdir = finished
     score, seen = Observer.score, []
 
-    def killed(self, step, params):
+    def killed(self, step, params, alive):
         raise KeyboardInterrupt
 
-    def counted(self, step, params):
+    def counted(self, step, params, alive):
         seen.append(step)
-        return score(self, step, params)
+        return score(self, step, params, alive)
 
     monkeypatch.setattr(Observer, "score", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -187,7 +187,7 @@ def test_samples_that_cannot_be_scored_stop_nothing(tiny):
         log=types.SimpleNamespace(message=said.append),
     )
     observer.metrics = functools.partial(Observer.metrics, observer)
-    assert Observer.score(observer, 2, None) == {}
+    assert Observer.score(observer, 2, None, lambda: None) == {}
     assert "step 2: not scored: samples: all 80 images have the same" in said[0]
 
 

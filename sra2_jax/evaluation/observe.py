@@ -1,7 +1,7 @@
 """What a person sees of a run while it trains: pictures, metrics, the report."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -41,6 +41,7 @@ from sra2_jax.versions import versions
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
 RESULTS = "results.json"
+Alive = Callable[[], None]
 # what results.json says of the numbers
 NOTES = {
     "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits "
@@ -97,11 +98,12 @@ class Observer:
         """Write a grid of uint8 images as a PNG; return it."""
         picture = grid(images, self.config.run.grid_columns)
         if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             factor = max(1, round(MIN_PICTURE / picture.shape[1]))
             large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
-            with path.open("wb") as file:
-                Image.fromarray(large).save(file, format="PNG")
+            with self.log.trying("pictures"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    Image.fromarray(large).save(file, format="PNG")
         return picture
 
     def references(self, folder: epath.Path) -> dict[str, float]:
@@ -164,14 +166,14 @@ class Observer:
     def _sample_file(self, step: int) -> epath.Path:
         return self.workdir / "samples" / f"step_{step:08d}.png"
 
-    def sample(self, step: int, params: Any) -> None:
+    def sample(self, step: int, params: Any, alive: Alive) -> None:
         """Write samples/step_STEP.png: the same noise and labels at every step."""
         labels = self.grid_classes().repeat(self.config.run.grid_columns)
-        parts = self.generate(params, np.arange(len(labels)), labels)
+        parts = between(self.generate(params, np.arange(len(labels)), labels), alive)
         picture = self.picture(self._sample_file(step), np.concatenate([*parts]))
         self.log.image(step, "samples", picture)
 
-    def score(self, step: int, params: Any) -> dict[str, float]:
+    def score(self, step: int, params: Any, alive: Alive) -> dict[str, float]:
         """Metrics of samples, also written to the log; the same noise at every step.
 
         Samples that cannot be scored (all alike, say) are reported and score nothing:
@@ -180,7 +182,8 @@ class Observer:
         indices = np.arange(self.config.eval.num_samples)
         labels = draw_labels(self.config, indices)
         try:
-            scores = self.metrics(self.generate(params, indices, labels), labels)
+            images = between(self.generate(params, indices, labels), alive)
+            scores = self.metrics(images, labels)
         except UserError as error:
             self.log.message(f"step {step}: not scored: {error}")
             return {}
@@ -192,23 +195,30 @@ class Observer:
         scoring = self.features is not None and step % self.config.eval.every == 0
         return step % self.config.run.sample_every == 0, scoring
 
-    def observe(self, step: int, params: Any, resumed: bool = False) -> None:
-        """What is due at `step`; of a run resumed there, what it had not got to."""
+    def observe(
+        self, step: int, params: Any, alive: Alive, resumed: bool = False
+    ) -> None:
+        """What is due at `step`; of a run resumed there, what it had not got to.
+
+        alive: called between batches of samples; what it raises ends them.
+        """
         sampling, scoring = self.due(step)
         if sampling and not (resumed and self._sample_file(step).exists()):
-            self.sample(step, params)
-        if scoring and not (resumed and step in self.log.scored):
-            self.score(step, params)
+            self.sample(step, params, alive)
+        if scoring and not (resumed and step in self.log.scores):
+            self.score(step, params, alive)
 
-    def finish(self, step: int, params: Any, reference: dict[str, float]) -> None:
+    def finish(
+        self, step: int, params: Any, reference: dict[str, float], alive: Alive
+    ) -> None:
         """Last samples, results.json (the mark of a finished run) and the report."""
-        self.sample(step, params)
+        self.sample(step, params, alive)
         results: dict[str, Any] = {"step": step, "weights": "ema"}
         results |= describe(self.config)
         if self.features is not None:
             results |= {
                 "num_samples": self.config.eval.num_samples,
-                "metrics": self.score(step, params),
+                "metrics": self.score(step, params, alive),
                 "reference": reference,
                 **self.features.facts,
                 "note": NOTES[self.features.kind],
@@ -222,7 +232,15 @@ class Observer:
     def report(self) -> None:
         """Write report.html anew."""
         if jax.process_index() == 0:
-            write_report(self.workdir)
+            with self.log.trying("report.html"):
+                write_report(self.workdir)
+
+
+def between(batches: Iterator[np.ndarray], alive: Alive) -> Iterator[np.ndarray]:
+    """The same batches, with a call after each."""
+    for batch in batches:
+        yield batch
+        alive()
 
 
 def finished(workdir: epath.Path, step: int) -> bool:

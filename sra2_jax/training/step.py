@@ -168,7 +168,8 @@ def make_step(
     The state is donated; the new one lies where `abstract` says. The batch, see
     `batch_shapes`, is sharded over the mesh. `encoder_params` are those of `encoder`,
     None where no alignment runs one. Metrics are float32 scalars that stay on the
-    device.
+    device. A loss or gradient that is not finite changes nothing but the step's number:
+    metrics["skipped"] is 1 then, else 0.
     """
     draw, loss = make_draw(config), make_loss(config, encoder)
     alignments = build_alignments(config)
@@ -182,15 +183,23 @@ def make_step(
         frozen = {"teacher": state.ema["network"], "encoder": encoder_params}
         with within(mesh):
             grads, metrics = gradients(state.params, frozen, draws, state.step)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = config.ema_decay
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        params = kept(optax.apply_updates(state.params, updates), state.params)
+        opt_state = kept(opt_state, state.opt_state)
+        keep = jnp.where(finite, config.ema_decay, 1.0)
+        rest = jnp.where(finite, 1 - config.ema_decay, 0.0)
+        ema = jax.tree.map(lambda e, p: keep * e + rest * p, state.ema, params)
         for name, spec in alignments.items():
             weighted = spec.weight_at(state.step) * metrics[f"loss_align_{name}"]
             metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]
-        metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics["skipped"] = 1 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)

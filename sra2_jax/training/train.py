@@ -2,10 +2,12 @@
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -14,17 +16,18 @@ from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.encode import encode
 from sra2_jax.data.pipeline import batches, check_fields
-from sra2_jax.data.prefetch import prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.observe import Observer, finished
 from sra2_jax.models.dinov2 import DINOv2
 from sra2_jax.pretrained import load_dinov2
 from sra2_jax.training.checkpoint import Checkpoints
 from sra2_jax.training.log import Log
+from sra2_jax.training.loop import Loop
 from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
+from sra2_jax.training.sharding import make_mesh, replicated
 from sra2_jax.training.state import count_parameters, create_sharded
 from sra2_jax.training.step import batch_shapes, make_step, record_fields
+from sra2_jax.training.watch import Watch
 from sra2_jax.versions import versions
 
 SPLIT = "train"
@@ -60,7 +63,7 @@ def claim_workdir(config: ConfigDict, workdir: epath.Path) -> None:
         (workdir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
 
 
-def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
+def latents_folder(config: ConfigDict, workdir: epath.Path, watch: Watch) -> epath.Path:
     """The dataset's folder; encodes config.data.images first where it is missing.
 
     Raises:
@@ -89,6 +92,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path) -> epath.Path:
             store_images="image" in stored,
             encoder=encoder.model if "features" in stored else "",
             grid=_grid(config) if "features" in stored else 0,
+            progress=lambda done, total: watch.progress("start"),
         )
     info = records.LatentsInfo.read(folder)
     check_fields(info, folder, record_fields(config))
@@ -192,18 +196,23 @@ def keep_compiled(folder: epath.Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
-def train(config: ConfigDict, workdir: str) -> None:
+def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
     """Run the whole job in `workdir`, from its newest checkpoint on if it has one.
+
+    Args:
+      watch: looks after the run; None: nobody does.
 
     Raises:
       UserError: anything in the config, the data or the folder that a person must mend.
+      Restart: SIGTERM; the last finished step is saved.
     """
+    watch = watch or Watch()
     configuration.check(config)
     mesh = make_mesh(**config.mesh, batch_size=config.batch_size, n=config.accumulate)
     folder = epath.Path(workdir).absolute()
     claim_workdir(config, folder)
     keep_compiled(folder / "compiled")
-    data = latents_folder(config, folder)
+    data = latents_folder(config, folder, watch)
 
     transform, schedule = make_optimizer(**config.optim)
     abstract, init = create_sharded(config, transform, mesh)
@@ -228,6 +237,7 @@ def train(config: ConfigDict, workdir: str) -> None:
             log_every=config.run.log_every,
         )
         stack.callback(log.close)
+        watch.progress("compile")
         with log.paused():
             observer = Observer(config, folder, mesh, log)
             reference = observer.references(data)
@@ -239,39 +249,24 @@ def train(config: ConfigDict, workdir: str) -> None:
         log.message(
             f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
         )
-        state = loop(
+        loop = Loop(
             config,
             step,
-            state,
-            start,
-            data,
-            mesh=mesh,
+            mesh,
             log=log,
             checkpoints=checkpoints,
             observer=observer,
+            watch=watch,
         )
-        observer.finish(config.steps, state.ema["network"], reference)
+        loop.run(state, start, read(config, data, start), reference)
         log.message(f"done: {folder / 'report.html'}")
 
 
-def loop(
-    config: ConfigDict,
-    step_function: Any,
-    state: Any,
-    start: int,
-    data: epath.Path,
-    *,
-    mesh: Mesh,
-    log: Log,
-    checkpoints: Checkpoints,
-    observer: Observer,
-) -> Any:
-    """Steps start + 1 ... config.steps; returns the last state.
-
-    Step k is dispatched before the metrics of k - 1 are read, so the device never
-    waits for the host.
-    """
-    stream = batches(
+def read(
+    config: ConfigDict, data: epath.Path, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's rows of the batches of steps start + 1, ..."""
+    return batches(
         data,
         split=SPLIT,
         batch_size=config.batch_size,
@@ -283,31 +278,3 @@ def loop(
         process_count=jax.process_count(),
         fields=record_fields(config),
     )
-    if 0 < start < config.steps:
-        with log.paused():
-            observer.observe(start, state.ema["network"], resumed=True)
-    pending = None
-    with prefetch_to_device(stream, batch_sharding(mesh)) as ready:
-        for step in range(start + 1, config.steps + 1):
-            batch = next(ready)
-            batch.pop("index")
-            state, metrics = step_function(state, batch)
-            if pending:
-                log.step(*pending)
-            pending = step, metrics
-
-            last = step == config.steps
-            saving = last or step % config.run.checkpoint_every == 0
-            observing = not last and any(observer.due(step))
-            if not (saving or observing):
-                continue
-            log.step(*pending)
-            pending = None
-            with log.paused():
-                if saving:  # first: scoring may take long, and be cut off
-                    checkpoints.save(step, state)
-                if observing:
-                    observer.observe(step, state.ema["network"])
-                if saving:
-                    observer.report()
-    return state

@@ -1,0 +1,156 @@
+"""Real processes in little time: imports once, then forks one for each line on stdin.
+
+A line is {"arguments": [...], "out": FILE, "faults": {NAME: VALUE}}; the answers are
+"started PID" and, when that process has ended, "ended PID STATUS" (-N: by signal N).
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def no_data(after):
+    """The disk hangs: no batch after so many."""
+    from sra2_jax.training import train
+
+    whole = train.batches
+
+    def batches(*arguments, **named):
+        for i, batch in enumerate(whole(*arguments, **named)):
+            if i == after:
+                print("no data", flush=True)
+                time.sleep(1e6)
+            yield batch
+
+    train.batches = batches
+
+
+def infinite(batches_of_infinity):
+    """Latents of infinity in these batches, the first is 0."""
+    from sra2_jax.training import train
+
+    whole = train.batches
+
+    def batches(*arguments, **named):
+        for i, batch in enumerate(whole(*arguments, **named)):
+            if i in batches_of_infinity:
+                batch["mean"] = batch["mean"].copy()
+                batch["mean"][0] = float("inf")
+            yield batch
+
+    train.batches = batches
+
+
+def slow_samples(seconds):
+    """Between batches of samples."""
+    from sra2_jax.evaluation import observe
+
+    between = observe.between
+
+    def slowly(batches, alive):
+        for batch in between(batches, alive):
+            print("sampling", flush=True)
+            time.sleep(seconds)
+            yield batch
+
+    observe.between = slowly
+
+
+def slow_commit(seconds):
+    """A checkpoint's last step, when all its files are written."""
+    from orbax.checkpoint._src.path import atomicity
+
+    for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
+        kind.finalize = _slowly(kind.finalize, seconds)
+
+
+def _slowly(finalize, seconds):
+    async def finalized(self, *arguments, **named):
+        print("saving", flush=True)
+        time.sleep(seconds)
+        return await finalize(self, *arguments, **named)
+
+    return finalized
+
+
+def fast_beat(seconds):
+    """Of the lock, so that a test need not wait."""
+    from sra2_jax.training import lock
+
+    lock.BEAT_SECONDS, lock.TRIES = seconds, (0.1, 0.1, 0.1)
+
+
+def no_tensorboard(_):
+    """Every write to it fails, as on a full disk."""
+    from clu import metric_writers
+
+    def fail(*arguments, **named):
+        raise OSError(28, "No space left on device")
+
+    metric_writers.SummaryWriter.write_scalars = fail
+
+
+FAULTS = {
+    f.__name__: f
+    for f in (
+        no_data,
+        infinite,
+        slow_samples,
+        slow_commit,
+        fast_beat,
+        no_tensorboard,
+    )
+}
+
+
+def child(command):
+    out = os.open(command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    import main
+    from sra2_jax.errors import run_program
+
+    sys.argv = ["main.py", *command["arguments"]]
+    for name, value in command["faults"].items():
+        FAULTS[name](value)
+    try:
+        run_program(main.main)
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+
+
+def serve():
+    # All that takes time, and starts no thread nor device.
+    import sra2_jax.training.train  # noqa: F401
+    from sra2_jax.data.records import tensorflow
+
+    tensorflow()
+    import tensorflow_datasets  # noqa: F401
+    from clu import metric_writers  # noqa: F401
+
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            child(json.loads(line))
+        print("started", pid, flush=True)
+        threading.Thread(target=wait, args=(pid,), daemon=True).start()
+
+
+def wait(pid):
+    _, status = os.waitpid(pid, 0)
+    print("ended", pid, os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

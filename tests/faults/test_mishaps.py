@@ -1,0 +1,116 @@
+"""What goes wrong around a run: who is told what, and what is kept."""
+
+import json
+import signal
+import time
+
+import pytest
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_run_in_a_workdir(start, command, tmp_path):
+    """A second one is refused within 5 s, a dead one's lock is taken over, and a folder
+    that vanishes ends its run."""
+    workdir = tmp_path / "run"
+    run = [*command, f"--workdir={workdir}"]
+    first = start(*run, no_data=2).until("no data")
+    began = time.monotonic()
+    second = start(*run)
+    assert second.status(5) == 2
+    assert time.monotonic() - began < 5
+    held = json.loads((workdir / "lock.json").read_text())
+    assert held["pid"] == first.pid
+    assert f"is in use by process {first.pid} on {held['host']}, started 20" in (
+        second.text
+    )
+    first.kill(signal.SIGKILL).status()
+    third = start(*run, no_data=2, fast_beat=0.2).until("no data")
+    assert json.loads((workdir / "lock.json").read_text())["pid"] == third.pid
+    workdir.rename(tmp_path / "moved")
+    assert third.status(30) == 2
+    assert f"error: {workdir} is lost" in third.text
+
+
+def test_infinite_latents(start, command, tmp_path):
+    """One batch: its update is skipped, its records are named, training goes on. More
+    than are borne: the run ends and says why; what it saved is whole."""
+    workdir = tmp_path / "one"
+    run = start(*command, f"--workdir={workdir}", infinite=[4], no_tensorboard=1)
+    assert run.status() == 0
+    rows = lines(workdir / "metrics.jsonl")
+    assert [r.get("skipped", 0) for r in rows] == [0, 0, 1, 0, 0, 0]
+    assert all("loss" in r for r in rows)
+    (event,) = lines(workdir / "events.jsonl")
+    assert (event["step"], event["event"]) == (5, "skipped")
+    assert "loss_denoise" in event["not_finite"]
+    assert len(set(event["records"])) == 16
+    assert "step 5: grad_norm, loss, loss_align_vae, loss_denoise" in run.text
+    assert run.text.count("TensorBoard cannot be written (OSError: [Errno 28]") == 1
+
+    many = ["--config.run.most_skipped=3", f"--workdir={tmp_path / 'many'}"]
+    run = start(*command, *many, infinite=[5, 6, 7, 8, 9])
+    assert run.status() == 2
+    assert "error: the updates of steps 6 to 9 were all skipped, more than " in run.text
+    names = {p.name for p in (tmp_path / "many" / "checkpoints").iterdir()}
+    assert "8" in names  # the state is that of step 5
+
+
+def test_a_stall_ends_the_run(start, command, tmp_path):
+    """With the stacks of all threads, and the status that says: again."""
+    run = start(
+        *command,
+        f"--workdir={tmp_path / 'run'}",
+        "--config.run.stall_seconds=20",
+        no_data=1,
+    )
+    assert run.status(60) == 42
+    assert "stopped: no progress for 20 s (data), see the stacks" in run.text
+    assert "in no_data" in run.text or 'driver.py", line' in run.text
+
+
+@pytest.fixture
+def pair(start, command, tmp_path, free_port):
+    """Starts two processes of one job; arguments of both, of the second."""
+
+    def both(*arguments, second=(), seconds=6, **faults):
+        joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+        joined += [f"--heartbeat_seconds={seconds}", f"--workdir={tmp_path / 'pair'}"]
+        everything = [*command, *joined, *arguments]
+        return (
+            start(*everything, "--process_id=0", **faults),
+            start(*everything, *second, "--process_id=1", **faults),
+        )
+
+    return both
+
+
+def test_a_lost_process_ends_the_others(pair):
+    """Killed: the other names it within the heartbeat and 10 s. Ended by a mistake: the
+    other says which, at once."""
+    first, second = pair(no_data=3)
+    second.until("no data").kill(signal.SIGKILL)
+    began = time.monotonic()
+    assert first.status(16) == 42
+    assert time.monotonic() - began < 16
+    assert f"pid {second.pid}) has given no sign of life for " in first.text
+
+    first, second = pair(second=["--config.latents.scaling_factor=2.0"], seconds=60)
+    assert second.status() == 2
+    assert first.status(30) == 42
+    assert f"pid {second.pid}) has ended: " in first.text
+    assert "config says latents.scaling_factor=2.0" in first.text
+
+
+def test_processes_that_do_not_come(start, command, free_port):
+    alone = start(
+        *command,
+        f"--coordinator=127.0.0.1:{free_port()}",
+        "--num_processes=2",
+        "--process_id=1",
+        "--join_seconds=2",
+    )
+    assert alone.status(20) == 42
+    assert "process 1 of 2 waited 2 s for the others at 127.0.0.1:" in alone.text

@@ -1,0 +1,77 @@
+"""Runs that are stopped, anywhere and anyhow, and go on as if nothing had been."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+
+from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.training.optim import make_optimizer
+from sra2_jax.training.sharding import make_mesh
+from sra2_jax.training.state import create_sharded
+
+
+def rows(workdir):
+    """The rows of metrics.jsonl, without the speed."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in found]
+
+
+def final_state(config, workdir):
+    transform, _ = make_optimizer(**config.optim)
+    mesh = make_mesh(-1, 1, config.batch_size)
+    abstract, _ = create_sharded(config, transform, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", 3)
+    state = jax.device_get(checkpoints.restore(abstract))
+    checkpoints.close()
+    return state
+
+
+def saved(workdir):
+    """Steps with a whole checkpoint."""
+    names = [p.name for p in (workdir / "checkpoints").iterdir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def test_a_run_stopped_everywhere_is_the_run_never_stopped(
+    start, command, tiny, tmp_path
+):
+    """SIGTERM at the start, while a checkpoint is written, while data is waited for and
+    while sampling: status 42 and the last finished step is saved. SIGKILL while a
+    checkpoint is written: the one before counts. In the end all rows, the picture and
+    the state are those of a run that nothing stopped, bit for bit."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    whole = start(*command, f"--workdir={one}")
+
+    run = [*command, f"--workdir={other}"]
+    early = start(*run).until(lambda: (other / "lock.json").exists())
+    assert early.kill().status(10) == 42
+
+    saving = start(*run, slow_commit=1.5).until("saving")
+    assert saving.kill().status(30) == 42
+    assert (step := saved(other)[-1]) in (4, 5, 6, 7, 8)
+
+    waiting = start(*run, no_data=1).until("no data")
+    assert waiting.kill().status(30) == 42
+    assert f"step {step + 1} is saved" in waiting.text
+    assert saved(other)[-1] == step + 1
+
+    sampling = start(*run, slow_samples=1).until("sampling")
+    assert sampling.kill().status(30) == 42
+    assert (step := saved(other)[-1]) in (6, 12)
+
+    killed = start(*run, "--config.steps=13", slow_commit=2).until("saving")
+    assert killed.kill(signal.SIGKILL).status() == -9
+    assert saved(other)[-1] == step
+
+    assert start(*run).status() == 0
+    assert whole.status() == 0
+    assert rows(other) == rows(one)
+    assert [r["step"] for r in rows(one)] == [2, 4, 6, 8, 10, 12]
+    for name in ("samples/step_00000006.png", "samples/step_00000012.png"):
+        assert (other / name).read_bytes() == (one / name).read_bytes()
+    jax.tree.map(
+        np.testing.assert_array_equal, final_state(tiny, one), final_state(tiny, other)
+    )
