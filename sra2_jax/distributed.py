@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -81,12 +82,15 @@ def initialize(arguments: argparse.Namespace) -> None:
     )
     late.daemon = True
     late.start()
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         jax.distributed.initialize(
             *by_hand,
             initialization_timeout=seconds + MARGIN_SECONDS,
             heartbeat_timeout_seconds=arguments.heartbeat_seconds + MARGIN_SECONDS,
         )
+        # JAX's own handler, for its preemption service, would swallow the signal.
+        signal.signal(signal.SIGTERM, terminated)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -134,21 +138,25 @@ class Signs:
         self._count = 0
         self._seen: dict[str, tuple[str, float]] = {}  # text, when it changed
 
-    def give(self, doing: str, ended: str = "") -> None:
-        """Say what this process is doing, or with what it ends."""
+    def give(self, doing: str, mistake: bool = False, ended: str = "") -> None:
+        """Say what this process is doing, or with what it ends, by a user's mistake or
+        for another reason."""
         self._count += 1
-        sign = {"who": self._who, "n": self._count, "doing": doing, "ended": ended}
+        sign = {"who": self._who, "n": self._count, "doing": doing}
+        sign |= {"mistake": mistake, "ended": ended}
         name, text = f"{SIGNS}/{self._index}/sign", json.dumps(sign)
         self._client.key_value_set(name, text, allow_overwrite=True)
 
-    def lost(self) -> str:
-        """Who has ended, or has given no sign in time; "" if all are well."""
+    def lost(self) -> tuple[str, bool]:
+        """Who has ended, or has given no sign in time, "" if all are well; and whether
+        that was a user's mistake."""
         if self._index:
             said = self._client.key_value_dir_get(LOST)
-            return said[0][1] if said else self._silent(self._signs(0))
-        found = self._silent(self._signs())
-        if found:
-            self._client.key_value_set(f"{LOST}/0", found, allow_overwrite=True)
+            return tuple(json.loads(said[0][1])) if said else self._gone(self._signs(0))
+        found = self._gone(self._signs())
+        if found[0]:
+            text = json.dumps(found)
+            self._client.key_value_set(f"{LOST}/0", text, allow_overwrite=True)
         return found
 
     def all(self) -> list[str]:
@@ -160,17 +168,18 @@ class Signs:
         """(key, text) of a process, or of all."""
         return sorted(self._client.key_value_dir_get(f"{SIGNS}/{index}".rstrip("/")))
 
-    def _silent(self, signs: Sequence[tuple[str, str]]) -> str:
+    def _gone(self, signs: Sequence[tuple[str, str]]) -> tuple[str, bool]:
         now = time.monotonic()
         for name, text in signs:
             if self._seen.get(name, ("", 0.0))[0] != text:
                 self._seen[name] = text, now
             sign, quiet = json.loads(text), now - self._seen[name][1]
             if sign["ended"]:
-                return f"{sign['who']} has ended: {sign['ended']}"
+                return f"{sign['who']} has ended: {sign['ended']}", sign["mistake"]
             if quiet > self._seconds:
-                return f"{sign['who']} has given no sign of life for {quiet:.0f} s"
-        return ""
+                silence = f"has given no sign of life for {quiet:.0f} s"
+                return f"{sign['who']} {silence}", False
+        return "", False
 
 
 def finish() -> None:

@@ -17,8 +17,8 @@ from sra2_jax.training.state import build_networks, create_sharded
 from sra2_jax.training.step import make_draw, make_loss, make_step
 
 
-def run(config, batch, steps=2, devices=1):
-    """Final state and the metrics of each step."""
+def run(config, batch, steps=2, devices=1, batches=None):
+    """Final state and the metrics of each step, all on one batch or each on its own."""
     configuration.check(config)
     mesh = make_mesh(
         **config.mesh,
@@ -31,12 +31,12 @@ def run(config, batch, steps=2, devices=1):
     encoder = load_dinov2("digits") if config.align.encoder.enabled else (None, None)
     step = make_step(config, transform, schedule, mesh, abstract, encoder[0])
     state, rows = init(), []
-    placed = jax.device_put(batch, batch_sharding(mesh))
     params = jax.device_put(encoder[1], replicated(mesh))
-    for _ in range(steps):
+    for one in batches or [batch] * steps:
+        placed = jax.device_put(one, batch_sharding(mesh))
         state, metrics = step(state, placed, params)
         rows.append({k: float(v) for k, v in metrics.items()})
-    assert step._cache_size() == (steps > 0)  # compiled once
+    assert step._cache_size() == bool(rows)  # compiled once
     return state, rows
 
 
@@ -135,6 +135,26 @@ def test_first_update_ema_and_warm_up(tiny, batch):
         row["loss_align_vae"] / row["loss_denoise"]
     )
     assert int(state.step) == 1
+
+
+def test_what_is_not_finite_is_skipped(tiny, batch):
+    """Infinite latents, at steps 2 and 3: parameters, EMA and optimizer stay, and the
+    run goes on from them."""
+    tiny.align.vae.enabled, tiny.optim.warmup_steps = False, 0
+    bad = batch | {"mean": batch["mean"].copy()}
+    bad["mean"][3, 1, 1, 1] = np.inf
+    before, _ = run(tiny, None, batches=[batch])
+    skipped, rows = run(tiny, None, batches=[batch, bad, bad])
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert not np.isfinite(rows[1]["loss_denoise"])
+    assert int(skipped.step) == 3
+    jax.tree.map(
+        np.testing.assert_array_equal, before, skipped.replace(step=before.step)
+    )
+    after, rows = run(tiny, None, batches=[batch, bad, bad, batch])
+    assert rows[3]["skipped"] == 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.params, skipped.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
 
 
 def test_clip_and_weight_decay(tiny, batch):

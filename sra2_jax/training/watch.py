@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 
 from sra2_jax.distributed import Signs
-from sra2_jax.errors import RESTART, leave
+from sra2_jax.errors import MISTAKE, RESTART, UserError, leave
 
 # Phases in which a run has nothing that its last checkpoint has not.
 NOTHING_TO_SAVE = ("start", "compile")
@@ -70,8 +70,8 @@ class Watch:
     def __enter__(self) -> Self:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # In place of JAX's own, which several processes have installed by now. Python
-        # runs a handler when the main thread is free; the pipe is written at once.
+        # Python runs a handler when the main thread is free; the pipe is written at
+        # once.
         self._before = {
             number: signal.signal(number, self._signalled)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -101,7 +101,7 @@ class Watch:
             for _ in range(int(self._heartbeat / ROUND_SECONDS) + 2):
                 self._exchange(signs)
                 time.sleep(ROUND_SECONDS)
-        signs.give("end", ended=told[:500])
+        signs.give("end", isinstance(error, UserError), told[:500])
         time.sleep(2 * ROUND_SECONDS)  # process 0 takes the table with it
 
     def _signalled(self, number: int, _: object) -> None:
@@ -161,12 +161,15 @@ class Watch:
         quiet = time.monotonic() - self._since
         try:
             signs.give(f"{self._phase} for {quiet:.0f} s")
-            lost = signs.lost()
+            lost, mistake = signs.lost()
         except jax.errors.JaxRuntimeError as error:
             # Process 0 keeps the table.
-            lost = f"process 0 cannot be reached ({' '.join(str(error).split())[:100]})"
+            said = " ".join(str(error).split())[:100]
+            lost, mistake = f"process 0 cannot be reached ({said})", False
         if lost:
             time.sleep(2 * ROUND_SECONDS)  # so that the others learn it as well
+            if mistake:
+                leave(f"error: {lost}", MISTAKE)
             leave(
                 f"stopped: {lost}: run the same command again on all processes to go "
                 "on from the last checkpoint",

@@ -66,7 +66,10 @@ def slow_commit(seconds):
     """A checkpoint's last step, when all its files are written."""
     from orbax.checkpoint._src.path import atomicity
 
-    for kind in (atomicity.AtomicRenameTemporaryPath, atomicity.CommitFileTemporaryPath):
+    for kind in (
+        atomicity.AtomicRenameTemporaryPath,
+        atomicity.CommitFileTemporaryPath,
+    ):
         kind.finalize = _slowly(kind.finalize, seconds)
 
 
