@@ -6,6 +6,7 @@ Ctrl-C. 134 is JAX's own: a process that lost the one that coordinates all.
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,16 @@ from typing import NoReturn
 from sra2_jax.xla_flags import set_flags
 
 MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
+# A disk that is full, read-only or broken, a folder that is not ours.
+STORAGE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+)
 
 
 class UserError(ValueError):
@@ -44,8 +55,9 @@ def writable(text: str) -> Path:
 def run_program(main: Callable[[], int | None]) -> None:
     """Run a program's main, with XLA's flags set, and exit with its status.
 
-    A `UserError`, a `Restart`, SIGTERM and Ctrl-C become one line and the status above,
-    without a traceback. (Training takes over SIGTERM, see training.watch.)
+    A `UserError`, a `Restart`, a disk that fails, SIGTERM and Ctrl-C become one line
+    and the status above, without a traceback. (Training takes over the signals, see
+    training.watch.)
     """
     set_flags()
     signal.signal(signal.SIGTERM, _terminated)
@@ -55,6 +67,11 @@ def run_program(main: Callable[[], int | None]) -> None:
         leave(f"error: {error}", MISTAKE)
     except Restart as error:
         leave(f"stopped: {error}", RESTART)
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        leave(f"error: {where}{error.strerror}: mend it and run again", MISTAKE)
     except KeyboardInterrupt:
         leave("interrupted", INTERRUPTED)
     sys.exit(status)

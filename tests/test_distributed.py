@@ -22,7 +22,7 @@ def together(*command, **variables):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
     both = [
         subprocess.Popen(
             [
@@ -30,7 +30,7 @@ def together(*command, **variables):
                 "--num_processes=2", f"--process_id={i}",
             ],
             cwd=ROOT,
-            env=os.environ | flags,
+            env=os.environ | {"XLA_FLAGS": flags},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,7 +82,8 @@ def test_two_processes_train_checkpoint_and_sample_as_one(finished, tmp_path):
 def test_flags():
     def initialize(**flags):
         keys = ("coordinator", "num_processes", "process_id")
-        arguments = dict.fromkeys(keys) | {"distributed": False} | flags
+        arguments = dict.fromkeys(keys) | {"distributed": False, "join_seconds": 9}
+        arguments |= {"heartbeat_seconds": 9} | flags
         distributed.initialize(SimpleNamespace(**arguments))
 
     initialize()  # one process: nothing to do

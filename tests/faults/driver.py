@@ -47,6 +47,20 @@ def infinite(batches_of_infinity):
     train.batches = batches
 
 
+def slow_steps(seconds):
+    """For every batch."""
+    from sra2_jax.training import train
+
+    whole = train.batches
+
+    def batches(*arguments, **named):
+        for batch in whole(*arguments, **named):
+            time.sleep(seconds)
+            yield batch
+
+    train.batches = batches
+
+
 def slow_samples(seconds):
     """Between batches of samples."""
     from sra2_jax.evaluation import observe
@@ -104,6 +118,7 @@ FAULTS = {
     for f in (
         no_data,
         infinite,
+        slow_steps,
         slow_samples,
         slow_commit,
         fast_beat,
