@@ -143,7 +143,9 @@ def get_config() -> ConfigDict:
     c.run = ConfigDict()
     c.run.log_every = 100  # steps
     c.run.checkpoint_every = 10_000
-    c.run.keep_checkpoints = 3
+    c.run.keep_checkpoints = 3  # the newest
+    c.run.keep_every = 0  # and those of every so many steps; 0 = none
+    c.run.keep_best = 1  # and those with the best Fréchet distance (config.eval)
     c.run.sample_every = 50_000
     c.run.most_skipped = 10  # updates in a row, of losses or gradients not finite
     c.run.stall_seconds = 1800  # without progress until the run ends itself

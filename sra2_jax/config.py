@@ -74,6 +74,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "run.log_every": (1, INF),
     "run.checkpoint_every": (1, INF),
     "run.keep_checkpoints": (1, INF),
+    "run.keep_every": (0, INF),
+    "run.keep_best": (0, INF),
     "run.sample_every": (1, INF),
     "run.most_skipped": (0, INF),
     "run.stall_seconds": (1, INF),

@@ -9,9 +9,10 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import gc
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,13 @@ def as_file(tmp_path: Path) -> Callable[[ConfigDict], Path]:
         return file
 
     return write
+
+
+@pytest.fixture
+def litter() -> Iterator[None]:
+    """Orbax leaves coroutines and event loops behind when a restore fails."""
+    yield
+    gc.collect()  # here, where their warnings are expected
 
 
 @pytest.fixture

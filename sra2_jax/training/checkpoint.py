@@ -1,55 +1,216 @@
-"""Orbax checkpoints of the training state, behind the few calls the loop needs."""
+"""Orbax checkpoints of the training state, verified, behind the calls a run needs."""
 
-from pathlib import Path
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from sra2_jax.errors import UserError
+from sra2_jax.training.fingerprint import fingerprints, names
+
+FORMAT = 1
+ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
+TEMPORARY = "*.orbax-checkpoint-tmp*"
+Unlogged = Sequence[dict[str, float]]
 
 
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """ "a/b/c" -> (shape, dtype); the same names for a state and for its metadata."""
+class Damaged(Exception):
+    """A checkpoint that cannot be read as it was written."""
 
-    def name(key: Any) -> str:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                return str(getattr(key, attribute))
-        return str(key)
 
-    return {
-        "/".join(name(key) for key in path): (tuple(leaf.shape), str(leaf.dtype))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+def tell(line: str) -> None:
+    """A line for a person."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class Checkpoints:
     """The checkpoints/ folder of a run.
 
+    A checkpoint holds the state, a fingerprint of each of its arrays, and the metrics
+    of the steps that no row of the log has yet.
+
     Args:
       folder: absolute path; made when missing.
       keep: newest checkpoints kept.
+      keep_every: steps of which checkpoints are kept besides; 0: none.
+      keep_best: checkpoints with the lowest score kept besides.
+      score: of a step; infinity where it has none.
+      report: takes a line for a person.
+      read_only: nothing in the folder is made, removed or renamed.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        # The handler is named so that metadata can be read before anything is restored.
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=options,
-            item_handlers={"state": ocp.PyTreeCheckpointHandler()},
+    def __init__(
+        self,
+        folder: epath.Path,
+        keep: int = 1,
+        *,
+        keep_every: int = 0,
+        keep_best: int = 0,
+        score: Callable[[int], float] = lambda step: float("inf"),
+        report: Callable[[str], None] = tell,
+        read_only: bool = False,
+    ) -> None:
+        self.folder = epath.Path(folder)
+        self.report, self.score = report, score
+        best = Best(keep_best, lambda step: self.score(step))
+        kept: list[Any] = [policies.LatestN(keep), best]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        self._saving: int | None = None
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # Handlers are named so that metadata can be read before anything is restored.
+        return ocp.CheckpointManager(
+            self.folder,
+            options=self._options,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "fingerprint": ocp.JsonCheckpointHandler(),
+                "unlogged": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Save in the background; a step saved already is left alone."""
-        if step != self.latest():
-            item = ocp.args.PyTreeSave(state)
-            self._manager.save(step, args=ocp.args.Composite(state=item))
+    def save(self, step: int, state: Any, unlogged: Unlogged = ()) -> bool:
+        """Save in the background; a step saved already is left alone.
+
+        Returns whether the save has begun, and no earlier one has failed.
+
+        Raises:
+          UserError: a value that is not finite, or a folder that is lost.
+        """
+        if step == self.latest():
+            return True
+        if not self._writable():  # Orbax would make a new one
+            raise UserError(
+                f"{self.folder} is gone or cannot be written: step {step} is not saved"
+            )
+        values, bad = fingerprints(state)
+        if bad:
+            raise UserError(
+                f"step {step} is not saved: {bad[0]} is not finite; what was saved "
+                "before is whole"
+            )
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state),
+            fingerprint=ocp.args.JsonSave({"format": FORMAT, "leaves": values}),
+            unlogged=ocp.args.JsonSave({"steps": list(unlogged)}),
+        )
+        try:
+            self._finish()  # an earlier one
+            self._manager.save(step, args=args)
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            self._failed(step if self._saving is None else self._saving, error)
+            return False
+        self._saving = step
+        return True
+
+    def failed(self) -> bool:
+        """Whether a save in the background has ended, and failed: then it was reported
+        and removed, and another `save` may try again. Does not wait.
+
+        Raises:
+          UserError: the folder is lost.
+        """
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return False
+        return not self.wait()
+
+    def wait(self) -> bool:
+        """Wait for the save in the background; whether it went well."""
+        try:
+            self._finish()
+        except Exception as error:
+            self._failed(self._saving, error)
+            return False
+        return True
+
+    def _finish(self) -> None:
+        self._manager.wait_until_finished()
+        self._saving = None
+
+    def _failed(self, step: int | None, error: BaseException) -> None:
+        """Report, remove what was half written, and be ready again."""
+        self._saving = None
+        said = f"{self.folder}: step {step} could not be saved ({_reason(error)})"
+        if jax.process_count() > 1 or not self._writable():
+            raise UserError(
+                f"{said}: mend it and run the same command again to go on from the "
+                "last checkpoint"
+            ) from error
+        self.report(f"{said}: training goes on and tries again")
+        with contextlib.suppress(Exception):  # says the same again
+            self._manager.close()
+        for left in self.folder.glob(TEMPORARY):
+            left.rmtree(missing_ok=True)
+        self._manager = self._open()
+
+    def _writable(self) -> bool:
+        """Whether the folder is there and takes names, if perhaps no bytes."""
+        probe = self.folder / ".probe"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError:
+            return False
+        return True
+
+    def restore_newest(self, abstract: Any) -> tuple[int, Any, Unlogged] | None:
+        """The newest checkpoint that is whole, placed as `abstract` says: its step, the
+        state, and the metrics that were not logged yet. None: there is none.
+
+        Damaged ones, newer than that, are set aside, with a line to `report`.
+
+        Raises:
+          UserError: all are damaged, or the newest is of another model.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            reason, found = "", None
+            try:
+                found = self._read(step, abstract), self._json(step, "unlogged")
+            except Damaged as error:
+                reason = str(error)
+            reason = _agreed(reason)
+            if found and not reason:
+                return step, found[0], found[1]["steps"]
+            self._set_aside(step, reason)
+        if steps:
+            raise UserError(
+                f"{self.folder}: all checkpoints are damaged and set aside: copy a "
+                "whole one there, or use another --workdir to start afresh"
+            )
+        return None
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        source = self.folder / str(step)
+        target = self.folder / f"{ASIDE}{step}"
+        if jax.process_index() == 0:
+            number = 1
+            while target.exists():
+                number += 1
+                target = self.folder / f"{ASIDE}{step}-{number}"
+            source.rename(target)
+            if target.is_dir():
+                (target / "reason.txt").write_text(reason + "\n")
+        self.report(f"{source} is damaged ({reason}): set aside as {target.name}")
+        _agreed("")  # after the renaming
+        self._manager.reload()
 
     def restore(
         self, abstract: Any, step: int | None = None, partial: bool = False
@@ -61,28 +222,39 @@ class Checkpoints:
 
         Raises:
           UserError: no such step, the checkpoint is of another model (the first array
-            that differs is named), or it cannot be read.
+            that differs is named), or it is damaged.
         """
         steps = self._manager.all_steps()
         if step is None and steps:
             step = max(steps)
-        if step not in steps:
+        if step is None or step not in steps:
             found = f"it has {', '.join(map(str, steps))}" if steps else "it is empty"
             raise UserError(f"{self.folder}: no checkpoint of step {step}: {found}")
-        where = f"checkpoint {self.folder / str(step)}"
+        try:
+            return self._read(step, abstract, partial)
+        except Damaged as error:
+            others = [s for s in steps if s != step]
+            way_out = f"take step {max(others)}" if others else "it is the only one"
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} is damaged ({error}): {way_out}"
+            ) from error
+
+    def _read(self, step: int, abstract: Any, partial: bool = False) -> Any:
+        """Raises Damaged, and UserError if it is of another model."""
         try:
             stored = _leaves(self._manager.item_metadata(step).state.tree)
-        except Exception as error:
-            raise UserError(self._unreadable(where, step, error)) from error
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise Damaged(f"its metadata cannot be read: {_reason(error)}") from error
         wanted = _leaves(abstract)
         for name in sorted(wanted if partial else wanted.keys() | stored.keys()):
             if stored.get(name) != wanted.get(name):
                 raise UserError(
-                    f"{where} is of another model: {name} is "
-                    f"{stored.get(name, 'missing')} there, "
-                    f"{wanted.get(name, 'missing')} in this config: "
-                    "use its config or another --workdir"
+                    f"checkpoint {self.folder / str(step)} is of another model: {name} "
+                    f"is {stored.get(name, 'missing')} there, "
+                    f"{wanted.get(name, 'missing')} in this config: use its config or "
+                    "another --workdir"
                 )
+        expected = self._json(step, "fingerprint")
         try:
             item = ocp.args.PyTreeRestore(
                 abstract,
@@ -90,23 +262,78 @@ class Checkpoints:
                 partial_restore=partial,
             )
             args = ocp.args.Composite(state=item)
-            return self._manager.restore(step, args=args).state
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise UserError(self._unreadable(where, step, error)) from error
+            state = self._manager.restore(step, args=args).state
+        except Exception as error:
+            raise Damaged(f"it cannot be read: {_reason(error)}") from error
+        found, _ = fingerprints(state)
+        for name, value in found.items():
+            if expected.get("leaves", {}).get(name) != value:
+                raise Damaged(f"{name} is not what was saved")
+        return state
 
-    def _unreadable(self, where: str, step: int | None, error: BaseException) -> str:
-        while error.__cause__:
-            error = error.__cause__  # what TensorStore said
-        reason = (str(error).splitlines() or [""])[0][:200]
-        others = [s for s in self._manager.all_steps() if s != step]
-        way_out = (
-            f"move it away to go on from step {max(others)}"
-            if others
-            else "it is the only one: use another --workdir to start afresh"
-        )
-        return f"{where} cannot be read ({type(error).__name__}: {reason}): {way_out}"
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+            return dict(self._manager.restore(step, args=args)[item])
+        except Exception as error:
+            raise Damaged(f"its {item} cannot be read: {_reason(error)}") from error
 
     def close(self) -> None:
-        """Wait for saves in the background; raises what they raised."""
-        self._manager.wait_until_finished()
+        """Wait for the save in the background.
+
+        Raises:
+          UserError: it has failed.
+        """
+        step = self._saving
+        try:
+            self._finish()
+        except Exception as error:
+            raise UserError(
+                f"{self.folder}: step {step} could not be saved ({_reason(error)}): "
+                "mend it and run the same command again to go on from the last "
+                "checkpoint"
+            ) from error
         self._manager.close()
+
+
+class Best:
+    """Orbax's policy that keeps the `count` checkpoints of the lowest finite scores."""
+
+    def __init__(self, count: int, score: Callable[[int], float]) -> None:
+        self._count, self._score = count, score
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        scored = sorted((self._score(c.step), c.step) for c in checkpoints)
+        kept = [step for score, step in scored if np.isfinite(score)][: self._count]
+        return [c.step in kept for c in checkpoints]
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype)."""
+    found = jax.tree.leaves(tree)
+    return {
+        name: (tuple(leaf.shape), str(leaf.dtype))
+        for name, leaf in zip(names(tree), found, strict=True)
+    }
+
+
+def _agreed(reason: str) -> str:
+    """What is wrong on any process, the first one's words; "" on all: nothing."""
+    if jax.process_count() == 1:
+        return reason
+    text = np.zeros(256, np.uint8)
+    encoded = reason.encode()[:256]
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    for row in multihost_utils.process_allgather(text):
+        if row.any():
+            return bytes(row).rstrip(b"\0").decode(errors="replace")
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """What was said at the root of an error, in one line."""
+    while error.__cause__:
+        error = error.__cause__  # what TensorStore said
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -18,6 +18,7 @@ from sra2_jax.data import records
 from sra2_jax.errors import UserError
 
 FIRST = ("loss", "loss_denoise")
+DISTANCES = ("eval/fid", "eval/frechet")
 
 
 class Log:
@@ -105,6 +106,8 @@ class Log:
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write a row that has its own time (evaluations)."""
+        if any(key.startswith("eval/") for key in row):
+            self.scores[step] = row
         if self._active:
             ordered = {k: row[k] for k in FIRST if k in row} | row
             with self.trying("metrics.jsonl"):
@@ -139,6 +142,12 @@ class Log:
                     f"{writer} cannot be written ({type(error).__name__}: {reason}): "
                     "training goes on; this is said once"
                 )
+
+    def score(self, step: int) -> float:
+        """The Fréchet distance of a step's samples; infinity where it has none."""
+        row = self.scores.get(step, {})
+        found = [row[key] for key in DISTANCES if key in row]
+        return float(found[0]) if found else float("inf")
 
     def message(self, text: str) -> None:
         """One line for a person."""

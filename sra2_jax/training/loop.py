@@ -45,6 +45,7 @@ class Loop:
         self._guard = Guard(config.run.most_skipped, log)
         self._anywhere = anywhere(mesh)
         self._pending: Any = None  # step, metrics and record ids not read yet
+        self._owed = False  # a save, for one that failed
         self._flag: Any = False  # a signal came somewhere, before the batch before
 
     def run(
@@ -78,8 +79,9 @@ class Loop:
         except Stop:
             self._read()
             self._save()
-            self._checkpoints.close()
             said = f"step {self._step} is saved: the same command goes on from there"
+            if not self._checkpoints.wait():
+                said = "the same command goes on from the last checkpoint"
             if self._watch.stopping == "Ctrl-C":
                 self._log.message(said)
                 raise KeyboardInterrupt from None
@@ -102,6 +104,9 @@ class Loop:
 
         last = self._step == config.steps
         saving = last or self._step % config.run.checkpoint_every == 0
+        if not self._step % config.run.log_every:
+            self._owed = self._checkpoints.failed() or self._owed
+            saving = saving or self._owed
         observing = not last and any(observer.due(self._step))
         if saving or observing:
             stop = self._read() or stop
@@ -132,7 +137,9 @@ class Loop:
 
     def _save(self) -> None:
         self._watch.progress("save")
-        self._checkpoints.save(self._step, self._state)
+        self._owed = not self._checkpoints.save(
+            self._step, self._state, self._log.unlogged
+        )
 
     def _observe(self, resumed: bool = False) -> None:
         self._observer.observe(self._step, self._ema, self._alive, resumed=resumed)

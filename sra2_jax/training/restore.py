@@ -74,7 +74,7 @@ def _open(workdir: str, config: ConfigDict) -> Iterator[tuple[Checkpoints, Train
     mesh = make_mesh(-1, 1, batch_size=jax.device_count())
     transform, _ = make_optimizer(**config.optim)
     abstract, _ = create_sharded(config, transform, mesh)
-    checkpoints = Checkpoints(folder, config.run.keep_checkpoints)
+    checkpoints = Checkpoints(folder, read_only=True)
     try:
         yield checkpoints, abstract
     finally:

@@ -217,26 +217,37 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
     transform, schedule = make_optimizer(**config.optim)
     abstract, init = create_sharded(config, transform, mesh)
     with ExitStack() as stack:
-        checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            config.run.keep_checkpoints,
+            keep_every=config.run.keep_every,
+            keep_best=config.run.keep_best,
+        )
         stack.callback(checkpoints.close)
-        start = checkpoints.latest() or 0
-        if start > config.steps:
+        latest = checkpoints.latest() or 0
+        if latest > config.steps:
             raise UserError(
-                f"{checkpoints.folder} is at step {start}, beyond config.steps="
+                f"{checkpoints.folder} is at step {latest}, beyond config.steps="
                 f"{config.steps}: raise it or use another --workdir"
             )
-        if start == config.steps and finished(folder, start):
-            print(f"{folder}: finished at step {start} already: nothing to do")
+        if latest == config.steps and finished(folder, latest):
+            print(f"{folder}: finished at step {latest} already: nothing to do")
             return
-        state = checkpoints.restore(abstract) if start else init()
+        newest = checkpoints.restore_newest(abstract)
+        start, state, unlogged = newest or (0, init(), ())
         log = Log(
             folder,
             start=start,
             steps=config.steps,
             batch_size=config.batch_size,
             log_every=config.run.log_every,
+            unlogged=unlogged,
         )
         stack.callback(log.close)
+        if start != latest:
+            log.event(start, "restored", instead_of=latest)
+        checkpoints.score = log.score
+        checkpoints.report = lambda line: log.event(start, "checkpoint", said=line)
         watch.progress("compile")
         with log.paused():
             observer = Observer(config, folder, mesh, log)

@@ -23,7 +23,7 @@ def final_state(config, workdir):
     transform, _ = make_optimizer(**config.optim)
     mesh = make_mesh(-1, 1, config.batch_size)
     abstract, _ = create_sharded(config, transform, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", 3)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     state = jax.device_get(checkpoints.restore(abstract))
     checkpoints.close()
     return state

@@ -1,0 +1,266 @@
+"""Checkpoints: what is kept, what is refused, what is noticed."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sra2_jax.errors import UserError
+from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.training.fingerprint import fingerprints
+
+ROOT = Path(__file__).parents[1]
+
+
+def some_state(seed=0):
+    """Arrays of every type that a state may hold."""
+    draw = np.random.default_rng(seed)
+    return {
+        "step": jnp.asarray(7, jnp.int32),
+        "params": {
+            "kernel": jnp.asarray(draw.normal(size=(16, 24)), jnp.float32),
+            "half": jnp.asarray(draw.normal(size=40), jnp.bfloat16),
+            "small": jnp.asarray(draw.integers(0, 255, 9), jnp.uint8),
+            "flags": jnp.asarray([True, False]),
+        },
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def test_fingerprints_do_not_depend_on_the_sharding():
+    x = jnp.arange(64 * 8, dtype=jnp.float32).reshape(64, 8)
+    found = set()
+    for count in (1, 4, 8):
+        mesh = Mesh(np.array(jax.devices()[:count]), "d")
+        for spec in (PartitionSpec(), PartitionSpec("d"), PartitionSpec(None, "d")):
+            placed = jax.device_put(x, NamedSharding(mesh, spec))
+            found.add(fingerprints({"x": placed})[0]["x"])
+    assert len(found) == 1
+    # the sum itself, from its definition
+    place = np.arange(512, dtype=np.uint64)
+    mask = np.uint64(0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        place = (place ^ (place >> np.uint64(shift))) * np.uint64(factor) & mask
+    odd = (place ^ (place >> np.uint64(16))) | np.uint64(1)
+    bits = np.asarray(x).ravel().view(np.uint32).astype(np.uint64)
+    assert found == {int((bits * odd & mask).sum() & mask)}
+
+
+def test_every_change_changes_a_fingerprint():
+    """Every bit of some elements of every type; two elements or two leaves swapped."""
+    state = some_state()
+    whole, bad = fingerprints(state)
+    assert bad == []
+    assert set(whole) == {
+        "step", "params/kernel", "params/half", "params/small", "params/flags"
+    }  # fmt: skip
+    kernel = np.array(state["params"]["kernel"])
+    for bit in range(32):
+        changed = kernel.copy()
+        changed.view(np.uint32)[5, 7] ^= np.uint32(1 << bit)
+        found, _ = fingerprints({"params": {"kernel": jnp.asarray(changed)}})
+        assert found["params/kernel"] != whole["params/kernel"]
+    swapped = kernel.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    found, _ = fingerprints({"params": {"kernel": jnp.asarray(swapped)}})
+    assert found["params/kernel"] != whole["params/kernel"]
+    flipped = state["params"]["flags"][::-1]
+    assert fingerprints([flipped])[0]["0"] != whole["params/flags"]
+
+
+def test_what_is_kept(tmp_path):
+    """The newest two, every tenth step, and the two best of those with a score, which
+    comes after the save."""
+    scores, known = {}, {4: 3.0, 7: 1.0, 13: 2.0, 16: 5.0}
+    checkpoints = Checkpoints(
+        tmp_path / "c",
+        2,
+        keep_every=10,
+        keep_best=2,
+        score=lambda step: scores.get(step, float("inf")),
+    )
+    for step in range(4, 26, 3):
+        assert checkpoints.save(step, some_state(), [{"loss": 0.1}])
+        checkpoints.wait()
+        scores |= {step: known[step]} if step in known else {}
+    assert checkpoints.save(30, some_state())
+    checkpoints.close()
+    kept = {int(p.name) for p in (tmp_path / "c").iterdir()}
+    assert kept == {7, 10, 13, 25, 30}
+
+
+def changed_targets(state):
+    kernel = state["params"]["kernel"]
+    more = {"params": state["params"] | {"extra": kernel}}
+    fewer = {k: v for k, v in state["params"].items() if k != "kernel"}
+    return {
+        "shape": ({"params": state["params"] | {"kernel": kernel[1:]}}, "kernel"),
+        "dtype": (
+            {"params": state["params"] | {"kernel": kernel.astype(jnp.int32)}},
+            "kernel",
+        ),
+        "extra": (more, "params/extra is missing there"),
+        "missing": ({"params": fewer}, "kernel"),
+        "renamed": ({"params": fewer | {"kernal": kernel}}, "params/kernal"),
+        "another optimizer": ({"opt_state": [kernel]}, "opt_state/0"),
+        "no step": ({"step": state["step"][None]}, "step"),
+    }
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 1 and 2, to copy."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder, 3)
+    for step in (1, 2):
+        checkpoints.save(step, some_state(step), [{"loss": 0.1 * step}])
+    checkpoints.close()
+    return folder
+
+
+@pytest.mark.parametrize("kind", changed_targets(some_state()))
+def test_another_model_is_refused_and_nothing_is_renamed(saved, kind):
+    wanted, name = changed_targets(some_state())[kind]
+    checkpoints = Checkpoints(saved, 3)
+    with pytest.raises(UserError, match=f"is of another model: .*{name}"):
+        checkpoints.restore_newest(abstract(some_state() | wanted))
+    checkpoints.close()
+    assert {p.name for p in saved.iterdir()} == {"1", "2"}
+
+
+def content(folder):
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+def flip(path):
+    """A bit in the middle of a file of some size, where the numbers are."""
+    bits = bytearray(path.read_bytes())
+    if len(bits) > 400:
+        bits[len(bits) // 2] ^= 4
+        path.write_bytes(bits)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.usefixtures("litter")
+@pytest.mark.parametrize(
+    "damage", ["flip", "empty", "no fingerprint", "no state", "a pickle", "only it"]
+)
+def test_damage_is_set_aside(saved, tmp_path, damage):
+    """A run goes on from the checkpoint before; a reader only refuses."""
+    folder = shutil.copytree(saved, tmp_path / "c")
+    newest, heard = folder / "2", []
+    files = [p for p in newest.glob("state/**/*") if p.is_file()]
+    if damage == "flip":
+        for path in files:
+            flip(path)
+    elif damage == "no fingerprint":
+        shutil.rmtree(newest / "fingerprint")
+    elif damage == "no state":
+        shutil.rmtree(newest / "state")
+    elif damage == "a pickle":
+        shutil.rmtree(newest / "state")
+        (newest / "state").write_bytes(b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.")
+    else:
+        max(files, key=lambda p: p.stat().st_size).write_bytes(b"")
+    if damage == "only it":
+        shutil.rmtree(folder / "1")
+
+    reader = Checkpoints(folder, read_only=True)
+    before = content(folder)
+    with pytest.raises(UserError, match=r"checkpoint .*2 is damaged"):
+        reader.restore(abstract(some_state()))
+    reader.close()
+    assert content(folder) == before
+
+    checkpoints = Checkpoints(folder, 3, report=heard.append)
+    if damage == "only it":
+        with pytest.raises(UserError, match="all checkpoints are damaged"):
+            checkpoints.restore_newest(abstract(some_state()))
+        assert (folder / "damaged-2").exists()
+        return checkpoints.close()
+    step, state, unlogged = checkpoints.restore_newest(abstract(some_state()))
+    assert (step, unlogged) == (1, [{"loss": 0.1}])
+    jax.tree.map(np.testing.assert_array_equal, state, some_state(1))
+    assert "2 is damaged (" in heard[0]
+    assert checkpoints.save(2, some_state(9))  # the same step again
+    checkpoints.close()
+    assert {p.name for p in folder.iterdir()} == {"1", "2", "damaged-2"}
+    reader = Checkpoints(folder, read_only=True)
+    part = {"params": {"kernel": abstract(some_state())["params"]["kernel"]}}
+    found = reader.restore(part, partial=True)["params"]["kernel"]
+    np.testing.assert_array_equal(found, some_state(9)["params"]["kernel"])
+    reader.close()
+
+
+def test_what_is_not_finite_is_not_saved(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "c")
+    state = some_state()
+    state["params"]["half"] = state["params"]["half"].at[3].set(jnp.nan)
+    checkpoints = Checkpoints(folder, 3)
+    with pytest.raises(UserError, match="step 3 is not saved: params/half is not fin"):
+        checkpoints.save(3, state)
+    checkpoints.close()
+    assert {p.name for p in folder.iterdir()} == {"1", "2"}
+
+
+def test_foreign_folders(tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "notes").mkdir()
+    (folder / "5").write_bytes(b"\x80\x04.")  # a file
+    checkpoints = Checkpoints(folder, read_only=True)
+    with pytest.raises(UserError, match=r"no checkpoint of step|is damaged"):
+        checkpoints.restore(abstract(some_state()))
+    checkpoints.close()
+    assert {p.name for p in folder.iterdir()} == {"notes", "5"}
+
+
+def full_disk(folder, limit):
+    """Saves, from a process that may write `limit` bytes a file, then any."""
+    heard = []
+    checkpoints = Checkpoints(Path(folder), 3, report=heard.append)
+    state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}
+    assert checkpoints.save(1, state)
+    assert checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    checkpoints.save(2, state)
+    assert not checkpoints.wait()
+    assert "step 2 could not be saved" in heard[0], heard
+    assert {p.name for p in Path(folder).iterdir()} == {"1"}
+    assert not checkpoints.failed()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert checkpoints.save(3, state)
+    assert checkpoints.wait()
+    step, restored, _ = checkpoints.restore_newest(abstract(state))
+    assert step == 3
+    np.testing.assert_array_equal(restored["x"], state["x"])
+    shutil.move(folder, f"{folder}.moved")
+    with pytest.raises(UserError, match="is gone or cannot be written: step 4"):
+        checkpoints.save(4, state)
+    print("fine")
+
+
+def test_a_full_disk_and_a_lost_folder(tmp_path):
+    """Writes fail half-way: reported, removed, tried again; a folder that is gone ends
+    the run. (A process of its own: the limit is the process's.)"""
+    program = (
+        "import sys, os; sys.path.insert(0, 'tests'); import test_checkpoint as t; "
+        f"t.full_disk({str(tmp_path / 'c')!r}, 20_000); sys.stdout.flush(); os._exit(0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.stdout.endswith("fine\n"), done.stderr[-3000:]
