@@ -1,6 +1,8 @@
 """Orbax checkpoints of the training state, verified, behind the calls a run needs."""
 
 import contextlib
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,7 +81,6 @@ class Checkpoints:
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
                 "fingerprint": ocp.JsonCheckpointHandler(),
-                "unlogged": ocp.JsonCheckpointHandler(),
             },
         )
 
@@ -106,10 +107,10 @@ class Checkpoints:
                 f"step {step} is not saved: {bad[0]} is not finite; what was saved "
                 "before is whole"
             )
+        facts = {"format": FORMAT, "leaves": values, "unlogged": list(unlogged)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            fingerprint=ocp.args.JsonSave({"format": FORMAT, "leaves": values}),
-            unlogged=ocp.args.JsonSave({"steps": list(unlogged)}),
+            fingerprint=ocp.args.JsonSave(facts | {"sha256": _sha256(facts)}),
         )
         try:
             self._finish()  # an earlier one
@@ -183,12 +184,12 @@ class Checkpoints:
         for step in steps:
             reason, found = "", None
             try:
-                found = self._read(step, abstract), self._json(step, "unlogged")
+                found = self._read(step, abstract)
             except Damaged as error:
                 reason = str(error)
             reason = _agreed(reason)
             if found and not reason:
-                return step, found[0], found[1]["steps"]
+                return step, *found
             self._set_aside(step, reason)
         if steps:
             raise UserError(
@@ -231,7 +232,7 @@ class Checkpoints:
             found = f"it has {', '.join(map(str, steps))}" if steps else "it is empty"
             raise UserError(f"{self.folder}: no checkpoint of step {step}: {found}")
         try:
-            return self._read(step, abstract, partial)
+            return self._read(step, abstract, partial)[0]
         except Damaged as error:
             others = [s for s in steps if s != step]
             way_out = f"take step {max(others)}" if others else "it is the only one"
@@ -239,8 +240,11 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} is damaged ({error}): {way_out}"
             ) from error
 
-    def _read(self, step: int, abstract: Any, partial: bool = False) -> Any:
-        """Raises Damaged, and UserError if it is of another model."""
+    def _read(
+        self, step: int, abstract: Any, partial: bool = False
+    ) -> tuple[Any, Unlogged]:
+        """The state and what was not logged yet. Raises Damaged, and UserError if it is
+        of another model."""
         try:
             stored = _leaves(self._manager.item_metadata(step).state.tree)
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -254,7 +258,7 @@ class Checkpoints:
                     f"{wanted.get(name, 'missing')} in this config: use its config or "
                     "another --workdir"
                 )
-        expected = self._json(step, "fingerprint")
+        facts = self._facts(step)
         try:
             item = ocp.args.PyTreeRestore(
                 abstract,
@@ -267,16 +271,28 @@ class Checkpoints:
             raise Damaged(f"it cannot be read: {_reason(error)}") from error
         found, _ = fingerprints(state)
         for name, value in found.items():
-            if expected.get("leaves", {}).get(name) != value:
+            if facts["leaves"].get(name) != value:
                 raise Damaged(f"{name} is not what was saved")
-        return state
+        return state, facts["unlogged"]
 
-    def _json(self, step: int, item: str) -> dict[str, Any]:
+    def _facts(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state. Raises Damaged."""
         try:
-            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-            return dict(self._manager.restore(step, args=args)[item])
+            args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
+            facts = dict(self._manager.restore(step, args=args).fingerprint)
+            whole = facts.pop("sha256") == _sha256(facts)
         except Exception as error:
-            raise Damaged(f"its {item} cannot be read: {_reason(error)}") from error
+            raise Damaged(
+                f"its fingerprint cannot be read: {_reason(error)}"
+            ) from error
+        if not whole:
+            raise Damaged("its fingerprint is not what was saved")
+        if facts["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} has format {facts['format']}, "
+                f"this version reads {FORMAT}: use the version that wrote it"
+            )
+        return facts
 
     def close(self) -> None:
         """Wait for the save in the background.
@@ -317,6 +333,10 @@ def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
         name: (tuple(leaf.shape), str(leaf.dtype))
         for name, leaf in zip(names(tree), found, strict=True)
     }
+
+
+def _sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _agreed(reason: str) -> str:

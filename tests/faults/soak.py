@@ -72,7 +72,7 @@ def saved(start, command, tiny, tmp_path):
     def restore():
         checkpoints = Checkpoints(folder, 3)
         try:
-            step, state = checkpoints.restore_newest(abstract)
+            step, state, _ = checkpoints.restore_newest(abstract)
             return step, jax.device_get(state)
         finally:
             checkpoints.close()
