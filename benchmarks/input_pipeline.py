@@ -24,6 +24,7 @@ from sra2_jax import config as configuration
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import batches
 from sra2_jax.data.prefetch import prefetch_to_device
+from sra2_jax.data.shards import ShardWriter
 from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.measure import machine, prepare, spread, turns
 from sra2_jax.training.sharding import batch_sharding, make_mesh
@@ -36,7 +37,7 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
     side, channels = config.latents.size, config.latents.channels
     shape, draw = (side, side, channels), np.random.default_rng(0)
     pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
-    with records.ShardWriter(folder, "train", shards) as writer:
+    with ShardWriter(folder, "train", shards) as writer:
         for i in range(count):
             arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
             label = i % config.data.num_classes

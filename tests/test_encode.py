@@ -146,6 +146,11 @@ def test_tfds_source(tmp_path, monkeypatch):
     assert (source.length, source.class_names) == (5, ("x", "y", "z"))
     rows = list(images.read(source, SIDE))
     assert [row[0] for row in rows] == list(range(5))
+    for (index, _, image, label), whole in zip(
+        images.read(source, SIDE, 3, [2, 0]), [rows[i] for i in (0, 2, 3)], strict=True
+    ):
+        assert (index, label) == (whole[0], whole[3])
+        np.testing.assert_array_equal(image, whole[2])
     wanted = {
         images.center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)
     }
@@ -239,11 +244,13 @@ def test_images_and_features_do_not_change_the_batches(encoded, extended):
 def test_encode_refuses(folder, encoded, tmp_path):
     out, _ = encoded
     before = sorted(p.name for p in out.iterdir())
-    with pytest.raises(UserError, match="nothing is overwritten"):
-        encode(folder, out, VAE, SIDE, max_bad=0.2)
+    with pytest.raises(UserError, match=r"\(dtype: 'float32' there, 'bfloat16' now\)"):
+        encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4, dtype="bfloat16")
     assert sorted(p.name for p in out.iterdir()) == before
+    with pytest.raises(UserError, match="nothing is overwritten"):
+        encode(folder, folder, VAE, SIDE)
     with pytest.raises(UserError, match=r"more than --max_bad=0.1 .*(cut|text)"):
-        encode(folder, tmp_path / "a", VAE, SIDE, max_bad=0.1)
+        encode(folder, tmp_path / "bad", VAE, SIDE, max_bad=0.1)
     with pytest.raises(UserError, match="not a multiple of 2"):
         encode(folder, tmp_path / "a", VAE, 15)
     with pytest.raises(UserError, match="--grid=4 is of features"):
@@ -259,7 +266,11 @@ def test_encode_refuses(folder, encoded, tmp_path):
     (empty / "class" / "x.png").write_text("nothing")
     with pytest.raises(UserError, match="none of its images"):
         encode(empty, tmp_path / "a", VAE, SIDE, max_bad=1.0)
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+    for flags in ({"split": "../x"}, {"process_index": 1}):
+        with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
+            encode(folder, tmp_path / "a", VAE, SIDE, **flags)
+    # Good shards of a source with too many bad images are kept.
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", ".bad.incomplete"}
 
 
 @pytest.mark.parametrize("what", ["latent", "features"])

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra2_jax.data import pipeline, prefetch, records
+from sra2_jax.data.shards import ShardWriter
 from sra2_jax.data.tfds_metadata import write_tfds_metadata
 from sra2_jax.errors import UserError
 
@@ -23,7 +24,7 @@ EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
 def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **extra):
     """A dataset of (2, 2, 1) latents that hold their own index; `extra` in each."""
     folder.mkdir()
-    with records.ShardWriter(folder, "train", SHARDS) as writer:
+    with ShardWriter(folder, "train", SHARDS) as writer:
         for index in range(examples):
             latent = np.full((2, 2, 1), index, np.float16)
             writer.write(latent, latent / 2, label(index), index, **extra)
@@ -53,19 +54,21 @@ def dataset(tmp_path_factory):
     return folder
 
 
+ARGUMENTS = {
+    "split": "train",
+    "batch_size": BATCH,
+    "seed": 0,
+    "start_step": 0,
+    "streams": STREAMS,
+    "shuffle_buffer": 40,
+    "process_index": 0,
+    "process_count": 1,
+}
+
+
 def take(folder, steps, **changes):
     """`steps` batches, stacked by key."""
-    arguments = {
-        "split": "train",
-        "batch_size": BATCH,
-        "seed": 0,
-        "start_step": 0,
-        "streams": STREAMS,
-        "shuffle_buffer": 40,
-        "process_index": 0,
-        "process_count": 1,
-    }
-    iterator = pipeline.batches(folder, **(arguments | changes))
+    iterator = pipeline.batches(folder, **(ARGUMENTS | changes))
     rows = list(itertools.islice(iterator, steps))
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
@@ -296,7 +299,9 @@ def test_an_image_is_decoded_only_when_asked_for(tmp_path):
 def test_label_out_of_range(tmp_path):
     folder = tmp_path / "latents"
     write_dataset(folder, label=lambda index: 10 if index == 57 else 0)
-    with pytest.raises(UserError, match=r"index 57 has label 10") as error:
+    with pytest.raises(
+        UserError, match=r"index 57 in shard .*-00001-of-00008 has"
+    ) as error:
         take(folder, 20)
     assert str(folder) in str(error.value)
 
@@ -314,15 +319,55 @@ def damage(path, how):
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "junk", "missing"])
-def test_damaged_shard_is_named(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        ("flip", r"{}: record 6 is damaged \(corrupted record at \d+"),
+        ("cut", "{} has .* bytes"),
+        ("junk", "{} has .* bytes"),
+        ("missing", "{} has no bytes"),
+    ],
+)
+def test_damaged_shard_and_record_are_named(tmp_path, how, where):
     folder = tmp_path / "latents"
     write_dataset(folder)
     path = folder / "latents-train.tfrecord-00005-of-00008"
     damage(path, how)
-    with pytest.raises(UserError, match=path.name) as error:
+    with pytest.raises(UserError, match=where.format(path.name)) as error:
         take(folder, 20)
     assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def swap(folder, shard, other):
+    """Replace a shard by a copy of another one of the same size."""
+    paths = [
+        folder / f"latents-train.tfrecord-{s:05d}-of-00008" for s in (shard, other)
+    ]
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    copy = folder / "copy"
+    copy.write_bytes(paths[1].read_bytes())
+    copy.replace(paths[0])  # who reads the old file goes on with it
+
+
+@pytest.mark.parametrize("other", [1, 3])  # of the same stream, of another one
+def test_a_copy_of_another_shard_is_refused_at_the_start(tmp_path, other):
+    folder = tmp_path / "latents"
+    write_dataset(folder)
+    swap(folder, 5, other)
+    with pytest.raises(UserError, match=f"00005-of-.* belongs in .*0000{other}-of-"):
+        take(folder, 0)
+
+
+def test_a_shard_replaced_while_training_is_noticed(tmp_path):
+    folder = tmp_path / "latents"
+    write_dataset(folder)
+    rows = pipeline.batches(folder, **ARGUMENTS)
+    next(rows)
+    for shard in range(7):  # the last one is shorter
+        swap(folder, shard, 0)
+    with pytest.raises(UserError, match=r"in the shards of stream [123] and belongs"):
+        list(itertools.islice(rows, 200))
 
 
 def test_a_shard_with_too_few_records_is_named(tmp_path):
@@ -343,7 +388,7 @@ def test_another_schema_is_an_error(tmp_path):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
     dataclasses.replace(info, latent_shape=(3, 3, 1)).write(folder)
-    with pytest.raises(UserError, match="not parsed with this schema"):
+    with pytest.raises(UserError, match=r"00000-of-00008: record 0 cannot be parsed"):
         take(folder, 1)
 
 

@@ -1,40 +1,42 @@
 """Encode images once into a dataset of latents: python -m sra2_jax.data.encode.
 
 Images are decoded and cropped in threads while the devices run the encoder of the VAE
-and this thread writes. The dataset appears under its name only when it is complete.
+and this thread writes. The dataset appears under its name only when it is complete;
+killed, the same command goes on with the shards that are left.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
+import functools
+import itertools
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-import sra2_jax
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.encoders import Batch, Encoder, VAEEncoder, WithFeatures, encoded
+from sra2_jax.data.build import Build, building, choose_shards
+from sra2_jax.data.check import run_check
+from sra2_jax.data.encoders import (
+    Batch,
+    Encoder,
+    VAEEncoder,
+    WithFeatures,
+    encoded,
+    rounded,
+)
 from sra2_jax.data.images import Readable
-from sra2_jax.data.tfds_metadata import write_tfds_metadata
+from sra2_jax.data.shards import ShardWriter
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.pretrained import load_vae
-
-# Shards of 64 to 128 MB: large enough to stream well, small enough to move.
-SHARD_BYTES = 128 * 2**20
-# So that several readers have shards of their own (data.streams).
-MIN_SHARDS = 8
 
 
 def encode(
@@ -51,13 +53,19 @@ def encode(
     batch_size: int = 64,
     max_bad: float = 0.01,
     dtype: str = "float32",
+    mirror: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> records.LatentsInfo:
+) -> records.LatentsInfo | None:
     """Encode every image of a source into a new dataset of latents.
+
+    Begins where an earlier call with the same arguments was interrupted. The result is
+    the same, byte for byte, on the same kind of device.
 
     Args:
       images: source, see `images.open_source`.
-      out: local folder to make; may exist only if empty.
+      out: local folder to make; may exist only if empty, or complete already.
       vae: folder or hub id, see `pretrained.load_vae`.
       resolution: side of the centre crop in pixels.
       split: split to read of the source, and name of the split written.
@@ -68,46 +76,98 @@ def encode(
       batch_size: images per call, over the local devices (rounded up to a multiple).
       max_bad: share of images that may be unreadable; `unreadable.txt` lists them.
       dtype: compute dtype of the networks, float32 or bfloat16.
-      progress: called with the images done and in all, after each batch.
+      mirror: also a record of each image mirrored left to right, before the VAE.
+      process_index, process_count: this process writes every process_count-th shard.
+      progress: called with this process's images, done and in all, after each batch.
+
+    Returns:
+      The description of the dataset, None while other processes have shards to write.
 
     Raises:
-      UserError: no images, too many unreadable, `out` not empty, a resolution or
-        number of shards that does not fit, numbers not finite in float16.
+      UserError: no images, too many unreadable, something else in `out`, other
+        arguments than the work began with, a resolution or number of shards that does
+        not fit, numbers not finite in float16.
     """
-    out = _vacant(out)
     source = image_sources.open_source(images, split)
     config, run, shape, features = _networks(vae, resolution, encoder, grid, dtype)
     size = _record_size(shape, resolution if store_images else 0, features)
-    shards = _choose_shards(shards, source.length, size)
-    good = Readable(source, resolution, max_bad, images)
-    statistics = _Statistics()
+    shards = choose_shards(shards, source.length, (1 + mirror) * size)
+    options = {
+        "images": os.fspath(images),
+        "listing": source.fingerprint,
+        "split": split,
+        "vae": vae,
+        "weights": run.weights,
+        "resolution": resolution,
+        "store_images": store_images,
+        "encoder": encoder,
+        "grid": features.grid if features else 0,
+        "shards": shards,
+        "batch_size": rounded(batch_size),
+        "dtype": dtype,
+        "mirror": mirror,
+    }
+    processes = {"process_index": process_index, "process_count": process_count}
+    # The mirrored image's record is in the same shard.
+    mirror_offset = mirror * math.ceil(source.length / shards) * shards
+    readable = functools.partial(
+        Readable,
+        source,
+        resolution,
+        name=images,
+        max_bad=max_bad,
+        mirror_offset=mirror_offset,
+    )
     models = {"mean": vae, "std": vae, "features": encoder}
-    with _appears_when_done(out) as folder:
-        with (
-            records.ShardWriter(folder, split, shards) as writer,
-            _PNGs(store_images) as pngs,
-        ):
-            for batch in encoded(good, run, batch_size):
-                _write(writer, statistics, batch, pngs, models)
-                progress(good.seen, source.length)
-        good.report(folder)
-        info = records.LatentsInfo(
+    with building(out, split, shards, options, **processes) as build:
+        with _PNGs(store_images) as pngs:
+            _write_shards(
+                build,
+                source,
+                readable,
+                lambda good: encoded(good, run, batch_size, shards),
+                lambda writer, batch: _write(writer, batch, pngs, models),
+                progress,
+            )
+        return build.finish(
             vae=vae,
             resolution=resolution,
             latent_shape=shape,
-            num_examples=good.count,
             num_classes=source.num_classes,
             class_names=source.class_names,
-            splits={split: writer.shards()},
             crop=records.CROP,
-            versions=_versions(),
             images=store_images,
             features=features,
-            **statistics.sampled(config),
+            mirror_offset=mirror_offset,
+            scaling_factor=config.scaling_factor,
+            shift_factor=config.shift_factor,
         )
-        write_tfds_metadata(folder, info)
-        info.write(folder)
-    return info
+
+
+def _write_shards(
+    build: Build,
+    source: image_sources.ImageSource,
+    readable: Callable[..., Readable],
+    batches: Callable[[Readable], Iterable[Batch]],
+    write: Callable[[ShardWriter, Batch], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the shards of this process that are left."""
+
+    def images(shards: Iterable[int]) -> int:
+        return sum(len(range(s, source.length, build.shards)) for s in shards)
+
+    groups = list(build.groups(source.at_once))
+    total = images(build.own)
+    done = total - images(itertools.chain(*groups))
+    for group in groups:
+        bad = len(build.unreadable())
+        good = readable(bad=bad, stride=build.shards, offsets=group)
+        with build.writing(group, good.unreadable) as writer:
+            for batch in batches(good):
+                write(writer, batch)
+                progress(done + good.seen, total)
+        done += good.seen
 
 
 def _networks(
@@ -137,68 +197,12 @@ def _latent_shape(config: Any, resolution: int, vae: str) -> tuple[int, int, int
     return side, side, config.latent_channels
 
 
-def _vacant(out: str | os.PathLike) -> Path:
-    if "://" in os.fspath(out):
-        raise UserError(f"{out}: encode into a local folder, then copy it there")
-    path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(
-            f"{path}: exists and is not an empty folder; nothing is overwritten, "
-            "choose another --out or remove it"
-        )
-    return path
-
-
 def _record_size(
     shape: tuple[int, int, int], pixels: int, features: records.Features | None
 ) -> int:
     """Bytes of a record, about; a PNG as two for a pixel."""
     stored = features.grid**2 * features.width if features else 0
     return 4 * math.prod(shape) + 2 * pixels**2 + 2 * stored
-
-
-def _choose_shards(shards: int | None, length: int, size: int) -> int:
-    """The number asked for, else a power of two, so that readers share them evenly.
-
-    size: bytes of a record, about.
-    """
-    if shards is None:
-        wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
-        return min(length, 2 ** math.ceil(math.log2(wanted)))
-    if not 1 <= shards <= length:
-        raise UserError(
-            f"--shards={shards} for {length} images; use a number from 1 to {length}"
-        )
-    return shards
-
-
-class _Statistics:
-    """Sums over all latents of a dataset, per channel, in float64."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._mean: Any = 0.0
-        self._square: Any = 0.0
-
-    def add(self, mean: np.ndarray, std: np.ndarray) -> None:
-        mean, std = mean.astype(np.float64), std.astype(np.float64)
-        self._count += mean[..., 0].size
-        self._mean += mean.sum((0, 1, 2))
-        self._square += (mean**2 + std**2).sum((0, 1, 2))
-
-    def sampled(self, config: Any) -> dict[str, Any]:
-        """Fields of LatentsInfo: the scaling of the VAE and, exactly instead of drawn,
-        mean and std of z = (mean + std * N(0, 1) - shift) * scale, per channel:
-        E[z] from E[mean], E[z^2] from E[mean^2 + std^2]."""
-        mean = self._mean / self._count
-        std = np.sqrt(np.maximum(self._square / self._count - mean**2, 0.0))
-        scale, shift = config.scaling_factor, config.shift_factor
-        return {
-            "scaling_factor": scale,
-            "shift_factor": shift,
-            "latent_mean": tuple((mean - shift) * scale),
-            "latent_std": tuple(std * abs(scale)),
-        }
 
 
 class _PNGs:
@@ -221,8 +225,7 @@ class _PNGs:
 
 
 def _write(
-    writer: records.ShardWriter,
-    statistics: _Statistics,
+    writer: ShardWriter,
     batch: Batch,
     pngs: _PNGs,
     models: Mapping[str, str],
@@ -239,45 +242,26 @@ def _write(
                 "finite or too large for float16; use --dtype=float32, or check the "
                 "weights"
             )
-    statistics.add(batch.arrays["mean"], batch.arrays["std"])
     rows = zip(batch.indices, batch.labels, pngs(batch.images), strict=True)
     for row, (index, label, image) in enumerate(rows):
         arrays = {name: x[row] for name, x in halves.items()}
         writer.write(label=label, index=index, image=image, **arrays)
 
 
-@contextlib.contextmanager
-def _appears_when_done(out: Path) -> Iterator[Path]:
-    """A temporary sibling of `out` that gets its name at the end, or is removed."""
-    folder = out.absolute().parent / f".{out.name}.incomplete-{os.getpid()}"
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if _vacant(out).exists():
-            out.rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "tensorflow-datasets", "pillow")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    tensorflow = records.tensorflow().__version__
-    return {"sra2_jax": sra2_jax.__version__, "tensorflow": tensorflow, **found}
-
-
 class _Meter:
     """Prints the rate and the time left, at most every 10 seconds."""
 
     def __init__(self) -> None:
-        self._start = self._printed = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._printed >= 10:
+        # What an earlier run has done is not this one's speed.
+        began, first = self._first = self._first or (now, done)
+        if now - self._printed >= 10 and done > first:
             self._printed = now
-            rate = done / (now - self._start)
+            rate = (done - first) / (now - began)
             left = (total - done) / rate / 60
             text = f"{done:,} of {total:,} images, {rate:.0f}/s, {left:.0f} min left"
             print(text, file=sys.stderr, flush=True)
@@ -289,9 +273,9 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     source = "folder with one sub-folder per class, tfds:NAME[:SPLIT], or digits"
-    add("--images", required=True, metavar="SOURCE", help=source)
-    add("--out", required=True, metavar="DIR", help="local folder to make")
-    add("--vae", required=True, metavar="VAE", help="diffusers folder or hub id")
+    add("--images", metavar="SOURCE", help=source)
+    add("--out", metavar="DIR", help="local folder to make")
+    add("--vae", metavar="VAE", help="diffusers folder or hub id")
     add("--resolution", type=int, default=256, help="pixels (%(default)s)")
     add("--split", default="train", help="split to read and write (%(default)s)")
     store = "keep the cropped images too, as PNG, for methods that need them"
@@ -307,19 +291,40 @@ def _arguments() -> argparse.Namespace:
     dtypes = ("float32", "bfloat16")
     kind = "compute type of the networks (%(default)s)"
     add("--dtype", choices=dtypes, default=dtypes[0], help=kind)
-    return parser.parse_args()
+    mirrored = "also a record of each image mirrored: an epoch is twice as long"
+    add("--mirror", action="store_true", help=mirrored)
+    count = "processes that share the work, each with the same other flags"
+    add("--process_count", type=int, default=1, metavar="N", help=count)
+    add("--process_index", type=int, default=0, metavar="I", help="of this one, from 0")
+    verify = "read a dataset and name its damaged shards, instead of encoding"
+    add("--check", metavar="DIR", help=verify)
+    arguments = parser.parse_args()
+    missing = [f"--{n}" for n in ("images", "out", "vae") if not vars(arguments)[n]]
+    if arguments.check is None and missing:
+        parser.error(f"{' and '.join(missing)} must be given")
+    return arguments
 
 
-def main() -> None:
-    """Encode as the flags say and print what was done."""
+def main() -> int | None:
+    """Encode as the flags say and print what was done, or check a dataset."""
     start = time.monotonic()
-    info = encode(**vars(_arguments()), progress=_Meter())
+    flags = vars(_arguments())
+    if folder := flags.pop("check"):
+        return run_check(folder)
+    info = encode(**flags, progress=_Meter())
     seconds = time.monotonic() - start
+    if info is None:
+        print(
+            f"{seconds:.1f} s, all shards of this process are written; the dataset "
+            "appears when the others are"
+        )
+        return None
     size = sum(sum(shards.bytes) for shards in info.splits.values())
     print(
         f"{info.num_examples:,} images, {seconds:.1f} s, "
         f"{info.num_examples / seconds:.1f} images/s, {size:,} bytes"
     )
+    return None
 
 
 if __name__ == "__main__":

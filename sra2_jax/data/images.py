@@ -10,12 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,7 +25,6 @@ from PIL import Image
 from sra2_jax.data import records
 from sra2_jax.errors import UserError
 
-UNREADABLE = "unreadable.txt"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -37,14 +38,29 @@ class Entry:
     load: Callable[[], np.ndarray]
 
 
+class Entries(Protocol):
+    """Walks a listing in its order, or those at a position % stride in offsets."""
+
+    def __call__(
+        self, stride: int = 1, offsets: Sequence[int] = (0,)
+    ) -> Iterator[Entry]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
-    """A listing of `length` images; `entries()` walks it in a fixed order."""
+    """A listing of `length` images in a fixed order.
+
+    fingerprint: changes with names, labels and order.
+    at_once: shards to write in one pass over `entries`, more than 1 where it reads
+      past what it leaves out.
+    """
 
     length: int
     num_classes: int
     class_names: tuple[str, ...]
-    entries: Callable[[], Iterator[Entry]]
+    entries: Entries
+    fingerprint: str
+    at_once: int = 1
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -128,13 +144,27 @@ def _folder(folder: Path) -> ImageSource:
             "it must hold one sub-folder per class with the images in it"
         )
 
-    def entries() -> Iterator[Entry]:
-        for index, (label, name) in enumerate(files):
+    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
+        for index in positions(len(files), stride, offsets):
+            label, name = files[index]
             relative = f"{classes[label]}/{name}"
             load = functools.partial(decode_rgb, folder / relative)
             yield Entry(index, relative, label, load)
 
-    return ImageSource(len(files), len(classes), tuple(classes), entries)
+    listing = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
+    for label, name in files:
+        listing.update(f"\n{label}/{name}".encode("utf-8", "surrogateescape"))
+    return ImageSource(
+        len(files), len(classes), tuple(classes), entries, listing.hexdigest()
+    )
+
+
+def positions(length: int, stride: int, offsets: Sequence[int]) -> Iterator[int]:
+    """Those of range(length) with position % stride in offsets, in order."""
+    for base in range(0, length, stride):
+        for offset in sorted(offsets):
+            if base + offset < length:
+                yield base + offset
 
 
 def _digits(split: str) -> ImageSource:
@@ -144,16 +174,18 @@ def _digits(split: str) -> ImageSource:
         raise UserError(f"digits: no split {split!r}; choose train or test")
     images, labels = digits.load_digits(split)
 
-    def entries() -> Iterator[Entry]:
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            load = functools.partial(np.asarray, image)
-            yield Entry(index, f"digits/{split}/{index}", int(label), load)
+    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
+        for index in positions(len(images), stride, offsets):
+            load = functools.partial(np.asarray, images[index])
+            name = f"digits/{split}/{index}"
+            yield Entry(index, name, int(labels[index]), load)
 
-    return ImageSource(len(images), 10, tuple("0123456789"), entries)
+    names = tuple("0123456789")
+    return ImageSource(len(images), 10, names, entries, f"digits/{split}")
 
 
 def _tfds(name: str, split: str) -> ImageSource:
-    records.tensorflow()
+    tf = records.tensorflow()
     import tensorflow_datasets as tfds
 
     try:
@@ -179,21 +211,31 @@ def _tfds(name: str, split: str) -> ImageSource:
         raise UserError(f"tfds:{name}:{split}: no images; choose another split")
     label = features["label"]
 
-    def entries() -> Iterator[Entry]:
+    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
         # The encoded bytes: Pillow decodes them in our threads, and one image that
         # cannot be decoded does not end the pass.
-        rows = tfds.as_numpy(
-            builder.as_dataset(
-                split=split,
-                shuffle_files=False,
-                decoders={"image": tfds.decode.SkipDecoding()},
-            )
+        dataset = builder.as_dataset(
+            split=split,
+            shuffle_files=False,
+            decoders={"image": tfds.decode.SkipDecoding()},
         )
-        for index, row in enumerate(rows):
+        wanted = tf.constant(sorted(offsets), tf.int64)
+        chosen = dataset.enumerate().filter(
+            lambda index, _: tf.reduce_any(index % stride == wanted)
+        )
+        for index, row in tfds.as_numpy(chosen):
             load = functools.partial(_decode_bytes, row["image"])
-            yield Entry(index, f"{name}/{split}/{index}", int(row["label"]), load)
+            name_in = f"{name}/{split}/{index}"
+            yield Entry(int(index), name_in, int(row["label"]), load)
 
-    return ImageSource(length, label.num_classes, tuple(label.names or ()), entries)
+    return ImageSource(
+        length,
+        label.num_classes,
+        tuple(label.names or ()),
+        entries,
+        f"{builder.info.full_name}:{split}",
+        at_once=16,
+    )
 
 
 def _decode_bytes(data: bytes) -> np.ndarray:
@@ -201,9 +243,11 @@ def _decode_bytes(data: bytes) -> np.ndarray:
 
 
 def read(
-    source: ImageSource, size: int
+    source: ImageSource, size: int, stride: int = 1, offsets: Sequence[int] = (0,)
 ) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
     """Decode and crop the images of a source, in its order, in threads.
+
+    stride, offsets: only those at a position % stride in offsets.
 
     Yields:
       index, name, uint8 (size, size, 3) or the exception of an image that cannot be
@@ -220,7 +264,7 @@ def read(
     threads = min(16, os.cpu_count() or 1)
     waiting: collections.deque[tuple[Entry, Future[Any]]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for entry in source.entries():
+        for entry in source.entries(stride, offsets):
             waiting.append((entry, pool.submit(work, entry)))
             # Enough to keep every thread busy, few enough to bound the memory.
             if len(waiting) > 8 * threads:
@@ -238,23 +282,41 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 class Readable:
-    """Iterates over the images that decode, and keeps account of the others."""
+    """Iterates over images that decode, and keeps account of the others.
+
+    Args:
+      name: of the source, for messages.
+      max_bad: share of all images that may be unreadable.
+      bad: unreadable images that are known already, elsewhere in the source.
+      stride, offsets: of the images to read, see `read`.
+      mirror_offset: if not 0, each image comes again, mirrored left to right, its index
+        this much larger.
+
+    Attributes:
+      seen: images so far.
+      unreadable: (index, line of the report) of each.
+    """
 
     def __init__(
         self,
         source: ImageSource,
         resolution: int,
-        max_bad: float,
+        *,
         name: str | os.PathLike,
+        max_bad: float,
+        bad: int = 0,
+        stride: int = 1,
+        offsets: Sequence[int] = (0,),
+        mirror_offset: int = 0,
     ) -> None:
-        self._source, self._resolution = source, resolution
-        self._name, self._max_bad = name, max_bad
-        self.count = self.seen = 0
-        self.unreadable: list[str] = []
+        self._source, self._name, self._mirror = source, name, mirror_offset
+        self._images = read(source, resolution, stride, offsets)
+        self._max_bad, self._bad = max_bad, bad
+        self.seen = 0
+        self.unreadable: list[tuple[int, str]] = []
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        images = read(self._source, self._resolution)
-        for index, name, image, label in images:
+        for index, name, image, label in self._images:
             self.seen += 1
             if not 0 <= label < self._source.num_classes:
                 raise UserError(
@@ -262,30 +324,26 @@ class Readable:
                     f"split with labels in [0, {self._source.num_classes})"
                 )
             if isinstance(image, Exception):
-                self.unreadable.append(f"{name}\t{_one_line(image)}")
+                self.unreadable.append((index, f"{name}\t{_one_line(image)}"))
                 self._check()
-            else:
-                self.count += 1
-                yield index, image, label
-
-    def report(self, folder: Path) -> None:
-        """Name the unreadable images in a file; refuse if there were no others."""
-        if not self.count:
-            raise UserError(f"{self._name}: none of its images can be decoded")
-        if self.unreadable:
-            text = "".join(f"{line}\n" for line in self.unreadable)
-            (folder / UNREADABLE).write_text(text, encoding="utf-8")
+                continue
+            yield index, image, label
+            if self._mirror:
+                yield index + self._mirror, image[:, ::-1], label
 
     def _check(self) -> None:
         # At once, not at the end: the rest of a large source would be encoded in vain.
-        if len(self.unreadable) > self._max_bad * self._source.length:
-            first = self.unreadable[0].replace("\t", ": ")
+        bad, length = self._bad + len(self.unreadable), self._source.length
+        if bad > self._max_bad * length:
+            latest = self.unreadable[-1][1].replace("\t", ": ")
             raise UserError(
-                f"{self._name}: {len(self.unreadable)} of the first {self.seen} images "
-                f"cannot be decoded, more than --max_bad={self._max_bad} of all "
-                f"{self._source.length} ({first}); mend them or raise --max_bad"
+                f"{self._name}: {bad} images so far cannot be decoded, more than "
+                f"--max_bad={self._max_bad} of all {length} ({latest}); mend them or "
+                "raise --max_bad"
             )
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # Without addresses of objects, which differ from run to run.
+    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"

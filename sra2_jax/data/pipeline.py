@@ -9,13 +9,15 @@ exactly: what a stream has consumed follows from the step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from sra2_jax.data import records
+from sra2_jax.data.check import damaged
 from sra2_jax.errors import UserError
 
 # Files that a stream reads at once, and records taken from each in turn.
@@ -56,8 +58,9 @@ def batches(
 
     Raises:
       UserError: at once, numbers that do not divide, a split, field or shards that are
-        missing, shards of another size than encoded; while iterating, a record that
-        cannot be read, or a label outside [0, num_classes).
+        missing, shards of another size than encoded or in each other's place; while
+        iterating, a record that cannot be read, one of another stream, or a label
+        outside [0, num_classes).
     """
     info = records.LatentsInfo.read(folder)
     shards = _shards(info, folder, split)
@@ -67,8 +70,9 @@ def batches(
     owned, rows = streams // process_count, batch_size // streams
     paths = [records.shard_path(folder, split, s, count) for s in range(count)]
     parts: list[Any] = []
-    mine: list[tuple[Any, int]] = []
-    for v in range(process_index * owned, (process_index + 1) * owned):
+    mine: list[int] = []
+    own_streams = range(process_index * owned, (process_index + 1) * owned)
+    for v in own_streams:
         own = slice(v, None, streams)
         _check_files(folder, paths[own], shards.records[own], shards.bytes[own])
         stream = _stream(
@@ -79,8 +83,12 @@ def batches(
             shuffle_buffer=-(-shuffle_buffer // streams),
         )
         parts.append(stream.batch(rows))
-        mine += zip(paths[own], shards.records[own], strict=True)
-    return _as_numpy(_joined(parts, info, fields), info, folder, mine)
+        mine += range(count)[own]
+    reader = _Reader(info, folder, split, mine, fields)
+    reader.check_places()
+    return reader.batches(
+        _joined(parts, info, fields), np.repeat(own_streams, rows), streams
+    )
 
 
 def _shards(
@@ -222,45 +230,105 @@ def _joined(
     )
 
 
-def _as_numpy(
-    dataset: Any,
-    info: records.LatentsInfo,
-    folder: Any,
-    shards: Sequence[tuple[Any, int]],
-) -> Iterator[dict[str, np.ndarray]]:
-    tf = records.tensorflow()
-    rows = dataset.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(rows)
-        except tf.errors.OpError as error:
-            raise UserError(
-                f"{folder}: cannot be read ({type(error).__name__}): "
-                f"{_first_damaged(shards)}; copy it again or encode again"
-            ) from error
-        label = batch["label"]
-        wrong = np.flatnonzero((label < 0) | (label >= info.num_classes))
-        if wrong.size:
-            raise UserError(
-                f"{folder}: record with index {batch['index'][wrong[0]]} has label "
-                f"{label[wrong[0]]}, outside [0, {info.num_classes}); encode again"
-            )
-        yield batch
+class _Reader:
+    """Reads what tf.data gives, and says what is wrong and where if something is.
 
-
-def _first_damaged(shards: Sequence[tuple[Any, int]]) -> str:
-    """Name the first unreadable shard; tf.data's own errors do not.
-
-    Reads the shards once more, which only a run that has already failed pays for.
+    mine: the shards that this process reads.
     """
-    tf = records.tensorflow()
-    for path, count in shards:
-        found = 0
+
+    def __init__(
+        self,
+        info: records.LatentsInfo,
+        folder: Any,
+        split: str,
+        mine: Sequence[int],
+        fields: Sequence[str],
+    ) -> None:
+        self._info, self._folder, self._fields = info, folder, fields
+        self._split, self._shards, self._mine = split, info.splits[split], mine
+
+    def check_places(self) -> None:
+        """Refuse shards that are copies of others: they raise nothing in TensorFlow.
+
+        A record's index says which shard it belongs to; the first one of each is read.
+        """
+        tf = records.tensorflow()
+        filled = [s for s in self._mine if self._shards.records[s]]
+        paths = tf.data.Dataset.from_tensor_slices([self._path(s) for s in filled])
+
+        def first(path: Any) -> Any:
+            record = tf.data.TFRecordDataset(path).take(1).get_single_element()
+            schema = {"index": tf.io.FixedLenFeature([], tf.int64)}
+            return tf.io.parse_single_example(record, schema)["index"]
+
+        # Side by side, for disks that answer slowly.
+        found = paths.map(first, num_parallel_calls=16, deterministic=True)
+        with self._named():
+            indices = list(found.as_numpy_iterator())
+        count = len(self._shards.records)
+        for shard, index in zip(filled, indices, strict=True):
+            if index % count != shard:
+                self._refuse_place(index, f"shard {self._name(shard)}")
+
+    def batches(
+        self, dataset: Any, owner: np.ndarray, streams: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """owner: the stream of each row of a batch."""
+        count = len(self._shards.records)
+        rows = dataset.as_numpy_iterator()
+        while True:
+            with self._named():
+                batch = next(rows)
+            label, index = batch["label"], batch["index"]
+            wrong = np.flatnonzero((label < 0) | (label >= self._info.num_classes))
+            if wrong.size:
+                found = index[wrong[0]]
+                raise UserError(
+                    f"{self._folder}: record with index {found} in shard "
+                    f"{self._name(found % count)} has label {label[wrong[0]]}, outside "
+                    f"[0, {self._info.num_classes}); encode again"
+                )
+            strange = np.flatnonzero(index % count % streams != owner)
+            if strange.size:
+                row = strange[0]
+                self._refuse_place(index[row], f"the shards of stream {owner[row]}")
+            yield batch
+
+    def _refuse_place(self, index: int, where: str) -> NoReturn:
+        home = self._name(index % len(self._shards.records))
+        raise UserError(
+            f"{self._folder}: record with index {index} is in {where} and belongs in "
+            f"{home}: shards were mixed up; see {records.ENCODE} --check={self._folder}"
+        )
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
         try:
-            for rows in tf.data.TFRecordDataset(str(path)).batch(1024):
-                found += len(rows)
-        except tf.errors.OpError:
-            return f"shard {path.name} is damaged"
-        if found != count:
-            return f"shard {path.name} has {found} records, not {count}"
-    return "all shards can be read, but not parsed with this schema"
+            yield
+        except records.tensorflow().errors.OpError as error:
+            raise UserError(
+                f"{self._folder}: cannot be read ({type(error).__name__}): "
+                f"{self._first_damaged()}; copy it again or encode again"
+            ) from error
+
+    def _first_damaged(self) -> str:
+        """Name the first unreadable shard and record; tf.data's own errors do not.
+
+        Reads the shards once more, which only a run that has already failed pays for.
+        """
+        for shard in self._mine:
+            path, name = self._path(shard), f"shard {self._name(shard)}"
+            found, damage = damaged(path, self._info, self._fields)
+            if damage:
+                return f"{name}: {damage}"
+            if found != self._shards.records[shard]:
+                wanted = self._shards.records[shard]
+                return f"{name} has {found} records, not {wanted}"
+        return "all shards can be read again, and parsed"
+
+    def _path(self, shard: int) -> str:
+        count = len(self._shards.records)
+        return str(records.shard_path(self._folder, self._split, shard, count))
+
+    def _name(self, shard: int) -> str:
+        return os.path.basename(self._path(shard))

@@ -14,11 +14,11 @@ A latents dataset is a folder with
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,16 +52,27 @@ def tensorflow() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Number of records and size in bytes of each shard of a split, in order."""
+    """The manifest of a split: one entry of each for every shard, in order.
+
+    `records` and `bytes` are numbers and sizes, `sha256` is of the file (hexadecimal),
+    `first` and `last` are the smallest and the largest `index`, -1 without records.
+    The last three are empty in datasets made before they were kept.
+    """
 
     records: tuple[int, ...]
     bytes: tuple[int, ...]
+    sha256: tuple[str, ...] = ()
+    first: tuple[int, ...] = ()
+    last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "records", tuple(int(n) for n in self.records))
-        object.__setattr__(self, "bytes", tuple(int(n) for n in self.bytes))
-        if not self.records or len(self.records) != len(self.bytes):
-            raise ValueError("records and bytes must have one entry per shard")
+        for name in ("records", "bytes", "first", "last"):
+            object.__setattr__(self, name, _ints(getattr(self, name)))
+        object.__setattr__(self, "sha256", tuple(self.sha256))
+        added = {len(self.sha256), len(self.first), len(self.last)}
+        count = len(self.records)
+        if not count or len(self.bytes) != count or added not in ({0}, {count}):
+            raise ValueError("the lists of a split must have one entry per shard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +92,8 @@ class LatentsInfo:
     (mean + std * N(0, 1) - shift_factor) * scaling_factor; `latent_mean` and
     `latent_std` are its statistics over the dataset, one number per channel.
     `class_names` is empty where the source has none. `images` and `features` say what
-    records hold besides latents.
+    records hold besides latents. The mirrored image of record i is the record
+    i + `mirror_offset`, 0 without. `options` are those that the dataset was made with.
     """
 
     vae: str
@@ -99,6 +111,8 @@ class LatentsInfo:
     versions: Mapping[str, str]
     images: bool = False
     features: Features | None = None
+    mirror_offset: int = 0
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         convert: dict[str, Callable[[Any], Any]] = {
@@ -112,11 +126,15 @@ class LatentsInfo:
             "num_examples": int,
             "num_classes": int,
             "splits": dict,
+            "mirror_offset": int,
+            "options": dict,
         }
         for name, function in convert.items():
             object.__setattr__(self, name, function(getattr(self, name)))
         if len(self.latent_shape) != 3:
             raise ValueError("latent_shape must be (h, w, c)")
+        for split in self.splits:
+            check_split(split)
         if self.num_examples != sum(sum(s.records) for s in self.splits.values()):
             raise ValueError("num_examples is not the number of records in the shards")
 
@@ -148,9 +166,17 @@ class LatentsInfo:
             ) from None
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Write `latents.json` into `folder`."""
+        """Write `latents.json` into `folder`, all of it or nothing."""
         fields = {"format": FORMAT, **dataclasses.asdict(self)}
-        (epath.Path(folder) / FILE).write_text(json.dumps(fields, indent=1) + "\n")
+        temporary = epath.Path(folder) / f"{FILE}.tmp"
+        temporary.write_text(json.dumps(fields, indent=1) + "\n")
+        temporary.replace(epath.Path(folder) / FILE)
+
+
+def check_split(name: str) -> None:
+    """Raises ValueError for a split whose files could lie in another folder."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"split {name!r} is no name of letters and digits")
 
 
 def _ints(values: Sequence[Any]) -> tuple[int, ...]:
@@ -260,48 +286,9 @@ def serialize(
         feature["image"] = text(image)
     if features is not None:
         feature["features"] = raw(features)
-    return train.Example(features=train.Features(feature=feature)).SerializeToString()
-
-
-class ShardWriter:
-    """Context manager that writes records to the shard index % shards.
-
-    Listings are sorted by class: so every shard gets all classes.
-    """
-
-    def __init__(self, folder: str | os.PathLike, split: str, shards: int) -> None:
-        self._paths = [shard_path(folder, split, s, shards) for s in range(shards)]
-        self._counts = [0] * shards
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> ShardWriter:
-        open_file = tensorflow().io.TFRecordWriter
-        self._files = [
-            self._stack.enter_context(open_file(os.fspath(path)))
-            for path in self._paths
-        ]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def write(
-        self,
-        mean: np.ndarray,
-        std: np.ndarray,
-        label: int,
-        index: int,
-        **extra: Any,
-    ) -> None:
-        """Append one record, see `serialize`."""
-        shard = index % len(self._files)
-        self._files[shard].write(serialize(mean, std, label, index, **extra))
-        self._counts[shard] += 1
-
-    def shards(self) -> Shards:
-        """Records and bytes of each shard; valid once the writer is closed."""
-        sizes = tuple(path.stat().length for path in self._paths)
-        return Shards(tuple(self._counts), sizes)
+    example = train.Example(features=train.Features(feature=feature))
+    # Else the fields come in an order that differs from process to process.
+    return example.SerializeToString(deterministic=True)
 
 
 def parse(

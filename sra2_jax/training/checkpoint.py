@@ -163,7 +163,7 @@ class Checkpoints:
 
     def _writable(self) -> bool:
         """Whether the folder is there and takes names, if perhaps no bytes."""
-        probe = self.folder / ".probe"
+        probe = self.folder / f".probe-{jax.process_index()}"
         try:
             probe.touch()
             probe.unlink()

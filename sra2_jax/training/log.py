@@ -47,6 +47,7 @@ class Log:
     ) -> None:
         self._active = jax.process_index() == 0
         self._batch_size, self._every, self._steps = batch_size, log_every, steps
+        self._step = start
         self.unlogged = list(unlogged)
         self._count = 0  # of them, since the clock was set
         self._clock = time.perf_counter()
@@ -81,6 +82,7 @@ class Log:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a step."""
+        self._step = step
         self.unlogged.append(metrics)
         self._count += 1
         if self._active and self._bar is not None:
@@ -148,6 +150,11 @@ class Log:
         row = self.scores.get(step, {})
         found = [row[key] for key in DISTANCES if key in row]
         return float(found[0]) if found else float("inf")
+
+    def report(self, line: str) -> None:
+        """A line for a person that is also an event."""
+        self.message(line)
+        self.event(self._step, "report", line=line)
 
     def message(self, text: str) -> None:
         """One line for a person."""

@@ -216,8 +216,7 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
         stack.callback(log.close)
         if start != latest:
             log.event(start, "restored", instead_of=latest)
-        checkpoints.score = log.score
-        checkpoints.report = lambda line: log.event(start, "checkpoint", said=line)
+        checkpoints.score, checkpoints.report = log.score, log.report
         watch.progress("compile")
         with log.paused():
             observer = Observer(config, folder, mesh, log)

@@ -1,0 +1,233 @@
+"""Encoding that is killed, resumed and shared: the same bytes whatever happened."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sra2_jax.data import images, records
+from sra2_jax.data.build import building
+from sra2_jax.data.check import faults
+from sra2_jax.data.encode import encode
+from sra2_jax.errors import UserError
+from tests.test_pipeline import read_with_tfds
+
+ROOT = Path(__file__).parents[1]
+VAE = str(ROOT / "tests" / "golden" / "vae")
+SIDE, COUNT, SHARDS = 16, 26, 4
+FLAGS = {"shards": SHARDS, "batch_size": 8, "max_bad": 0.2}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "source"
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), np.uint8)).save(path)
+    (folder / "class0" / "0.png").write_bytes(b"not an image")
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """What nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "latents"
+    encode(source, out, VAE, SIDE, **FLAGS)
+    assert [path.name for path in out.parent.iterdir()] == ["latents"]
+    return contents(out)
+
+
+def test_manifest(whole, tmp_path):
+    info = json.loads(whole[records.FILE])
+    shards = info["splits"]["train"]
+    # The unreadable image is the first of all, in shard 0.
+    assert shards["records"] == [6, 7, 6, 6]
+    assert shards["first"] == [4, 1, 2, 3]
+    assert shards["last"] == [24, 25, 22, 23]
+    names = sorted(name for name in whole if "tfrecord" in name)
+    assert shards["bytes"] == [len(whole[name]) for name in names]
+    assert [len(digest) for digest in shards["sha256"]] == [64] * SHARDS
+    assert whole["unreadable.txt"].startswith(b"class0/0.png\t")
+
+
+class Killed(BaseException):
+    """As SIGKILL: nothing catches it."""
+
+
+# Files appear in the order plan, lock, shard, facts, ... ; the folder's name at last.
+@pytest.mark.parametrize("number", range(1, 20))
+def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, number):
+    out, count = tmp_path / "latents", 0
+    calls = {name: getattr(Path, name) for name in ("rename", "unlink")}
+
+    def dying(name):
+        def call(*arguments, **named):
+            nonlocal count
+            count += 1
+            if count == number:
+                raise Killed
+            return calls[name](*arguments, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in calls:
+            patch.setattr(Path, name, dying(name))
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        try:
+            encode(source, out, VAE, SIDE, **FLAGS)
+        except Killed:
+            pass
+        else:
+            assert number > 15  # there were fewer
+        assert not (out / records.FILE).exists() or contents(out).keys() >= whole.keys()
+    seen = []
+    encode(source, out, VAE, SIDE, **FLAGS, progress=lambda *x: seen.append(x))
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+    if number >= 4:  # shard 0 and its facts had their names
+        assert all(done > 7 for done, _ in seen)
+
+
+def test_killed_and_shared_by_processes(source, whole, tmp_path):
+    """SIGKILL at several moments, then two processes of another count at once."""
+    out = tmp_path / "latents"
+    work = tmp_path / ".latents.incomplete"
+    command = [
+        *(sys.executable, "-m", "sra2_jax.data.encode", f"--images={source}"),
+        *(f"--out={out}", f"--vae={VAE}", f"--resolution={SIDE}", "--max_bad=0.2"),
+        *(f"--shards={SHARDS}", "--batch_size=8"),
+    ]
+
+    def start(*flags):
+        return subprocess.Popen([*command, *flags], cwd=ROOT)
+
+    process = start()
+    while process.poll() is None and not list(work.glob("*.tfrecord-*")):
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    pair = [start(f"--process_index={i}", "--process_count=2") for i in range(2)]
+    assert [process.wait(120) for process in pair] == [0, 0]
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+
+
+def test_processes_one_after_another(source, whole, tmp_path):
+    out = tmp_path / "latents"
+    both = [
+        encode(source, out, VAE, SIDE, **FLAGS, process_index=i, process_count=2)
+        for i in (1, 0)
+    ]
+    assert both == [None, records.LatentsInfo.read(out)]
+    assert contents(out) == whole
+    # Done is done, for a process that comes late as well.
+    again = encode(source, out, VAE, SIDE, **FLAGS, process_index=1, process_count=2)
+    assert again == both[1]
+
+
+def test_half_done_work_is_not_mixed(source, whole, tmp_path):
+    out = tmp_path / "latents"
+    half = {"process_index": 0, "process_count": 2}
+    assert encode(source, out, VAE, SIDE, **FLAGS, **half) is None
+    for changes, match in [
+        ({"shards": 3}, "shards: 4 there, 3 now"),
+        ({"batch_size": 16}, "batch_size: 8 there, 16 now"),
+        ({"mirror": True}, "mirror: False there, True now"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            encode(source, out, VAE, SIDE, **(FLAGS | changes))
+    with pytest.raises(UserError, match="resolution: 16 there, 8 now"):
+        encode(source, out, VAE, 8, **FLAGS)
+    with pytest.raises(UserError, match=r"vae: .* there, 'digits' now"):
+        encode(source, out, "digits", SIDE, **FLAGS)
+    (source / "class1" / "later.png").write_bytes(b"")
+    try:
+        with pytest.raises(UserError, match=r"\(listing: .* there, .* now\)"):
+            encode(source, out, VAE, SIDE, **FLAGS)
+    finally:
+        (source / "class1" / "later.png").unlink()
+    assert not out.exists()
+    # A shard that was lost, or cut, is written again.
+    lost = next((tmp_path / ".latents.incomplete").glob("*-00002-of-*"))
+    lost.write_bytes(lost.read_bytes()[:-1])
+    encode(source, out, VAE, SIDE, **FLAGS)
+    assert contents(out) == whole
+
+
+def test_two_processes_of_one_index(tmp_path):
+    with (
+        building(tmp_path / "x", "train", 2, {}) as first,
+        pytest.raises(UserError, match="another process is writing"),
+        building(tmp_path / "x", "train", 2, {}),
+    ):
+        pass
+    assert list(first.groups(1)) == [[0], [1]]
+
+
+def test_a_source_read_in_passes_gives_the_same(source, whole, tmp_path, monkeypatch):
+    """As TFDS: several shards are written in one pass over the source."""
+    folder = images.open_source
+    passes = []
+
+    def sequential(*arguments):
+        listing = folder(*arguments)
+
+        def entries(stride=1, offsets=(0,)):
+            passes.append(tuple(offsets))
+            return (e for e in listing.entries() if e.index % stride in offsets)
+
+        return images.dataclasses.replace(listing, entries=entries, at_once=3)
+
+    monkeypatch.setattr(images, "open_source", sequential)
+    encode(source, tmp_path / "latents", VAE, SIDE, **FLAGS)
+    assert passes == [(0, 1, 2), (3,)]
+    assert contents(tmp_path / "latents") == whole
+
+
+def test_mirrored_records(source, tmp_path):
+    """They are what encoding the mirrored images gives."""
+    flipped = tmp_path / "flipped"
+    for path in source.glob("*/*.png"):
+        target = flipped / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            image = Image.open(path)
+        except OSError:
+            target.write_bytes(b"not an image")
+            continue
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
+    extra = FLAGS | {"store_images": True}
+    info = encode(source, tmp_path / "both", VAE, SIDE, **extra, mirror=True)
+    plain = encode(source, tmp_path / "plain", VAE, SIDE, **extra)
+    encode(flipped, tmp_path / "mirrored", VAE, SIDE, **extra)
+    assert (info.num_examples, plain.num_examples) == (50, 25)
+    assert (info.mirror_offset, plain.mirror_offset) == (28, 0)
+    assert faults(tmp_path / "both", info) == []
+    both, one, other = (
+        read_with_tfds(tmp_path / name)[1] for name in ("both", "plain", "mirrored")
+    )
+    assert set(both) == set(one) | {i + 28 for i in one}
+    for index in one:
+        for stored, wanted in ((index, one), (index + 28, other)):
+            for name in ("image", "label"):
+                np.testing.assert_array_equal(both[stored][name], wanted[index][name])
+            for name in ("mean", "std"):
+                np.testing.assert_allclose(
+                    both[stored][name], wanted[index][name], rtol=2e-3, atol=1e-4
+                )
+    mirrored = np.stack([both[i + 28]["mean"] for i in one])
+    latents = np.stack([both[i]["mean"][:, ::-1] for i in one])
+    assert np.abs(mirrored - latents).max() > 0.01  # mirroring latents is not the same

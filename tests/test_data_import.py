@@ -1,0 +1,207 @@
+"""Latents that exist become a dataset, bit for bit in float16."""
+
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+
+from sra2_jax.data import records
+from sra2_jax.data.check import faults
+from sra2_jax.data.import_latents import import_latents
+from sra2_jax.errors import UserError
+from sra2_jax.pretrained import load_vae
+from tests.test_data_build import contents
+from tests.test_pipeline import read_with_tfds
+
+N, SIDE, CHANNELS, PIXELS = 21, 4, 4, 32  # the digits' VAE
+LABELS = np.arange(N) * 7 % 10
+
+
+@pytest.fixture
+def moments():
+    """Mean and deviation, channels first; numbers that float16 holds."""
+    draw = np.random.default_rng(0)
+    mean = draw.normal(size=(N, CHANNELS, SIDE, SIDE))
+    std = draw.uniform(0.01, 1, size=mean.shape)
+    joined = np.concatenate([mean, std], 1)
+    return joined.astype(np.float16).astype(np.float32)
+
+
+def write_folder(folder, moments, names=None):
+    """As REPA's preprocessing leaves it; the listing in another order."""
+    names = names or [f"{i % 2:05d}/img-mean-std-{i:08d}.npy" for i in range(N)]
+    for name, array in zip(names, moments, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, array)
+    rows = [[name, int(label)] for name, label in zip(names, LABELS, strict=True)]
+    (folder / "dataset.json").write_text(json.dumps({"labels": rows[::-1]}))
+    return np.argsort(names)
+
+
+def check(out, info, moments, labels):
+    assert info == records.LatentsInfo.read(out)
+    assert (info.num_examples, info.num_classes, info.scaling_factor) == (
+        len(labels),
+        10,
+        load_vae("digits")[0].config.scaling_factor,
+    )
+    assert faults(out, info) == []
+    _, rows = read_with_tfds(out)
+    assert set(rows) == set(range(len(labels)))
+    for index, row in rows.items():
+        mean, std = np.moveaxis(moments[index].reshape(2, CHANNELS, SIDE, SIDE), 1, -1)
+        assert row["mean"].dtype == np.float16
+        np.testing.assert_array_equal(row["mean"], mean)
+        np.testing.assert_array_equal(row["std"], std)
+        assert row["label"] == labels[index]
+
+
+def test_folder_of_repa(tmp_path, moments):
+    order = write_folder(tmp_path / "data" / "vae-sd", moments)
+    info = import_latents(tmp_path / "data", tmp_path / "a", "digits", PIXELS)
+    check(tmp_path / "a", info, moments[order], LABELS[order])
+    import_latents(tmp_path / "data" / "vae-sd", tmp_path / "b", "digits", PIXELS)
+    same = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert all(same[0][n] == same[1][n] for n in same[0] if "tfrecord" in n)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "a", "b"}
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("archive", [False, True])
+def test_arrays(tmp_path, moments, last, split, archive):
+    stored = np.moveaxis(moments, 1, -1) if last else moments
+    arrays = {"moments": stored, "labels": LABELS}
+    if split:
+        mean, std = np.split(stored, 2, axis=-1 if last else 1)
+        arrays = {"mean": mean, "std": np.asfortranarray(std), "labels": LABELS}
+    source = tmp_path / ("latents.npz" if archive else "arrays")
+    if archive:
+        np.savez(source, **arrays)
+    else:
+        source.mkdir()
+        for name, array in arrays.items():
+            np.save(source / f"{name}.npy", array.astype(">f8") if last else array)
+        np.save(source / "labels.npy", LABELS)
+    flags = {}
+    if split:  # 4 x 4 x 4: nobody can tell
+        with pytest.raises(UserError, match="give --channels=first or last"):
+            import_latents(source, tmp_path / "out", "digits", PIXELS)
+        flags = {"channels": "last" if last else "first"}
+    info = import_latents(source, tmp_path / "out", "digits", PIXELS, **flags)
+    check(tmp_path / "out", info, moments, LABELS)
+
+
+def test_logarithms_of_the_variance(tmp_path, moments):
+    changed = moments.copy()
+    changed[:, CHANNELS:] = 2 * np.log(moments[:, CHANNELS:])
+    np.savez(tmp_path / "x.npz", moments=changed, labels=LABELS)
+    with pytest.raises(UserError, match=r"negative deviations.*--logvar"):
+        import_latents(tmp_path / "x.npz", tmp_path / "a", "digits", PIXELS)
+    import_latents(tmp_path / "x.npz", tmp_path / "a", "digits", PIXELS, logvar=True)
+    _, rows = read_with_tfds(tmp_path / "a")
+    for index, row in rows.items():
+        wanted = np.moveaxis(moments[index, CHANNELS:], 0, -1)
+        np.testing.assert_allclose(row["std"], wanted, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["../x.npy", "/etc/x.npy", "a/../../x.npy", "x.txt"])
+def test_names_outside_the_folder(tmp_path, moments, name):
+    write_folder(tmp_path / "in", moments)
+    np.save(tmp_path / "x.npy", moments[0])
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": [[name, 0]]}))
+    with pytest.raises(UserError, match=r"is no \.npy inside this folder"):
+        import_latents(tmp_path / "in", tmp_path / "out", "digits", PIXELS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"labels": null}',
+        '{"labels": []}',
+        '{"labels": [null]}',
+        '{"labels": [["a.npy", 0.5]]}',
+        '{"labels": [["a.npy", true]]}',
+        '{"labels": [[3, 0]]}',
+        '{"labels": [["a.npy", 0], ["a.npy", 1]]}',
+    ],
+)
+def test_listings_that_are_none(tmp_path, text):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json: .*make it anew"):
+        import_latents(tmp_path, tmp_path / "out", "digits", PIXELS)
+
+
+def archive_of(**members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return data.getvalue()
+
+
+def npy(array, **flags):
+    data = io.BytesIO()
+    np.save(data, array, **flags)
+    return data.getvalue()
+
+
+OBJECTS = npy(np.array([{}, None]), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"PK", "no .npz that can be read"),
+        (archive_of(moments=OBJECTS, labels=npy(LABELS)), "Python objects"),
+        (archive_of(moments=b"text", labels=npy(LABELS)), "no .npz that can be read"),
+        (
+            archive_of(labels=npy(LABELS), moments=npy(np.ones((N, 3)))[:-8]),
+            "moments.npy is cut short",
+        ),
+        (archive_of(labels=npy(LABELS)), "needs labels, and moments or mean and std"),
+        (archive_of(moments=npy(np.ones(3)), labels=npy(LABELS)), "3 moments for 21"),
+        (
+            archive_of(moments=npy(np.ones((N, 8, 4, 5))), labels=npy(LABELS)),
+            r"latent 0: float64 \(8, 4, 5\), not",
+        ),
+        (
+            archive_of(moments=npy(np.full((N, 8, 4, 4), 1e5)), labels=npy(LABELS)),
+            "latent 0 is not finite or too large for float16",
+        ),
+        (
+            archive_of(moments=npy(np.ones((N, 8, 4, 4))), labels=npy(LABELS - 1)),
+            r"labels are not in \[0, 9\)",
+        ),
+    ],
+)
+def test_archives_that_are_refused(tmp_path, content, match):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match=match) as error:
+        import_latents(tmp_path / "x.npz", tmp_path / "out", "digits", PIXELS)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_damaged_or_compressed_archive(tmp_path, moments):
+    np.savez(tmp_path / "x.npz", moments=moments, labels=LABELS)
+    data = bytearray((tmp_path / "x.npz").read_bytes())
+    data[2000] ^= 1
+    (tmp_path / "x.npz").write_bytes(data)
+    np.savez_compressed(tmp_path / "y.npz", moments=moments, labels=LABELS)
+    for name, match in [("x", "moments.npy is damaged"), ("y", "unpack it")]:
+        with pytest.raises(UserError, match=match):
+            import_latents(tmp_path / f"{name}.npz", tmp_path / "o", "digits", PIXELS)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", OBJECTS, archive_of(a=b"")])
+def test_files_that_are_no_arrays(tmp_path, moments, content):
+    write_folder(tmp_path / "in", moments)
+    bad = tmp_path / "in" / "00001" / "img-mean-std-00000003.npy"
+    bad.write_bytes(content)
+    with pytest.raises(UserError, match=f"{bad.name}: no .npy that can be read"):
+        import_latents(tmp_path / "in", tmp_path / "out", "digits", PIXELS)
