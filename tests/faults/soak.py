@@ -2,9 +2,9 @@
 
     python -m pytest -n 0 -s tests/faults/soak.py
 
-Not part of the suite. Kills a run at random moments, damages all of a checkpoint
-and trains long enough for leaks to show; a line for each part. SOAK_SEED=1 picks
-other moments, files and bits.
+Not part of the suite. Kills a run and an encoding at random moments, damages all of a
+checkpoint, and trains long enough for leaks to show; prints a line for each part.
+SOAK_SEED=1 picks other moments, files and bits.
 """
 
 import json
@@ -12,7 +12,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,7 +27,8 @@ from sra2_jax.training.optim import make_optimizer
 from sra2_jax.training.sharding import make_mesh
 from sra2_jax.training.state import create_sharded
 
-KILLS, FLIPS, STEPS = 50, 200, 2000
+ROOT = Path(__file__).parents[2]
+KILLS, FLIPS, STEPS, ENCODE_KILLS = 50, 200, 2000, 20
 DRAW = random.Random(int(os.environ.get("SOAK_SEED", "0")))
 
 
@@ -134,6 +138,39 @@ def test_damaged_checkpoints(saved):
         check(lambda p: p.write_bytes(b""), path)
         check(lambda p: p.unlink(), path)
     print(f"{len(files)} files cut, emptied, deleted: {count}")
+
+
+@pytest.mark.timeout(3600)
+def test_encoding(tmp_path):
+    """Killed 20 times, twice a dataset: the same files, byte for byte."""
+
+    def encode(name):
+        command = [sys.executable, "-m", "sra2_jax.data.encode", "--images=digits"]
+        command += [f"--out={tmp_path / name}", "--vae=digits", "--resolution=32"]
+        return subprocess.Popen([*command, "--shards=24", "--mirror"], cwd=ROOT)
+
+    def contents(name):
+        return {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+
+    assert encode("whole").wait() == 0
+    kills, began = 0, time.monotonic()
+    for i in range(ENCODE_KILLS // 2):
+        for _ in range(2):
+            process, work = encode(f"{i}"), tmp_path / f".{i}.incomplete"
+            before = len(list(work.glob("facts*")))
+            while process.poll() is None and len(list(work.glob("facts*"))) <= before:
+                time.sleep(0.005)
+            time.sleep(DRAW.uniform(0, 0.5))
+            kills += process.poll() is None
+            process.kill()
+            process.wait()
+        assert encode(f"{i}").wait() == 0
+        assert contents(f"{i}") == contents("whole")
+    assert not list(tmp_path.glob(".*"))
+    print(
+        f"\n{kills} SIGKILLs while encoding {ENCODE_KILLS // 2} datasets, "
+        f"{time.monotonic() - began:.0f} s: all files equal"
+    )
 
 
 @pytest.mark.timeout(3600)

@@ -88,6 +88,18 @@ def pair(start, command, tmp_path, free_port):
     return both
 
 
+def test_sigterm_to_one_of_two_stops_both(pair, tmp_path):
+    """At the same step, which is saved."""
+    first, second = pair(slow_steps=0.1)
+    rows = tmp_path / "pair" / "metrics.jsonl"
+    second.until(lambda: rows.exists() and len(lines(rows)) == 2)
+    second.kill()
+    assert [first.status(30), second.status(30)] == [42, 42]
+    (step,) = (p.name for p in (tmp_path / "pair" / "checkpoints").glob("[5-9]*"))
+    for process in (first, second):
+        assert f"stopped: step {step} is saved" in process.text
+
+
 def test_a_lost_process_ends_the_others(pair):
     """Killed: the other names it within the heartbeat and 10 s. Ended by a mistake: the
     other says which, with the same status."""
