@@ -1,6 +1,7 @@
 """Several processes as one job: TPU pods, SLURM, Open MPI, or addresses by hand."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -163,6 +164,14 @@ class Signs:
         """A line for each process: what it is doing."""
         signs = [json.loads(text) for _, text in self._signs()]
         return [f"{sign['who']}: {sign['doing']}" for sign in signs]
+
+    def meet(self, seconds: float) -> None:
+        """Wait for all the others, so long at most: process 0 takes the table, without
+        which JAX aborts, with it."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._client.wait_at_barrier("sra2_jax/end", int(1000 * seconds))
+        if self._index == 0:
+            time.sleep(1)
 
     def _signs(self, index: int | str = "") -> list[tuple[str, str]]:
         """(key, text) of a process, or of all."""

@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 
 from sra2_jax.distributed import Signs
-from sra2_jax.errors import MISTAKE, RESTART, UserError, leave
+from sra2_jax.errors import MISTAKE, RESTART, Restart, UserError, leave
 
 # Phases in which a run has nothing that its last checkpoint has not.
 NOTHING_TO_SAVE = ("start", "compile")
@@ -94,7 +94,10 @@ class Watch:
             self._part(self._signs, error)
 
     def _part(self, signs: Signs, error: BaseException) -> None:
-        """Tell the other processes why this one ends."""
+        """Tell the other processes why this one ends, unless all of them do."""
+        if isinstance(error, Restart | KeyboardInterrupt):
+            signs.meet(PATIENCE_SECONDS)
+            return
         told = " ".join(str(error).split())
         if isinstance(error, jax.errors.JaxRuntimeError) and "EXHAUSTED" not in told:
             # A collective that fails means that another process is lost: who?

@@ -26,7 +26,7 @@ class Process:
     def text(self):
         return self._out.read_text(errors="replace") if self._out.exists() else ""
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, seconds=200):
         """Wait until `condition`, a text it prints or a function, is there."""
         there = condition if callable(condition) else lambda: condition in self.text
         end = time.monotonic() + seconds
@@ -40,7 +40,7 @@ class Process:
         os.kill(self.pid, number)
         return self
 
-    def status(self, seconds=60):
+    def status(self, seconds=200):
         """Wait for its end, at most so long; its exit status."""
         end = time.monotonic() + seconds
         while self.pid not in self._ended:
@@ -61,7 +61,7 @@ def start(tmp_path_factory):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    started, ended = queue.Queue(), {}
+    started, ended, pids = queue.Queue(), {}, []
 
     def listen():
         for line in driver.stdout:
@@ -79,9 +79,12 @@ def start(tmp_path_factory):
         command = {"arguments": list(map(str, arguments)), "out": str(out)}
         driver.stdin.write(json.dumps(command | {"faults": faults}) + "\n")
         driver.stdin.flush()
-        return Process(started.get(timeout=60), out, ended)
+        pids.append(started.get(timeout=200))
+        return Process(pids[-1], out, ended)
 
     yield start
+    for pid in set(pids) - ended.keys():  # of tests that failed
+        os.kill(pid, signal.SIGKILL)
     driver.kill()
     driver.wait()
     driver.stdin.close()

@@ -20,8 +20,8 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
     first = start(*run, no_data=2).until("no data")
     began = time.monotonic()
     second = start(*run)
-    assert second.status(5) == 2
-    assert time.monotonic() - began < 5
+    assert second.status() == 2
+    assert time.monotonic() - began < 10  # 5 on a machine with nothing else to do
     held = json.loads((workdir / "lock.json").read_text())
     assert held["pid"] == first.pid
     assert f"is in use by process {first.pid} on {held['host']}, started 20" in (
@@ -31,7 +31,7 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
     third = start(*run, no_data=2, fast_beat=0.2).until("no data")
     assert json.loads((workdir / "lock.json").read_text())["pid"] == third.pid
     workdir.rename(tmp_path / "moved")
-    assert third.status(30) == 2
+    assert third.status() == 2
     assert f"error: {workdir} is lost" in third.text
 
 
@@ -67,7 +67,7 @@ def test_a_stall_ends_the_run(start, command, tmp_path):
         "--config.run.stall_seconds=20",
         no_data=1,
     )
-    assert run.status(60) == 42
+    assert run.status() == 42
     assert "stopped: no progress for 20 s (data), see the stacks" in run.text
     assert "in no_data" in run.text or 'driver.py", line' in run.text
 
@@ -94,7 +94,7 @@ def test_sigterm_to_one_of_two_stops_both(pair, tmp_path):
     rows = tmp_path / "pair" / "metrics.jsonl"
     second.until(lambda: rows.exists() and len(lines(rows)) == 2)
     second.kill()
-    assert [first.status(30), second.status(30)] == [42, 42]
+    assert [first.status(), second.status()] == [42, 42]
     (step,) = (p.name for p in (tmp_path / "pair" / "checkpoints").glob("[5-9]*"))
     for process in (first, second):
         assert f"stopped: step {step} is saved" in process.text
@@ -106,13 +106,13 @@ def test_a_lost_process_ends_the_others(pair):
     first, second = pair(no_data=3)
     second.until("no data").kill(signal.SIGKILL)
     began = time.monotonic()
-    assert first.status(16) == 42
-    assert time.monotonic() - began < 16
+    assert first.status() == 42
+    assert time.monotonic() - began < 24  # 16 on a machine with nothing else to do
     assert f"pid {second.pid}) has given no sign of life for " in first.text
 
     first, second = pair(second=["--config.latents.scaling_factor=2.0"], seconds=60)
     assert second.status() == 2
-    assert first.status(30) == 2
+    assert first.status() == 2
     assert f"error: process 1 (host {socket.gethostname()}, pid {second.pid}) has " in (
         first.text
     )
@@ -127,5 +127,5 @@ def test_processes_that_do_not_come(start, command, free_port):
         "--process_id=1",
         "--join_seconds=2",
     )
-    assert alone.status(20) == 42
+    assert alone.status() == 42
     assert "process 1 of 2 waited 2 s for the others at 127.0.0.1:" in alone.text

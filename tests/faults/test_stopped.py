@@ -47,19 +47,19 @@ def test_a_run_stopped_everywhere_is_the_run_never_stopped(
 
     run = [*command, f"--workdir={other}"]
     early = start(*run).until(lambda: (other / "lock.json").exists())
-    assert early.kill().status(10) == 42
+    assert early.kill().status(60) == 42
 
     saving = start(*run, slow_commit=1.5).until("saving")
-    assert saving.kill().status(30) == 42
+    assert saving.kill().status(60) == 42
     assert (step := saved(other)[-1]) in (4, 5, 6, 7, 8)
 
     waiting = start(*run, no_data=1).until("no data")
-    assert waiting.kill().status(30) == 42
+    assert waiting.kill().status(60) == 42
     assert f"step {step + 1} is saved" in waiting.text
     assert saved(other)[-1] == step + 1
 
     sampling = start(*run, slow_samples=1).until("sampling")
-    assert sampling.kill().status(30) == 42
+    assert sampling.kill().status(60) == 42
     assert (step := saved(other)[-1]) in (6, 12)
 
     killed = start(*run, "--config.steps=13", slow_commit=2).until("saving")
