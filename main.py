@@ -4,40 +4,49 @@ Any key of configs/default.py can be overridden: --config.steps=1000. Running th
 command again goes on from the newest checkpoint in the workdir.
 """
 
-import argparse
 from pathlib import Path
 
-from absl import flags, logging
-
 from sra2_jax import config as configuration
-from sra2_jax import distributed
-from sra2_jax.errors import run_program
-from sra2_jax.training.lock import Lock
-from sra2_jax.training.watch import Watch
+from sra2_jax.errors import UserError, run_program
+from sra2_jax.flags import Parser, add_distributed
 
 DEFAULT = Path(__file__).resolve().parent / "configs" / "quickstart.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--workdir", help="folder of the run, local or gs:// (runs/CONFIG_NAME)"
     )
-    distributed.add_arguments(parser)
-    # The config is checked before TensorFlow is imported or a device touched.
+    add_distributed(parser)
     arguments, config = configuration.parse_arguments(parser, str(DEFAULT))
+    if arguments.workdir == "":
+        raise UserError("--workdir= is empty: name a folder")
+    workdir = arguments.workdir or f"runs/{config.name}"
+    configuration.check_paths(config, workdir)
+
+    # Only now what takes seconds to import: mistakes in the config are found before.
+    from absl import flags, logging
+
+    from sra2_jax import distributed
+    from sra2_jax.training.lock import Lock
+    from sra2_jax.training.sharding import make_mesh
+    from sra2_jax.training.watch import Watch
 
     flags.FLAGS.mark_as_parsed()  # absl warns before its first line otherwise
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    # Our own rows of metrics and errors; not the progress notes of the libraries.
+    # Our own rows of metrics and errors; not the progress notes of the libraries, nor
+    # what Orbax says of a failed save: that is reported, in a line.
     logging.get_absl_handler().addFilter(
-        lambda r: r.levelname == "ERROR" or r.filename == "logging_writer.py"
+        lambda r: (
+            r.filename == "logging_writer.py"
+            or (r.levelname == "ERROR" and "orbax" not in r.pathname)
+        )
     )
     distributed.initialize(arguments)
-    workdir = arguments.workdir or f"runs/{config.name}"
+    # Refuses a mesh that does not fit the devices, before the workdir is made.
+    make_mesh(**config.mesh, batch_size=config.batch_size, n=config.accumulate)
     with (
         Watch(config.run.stall_seconds, arguments.heartbeat_seconds) as watch,
         Lock(workdir),

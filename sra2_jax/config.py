@@ -1,182 +1,107 @@
-"""Reading and checking configurations: every mistake is one clear line, early."""
+"""Reading configurations: from files, flags and runs; what a resumed run may change."""
 
 import argparse
-import difflib
-import functools
+import importlib.util
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from sra2_jax import alignment, attention, sampler, transport
+from sra2_jax.config_checks import (
+    HUB_ID,
+    KEYS,
+    allowed,
+    fits,
+    kind,
+    shown,
+    unknown_key,
+)
+from sra2_jax.config_checks import check as check
+from sra2_jax.config_checks import flatten as flatten
 from sra2_jax.errors import UserError
-from sra2_jax.models.dit import REMAT_POLICIES
+from sra2_jax.flags import pairs, parse_known
 
-INF = math.inf
-
-# key -> smallest and largest value allowed; every numeric key of configs/default.py.
-# align.*.KEY is a key of every section of config.align.
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**31 - 1),
-    "steps": (1, INF),
-    "batch_size": (1, INF),
-    "data.resolution": (1, INF),
-    "data.num_classes": (1, INF),
-    "data.streams": (1, INF),
-    "data.shuffle_buffer": (1, INF),
-    "latents.size": (1, INF),
-    "latents.channels": (1, INF),
-    "latents.scaling_factor": (1e-6, 1e6),
-    "latents.shift_factor": (-1e6, 1e6),
-    "model.width": (4, INF),
-    "model.depth": (1, INF),
-    "model.heads": (1, INF),
-    "model.patch_size": (1, INF),
-    "model.mlp_ratio": (0.1, 100),
-    "model.time_scale": (1e-6, 1e6),
-    "label_dropout": (0, 1),
-    "transport.time_mean": (-100, 100),
-    "transport.time_std": (1e-6, 100),
-    "align.*.depth": (1, INF),
-    "align.*.weight": (0, 1e6),
-    "align.*.schedule_start": (0, INF),
-    "align.*.schedule_steps": (1, INF),
-    "align.*.beta": (1e-9, 1e6),
-    "align.*.t_min": (0, 1),
-    "align.*.t_max": (0, 1),
-    "align.*.head_layers": (1, 100),
-    "align.*.head_width": (0, INF),
-    "align.encoder.width": (1, INF),
-    "align.teacher.teacher_depth": (1, INF),
-    "align.teacher.interval": (0, 1),
-    "optim.learning_rate": (0, 100),
-    "optim.warmup_steps": (0, INF),
-    "optim.b1": (0, 1 - 1e-9),
-    "optim.b2": (0, 1 - 1e-9),
-    "optim.eps": (1e-30, 1),
-    "optim.weight_decay": (0, 100),
-    "optim.clip_norm": (1e-9, 1e9),
-    "ema_decay": (0, 1 - 1e-9),
-    "accumulate": (1, INF),
-    "mesh.data": (-1, INF),
-    "mesh.fsdp": (1, INF),
-    "mesh.tensor": (1, INF),
-    "sampling.steps": (2, INF),
-    "sampling.guidance": (0, 1000),
-    "sampling.guidance_low": (0, 1),
-    "sampling.guidance_high": (0, 1),
-    "sampling.guidance_channels": (0, INF),
-    "sampling.batch_size": (1, INF),
-    "run.log_every": (1, INF),
-    "run.checkpoint_every": (1, INF),
-    "run.keep_checkpoints": (1, INF),
-    "run.keep_every": (0, INF),
-    "run.keep_best": (0, INF),
-    "run.sample_every": (1, INF),
-    "run.most_skipped": (0, INF),
-    "run.stall_seconds": (1, INF),
-    "run.grid_classes": (1, INF),
-    "run.grid_columns": (1, INF),
-    "eval.every": (1, INF),
-    "eval.num_samples": (2, INF),
-}
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.remat": tuple(REMAT_POLICIES),
-    "model.attention": attention.CHOICES,
-    "model.dtype": ("bfloat16", "float32"),
-    "transport.path": transport.PATHS,
-    "transport.prediction": transport.PREDICTIONS,
-    "transport.time": transport.TIMES,
-    "align.*.schedule": alignment.SCHEDULES,
-    "align.*.loss": alignment.LOSSES,
-    "align.vae.target": alignment.TARGETS,
-    "align.encoder.source": alignment.SOURCES,
-    "sampling.method": sampler.SAMPLERS,
-    "sampling.rounding": ("truncate", "sit"),
-    "sampling.labels": ("random", "balanced"),
-    "eval.features": ("", "digits", "inception"),
-}
-
-
-def flatten(config: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("section.key", value) for every leaf."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def unknown_key(key: str, config: ConfigDict) -> UserError:
-    """The error for a key that no config has, with the nearest one that exists."""
-    keys = [k for k, _ in flatten(config)]
-    if inside := [k for k in keys if k.startswith(f"{key}.")]:
-        return UserError(
-            f"config.{key} is a section: set its keys, as config.{inside[0]}"
-        )
-    last = {k.rsplit(".", 1)[-1]: k for k in keys}
-    near = difflib.get_close_matches(key, keys, 1) or [
-        last[m]
-        for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.5)
-    ]
-    hint = f"did you mean config.{near[0]}?" if near else "see configs/default.py"
-    return UserError(f"unknown key config.{key}: {hint}")
+MEGABYTE = 2**20
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The config of a file, with overrides "--config.KEY=VALUE" applied; not checked.
 
     Raises:
-      UserError: no such file, an unknown key, a value of another type.
+      UserError: no such file, one that is no config, an unknown key, a value that the
+        key may not have.
     """
-    arguments = [f"--config={path}", *overrides]
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--config={path} names no file: see configs/")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path}: must end in .py, as those in configs/")
+    module = importlib.util.module_from_spec(spec)
     try:
-        return _parse(config_flags.DEFINE_config_file, arguments)
-    except OSError as error:
-        raise UserError(f"--config={path} names no file: see configs/") from error
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"--config={path} is no config file ({reason})") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={path}: its get_config() returns no ConfigDict")
+    return override(config, overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A copy of a config with "--config.KEY=VALUE" applied; not checked.
 
     Raises:
-      UserError: an unknown key, a value of another type.
+      UserError: an unknown key, one given twice, a value that the key may not have.
     """
-    define = functools.partial(
-        config_flags.DEFINE_config_dict, config=config.copy_and_resolve_references()
-    )
-    return _parse(define, overrides)
-
-
-def _parse(define: Callable[..., Any], overrides: Sequence[str]) -> ConfigDict:
-    """The config of a flag that `define` makes, with overrides applied."""
-    arguments = ["", *overrides]
-    values = flags.FlagValues()
+    config = config.copy_and_resolve_references()
+    values: dict[str, Any] = {}
+    for flag, text in pairs(overrides):
+        section, _, key = flag.partition(".")
+        if section != "config":
+            hint = "--help lists the flags"
+            if flag in KEYS:
+                hint = f"did you mean --config.{flag}?"
+            raise UserError(f"unknown flag --{flag}: {hint}")
+        if key not in KEYS:
+            raise unknown_key(key)
+        if text is None:
+            raise UserError(f"--config.{key} has no value: {allowed(key)}")
+        if key in values:
+            raise UserError(f"--config.{key} is given twice: leave one out")
+        values[key] = parse(key, text)
     try:
-        define(name="config", flag_values=values, sys_argv=arguments)
-        rest = values(arguments)[1:]
-        config: ConfigDict = values.config.lock()
-    except OSError:
-        raise
-    except Exception as error:  # ml_collections raises many kinds
-        from configs import default
+        config.update_from_flattened_dict(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the config file does not fit ({error}): begin with configs/default.py"
+        ) from error
+    return config.lock()
 
-        known = default.get_config()
-        keys = dict(flatten(known))
-        for argument in overrides:
-            section, _, key = argument.lstrip("-").split("=")[0].partition(".")
-            if section == "config" and key and key not in keys:
-                raise unknown_key(key, known) from error
-        reason = " ".join(str(error).split())
-        raise UserError(f"{reason} (--help lists the flags)") from error
-    if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}: flags begin with --")
-    return config
+
+def parse(key: str, text: str) -> Any:
+    """The value of a key, written as a text.
+
+    Raises:
+      UserError: the key may not have it.
+    """
+    wanted, value = kind(key), None
+    if wanted is bool:
+        value = {"true": True, "false": False}.get(text.lower())
+    elif wanted is not int or re.fullmatch(r"[+-]?[0-9][0-9_]{,99}", text):
+        try:
+            value = wanted(text)
+        except ValueError:
+            value = None
+    if value is None or not fits(key, value):
+        given = shown(text if value is None else value)
+        raise UserError(f"config.{key}={given}: {allowed(key)}")
+    return value
 
 
 def parse_arguments(
@@ -185,170 +110,158 @@ def parse_arguments(
     """A program's own flags, and the checked config of --config and --config.KEY=VALUE.
 
     Args:
-      parser: made with allow_abbrev=False; gets the flag --config.
+      parser: made with allow_abbrev=False; gets the flags --config and --keys.
       default: the config file where none is named.
 
     Raises:
       UserError: as `load` and `check`.
     """
     parser.add_argument("--config", default=default, help="file (%(default)s)")
-    parser.epilog = "Any key of configs/default.py: --config.KEY=VALUE"
-    arguments, rest = parser.parse_known_args()
+    parser.add_argument(
+        "--keys", action="store_true", help="list the config's keys and end"
+    )
+    parser.epilog = (
+        "Any key of the config: --config.KEY=VALUE. --keys lists them; "
+        "configs/default.py says what they mean."
+    )
+    arguments, rest = parse_known(parser)
     config = load(arguments.config, rest)
     check(config)
+    if arguments.keys:
+        for key, value in flatten(config):
+            print(f"--config.{key}={value}  ({allowed(key)})")
+        sys.exit()
     return arguments, config
 
 
-def from_saved(saved: dict[str, Any], where: str) -> ConfigDict:
+def read_json(path: Any, limit: int = MEGABYTE) -> Any:
+    """What a JSON file of at most `limit` bytes holds, a path of pathlib's or epath's.
+
+    Raises:
+      UserError: it cannot be read, is too large, or is not JSON.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        return json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = type(error).__name__
+        if not isinstance(error, OSError):
+            reason = f"not JSON of a run, {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{path} cannot be read ({reason})") from error
+
+
+def check_paths(config: ConfigDict, workdir: str) -> None:
+    """Refuse a run in `workdir` that would not find what it reads. Only looks at
+    names, and not at remote ones (gs://).
+
+    Raises:
+      UserError: the first key that names nothing.
+    """
+    data = config.data.dir or f"{workdir}/latents"
+    images, scores = config.data.images, config.eval
+    if not _exists(f"{data}/latents.json"):
+        if not images:
+            raise UserError(
+                f"no latents dataset in {data}: set --config.data.dir=FOLDER, or "
+                "--config.data.images=SOURCE to encode it first"
+            )
+        if not _exists(images):
+            raise UserError(
+                f"config.data.images={images}: no such folder: give one with a "
+                "sub-folder for each class, tfds:NAME[:SPLIT] or digits"
+            )
+    if scores.features == "inception":
+        for key in ("inception", "reference"):
+            if not _exists(scores[key]):
+                raise UserError(
+                    f"config.eval.{key}={scores[key]}: no such file: docs/evaluation.md"
+                    " says how to get it"
+                )
+    encoder = config.align.encoder
+    networks = {"vae": config.vae}
+    if encoder.enabled and encoder.source == "images":
+        networks["align.encoder.model"] = encoder.model
+    for key, source in networks.items():
+        if not (_exists(source) or HUB_ID.fullmatch(source)):
+            raise UserError(
+                f"config.{key}={source}: no such folder, and no owner/name[@revision] "
+                "of the Hugging Face hub either"
+            )
+
+
+def _exists(source: str) -> bool:
+    """Whether a local file or folder is there; what is not local is not looked at."""
+    apart = source == "digits" or source.startswith("tfds:") or "://" in source
+    return apart or (bool(source) and Path(source).expanduser().exists())
+
+
+def from_saved(saved: Any, where: str) -> ConfigDict:
     """The config of a run's config.json.
 
     Raises:
       UserError: it is not one that this version wrote.
     """
-    keys = [k for k in (*RANGES, *CHOICES) if "*" not in k]
-    flat = dict(flatten(saved)) if isinstance(saved, dict) else {}
-    if missing := [k for k in keys if k not in flat]:
+    try:
+        if not isinstance(saved, dict):
+            raise UserError("no JSON object")
+        config = ConfigDict(saved).lock()
+        check(config)
+    except (UserError, RecursionError, TypeError, ValueError) as error:
         raise UserError(
-            f"{where}: has no config.{missing[0]}: written by another version, or not "
-            "by this program"
-        )
-    config = ConfigDict(saved).lock()
-    check(config)
+            f"{where}: {error}: written by another version, or not by this program"
+        ) from error
     return config
 
 
-def check(config: ConfigDict) -> None:
-    """Refuse values out of range and combinations that cannot work.
-
-    Raises:
-      UserError: the first key that is wrong, its value and what is allowed.
-    """
-    _check_values(config)
-    _check_combinations(config)
-
-
-def rule(table: dict[str, Any], key: str) -> Any:
-    """What RANGES or CHOICES say of a key; None where they do not."""
-    return table.get(key) or table.get(re.sub(r"^align\.\w+", "align.*", key))
-
-
-def _check_values(config: ConfigDict) -> None:
-    for key, value in flatten(config):
-        choices, limits = rule(CHOICES, key), rule(RANGES, key)
-        if choices and value not in choices:
-            allowed = ", ".join(repr(v) for v in choices)
-            raise UserError(f"config.{key}={value!r}: must be one of {allowed}")
-        if limits:
-            low, high = limits
-            if not low <= value <= high:  # also refuses NaN
-                raise UserError(
-                    f"config.{key}={value}: must lie between {low:g} and {high:g}"
-                )
-
-
-def _check_combinations(config: ConfigDict) -> None:
-    model = config.model
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
-
-    require(
-        config.latents.size % model.patch_size == 0,
-        f"config.model.patch_size={model.patch_size} does not divide "
-        f"config.latents.size={config.latents.size}",
-    )
-    require(
-        model.width % model.heads == 0 and model.width % 4 == 0,
-        f"config.model.width={model.width} must be divisible by 4 and by "
-        f"config.model.heads={model.heads}",
-    )
-    require(
-        model.attention != "cudnn" or model.dtype == "bfloat16",
-        "config.model.attention='cudnn' needs config.model.dtype='bfloat16'",
-    )
-    require(
-        config.batch_size % config.accumulate == 0,
-        f"config.batch_size={config.batch_size} is not divisible by "
-        f"config.accumulate={config.accumulate}",
-    )
-    require(
-        config.batch_size % config.data.streams == 0,
-        f"config.batch_size={config.batch_size} is not divisible by "
-        f"config.data.streams={config.data.streams}",
-    )
-    require(
-        config.run.checkpoint_every % config.run.log_every == 0,
-        f"config.run.checkpoint_every={config.run.checkpoint_every} must be a multiple "
-        f"of config.run.log_every={config.run.log_every}, so that a resumed run logs "
-        "the same rows",
-    )
-    require(config.mesh.data != 0, "config.mesh.data=0: must be -1 or at least 1")
-    require(
-        model.heads % config.mesh.tensor == 0,
-        f"config.mesh.tensor={config.mesh.tensor} does not divide "
-        f"config.model.heads={model.heads}",
-    )
-    require(
-        config.sampling.guidance_channels <= config.latents.channels,
-        f"config.sampling.guidance_channels={config.sampling.guidance_channels} "
-        f"exceeds config.latents.channels={config.latents.channels}",
-    )
-    if config.eval.features == "digits":
-        require(
-            config.data.num_classes == 10 and config.data.resolution == 32,
-            "config.eval.features='digits' needs config.data.num_classes=10 and "
-            "config.data.resolution=32",
-        )
-    if config.eval.features == "inception":
-        require(
-            bool(config.eval.reference),
-            "config.eval.features='inception' needs config.eval.reference, an .npz in "
-            "ADM's format (docs/evaluation.md)",
-        )
-    for name, section in config.align.items():
-        if section.enabled:
-            _check_alignment(f"config.align.{name}", section, model.depth)
-
-
-def _check_alignment(name: str, section: ConfigDict, depth: int) -> None:
-    for key in ("depth", "teacher_depth"):
-        if section.get(key, 1) > depth:
-            raise UserError(
-                f"{name}.{key}={section[key]}: the network has "
-                f"config.model.depth={depth} blocks"
-            )
-    if section.t_min >= section.t_max:
-        raise UserError(
-            f"{name}.t_min={section.t_min} must be below {name}.t_max={section.t_max}"
-        )
-
-
-# A checkpoint trained with one value of these cannot go on, or go on as the same run,
-# with another.
-STATE_KEYS = ("latents", "model", "align", "transport", "data.num_classes", "optim")
+# A checkpoint trained with one value of these cannot go on as the same run with
+# another: the network, what it learns, its data's order, its random draws.
+STATE_KEYS = (
+    "seed",
+    "batch_size",
+    "data.resolution",
+    "data.num_classes",
+    "data.streams",
+    "data.shuffle_buffer",
+    "latents.",
+    "model.",
+    "label_dropout",
+    "transport.",
+    "align.",
+    "optim.",
+    "ema_decay",
+)
 STATE_FREE = ("model.scan", "model.remat", "model.attention", "model.dtype")
 
 
-def differing(old: dict, new: dict) -> list[str]:
-    """Lines "config.KEY: saved, now" for the keys that shape the trained state.
+def differing(old: dict, new: dict) -> tuple[list[str], list[str]]:
+    """Lines "config.KEY: saved -> now" of what differs: in keys that a resumed run must
+    not change, and in the others.
 
-    Of an alignment that is off on both sides nothing counts.
+    Of an alignment that is off on a side only that counts.
     """
-    old, new = (_without_disabled(dict(flatten(c))) for c in (old, new))
-    return [
-        f"config.{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if key.startswith(STATE_KEYS)
-        and key not in STATE_FREE
-        and old.get(key) != new.get(key)
-    ]
+    old, new = dict(flatten(old)), dict(flatten(new))
+    fixed: list[str] = []
+    free: list[str] = []
+    off = {
+        k.removesuffix("enabled")
+        for c in (old, new)
+        for k, on in c.items()
+        if _says_off(k, on)
+    }
+    for key in sorted(old.keys() | new.keys()):
+        counts = key.endswith(".enabled") or not key.startswith(tuple(off))
+        if counts and old.get(key) != new.get(key):
+            line = f"config.{key}: {shown(old.get(key))} -> {shown(new.get(key))}"
+            bound = key.startswith(STATE_KEYS) and key not in STATE_FREE
+            (fixed if bound else free).append(line)
+    return fixed, free
 
 
-def _without_disabled(flat: dict[str, Any]) -> dict[str, Any]:
-    off = [k.removesuffix("enabled") for k, v in flat.items() if k.endswith(".enabled")]
-    off = [section for section in off if not flat[f"{section}enabled"]]
-    return {k: v for k, v in flat.items() if not k.startswith(tuple(off))}
+def _says_off(key: str, value: Any) -> bool:
+    return key.endswith(".enabled") and value is False
 
 
 def to_json(config: ConfigDict) -> str:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError, run_program
+from sra2_jax.flags import Parser
 from sra2_jax.pretrained.inception import convert_inception
 from sra2_jax.reference import from_reference, reverse_time, to_reference
 from sra2_jax.statedict import (
@@ -269,13 +270,11 @@ def export_run(
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the overrides --config.KEY=VALUE of an import."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, **texts: Any) -> Any:
-        sub = commands.add_parser(name, allow_abbrev=False, **texts)
+        sub = commands.add_parser(name, **texts)
         if name != "inception":
             sub.add_argument(
                 "--reverse_time",

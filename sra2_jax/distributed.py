@@ -19,39 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra2_jax.errors import RESTART, UserError, leave
 
-# How long the others may take to come, and, later, to give a sign of life.
-JOIN_SECONDS, HEARTBEAT_SECONDS = 300, 100
 # JAX aborts a process that finds another one lost; we say more, and come first.
 MARGIN_SECONDS = 60
 SIGNS, LOST = "sra2_jax/signs", "sra2_jax/lost"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how a process finds the others."""
-    add = parser.add_argument
-    add(
-        "--distributed",
-        action="store_true",
-        help="one of several processes, found by the environment: TPU pod, SLURM, "
-        "Open MPI",
-    )
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, elsewhere")
-    add("--num_processes", type=int, metavar="N", help="with --coordinator")
-    add("--process_id", type=int, metavar="I", help="with --coordinator, from 0")
-    add(
-        "--join_seconds",
-        type=int,
-        default=JOIN_SECONDS,
-        metavar="S",
-        help="to wait for the others at the start (%(default)s)",
-    )
-    add(
-        "--heartbeat_seconds",
-        type=int,
-        default=HEARTBEAT_SECONDS,
-        metavar="S",
-        help="without a sign of life of another until it is lost (%(default)s)",
-    )
 
 
 def initialize(arguments: argparse.Namespace) -> None:

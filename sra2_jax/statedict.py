@@ -4,7 +4,7 @@ import argparse
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ SETS = {"model": "raw", "ema": "ema"}
 # what else its files hold
 BESIDES = ("opt", "args", "epoch", "steps")
 WRITTEN = (".safetensors", ".npz")
+MOST_RATIO, SMALL = 20, 2**28  # of unpacked to packed bytes; bytes anyone has
 REVERSED = "noise to data"  # note of a network that runs so
 
 
@@ -95,7 +96,22 @@ def read_tree(path: Path) -> Mapping[str, Any]:
     tree: Any = readers[path.suffix](path)
     if not isinstance(tree, Mapping):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not a state dict")
+    _check_numbers(path, tree)
     return tree
+
+
+def _check_numbers(path: Path, tree: Mapping[str, Any]) -> None:
+    """Refuse arrays of texts, dates, records and the like."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            _check_numbers(path, value)
+        elif isinstance(value, np.ndarray):
+            dtype = value.dtype
+            if dtype.kind not in "fiu" and dtype.name != "bfloat16":
+                raise UserError(
+                    f"{path}: {name[:80]} holds {str(dtype)[:80]}, not real numbers: "
+                    "give a state dict"
+                )
 
 
 def _integer(value: Any) -> int | None:
@@ -108,7 +124,8 @@ def _integer(value: Any) -> int | None:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         # Opened here: np.load leaves a file that is no archive open.
-        with path.open("rb") as file, np.load(file) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            _check_size(archive.zip.infolist(), path.stat().st_size)
             return dict(archive)
     except Exception as error:  # numpy and zipfile raise many kinds
         pickled = "pickle" in str(error)  # numpy's text says how to load it unsafely
@@ -116,6 +133,13 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             f"{path}: not a whole .npz of plain arrays ({reason}): fetch it again"
         ) from error
+
+
+def _check_size(members: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Raises ValueError for an archive that would fill the memory, a zip bomb."""
+    whole = sum(member.file_size for member in members)
+    if whole > max(MOST_RATIO * size, SMALL):
+        raise ValueError(f"{size:,} bytes that become {whole:,}")
 
 
 def _read_torch(path: Path) -> Any:

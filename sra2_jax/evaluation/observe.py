@@ -36,6 +36,7 @@ from sra2_jax.evaluation.score import (
 from sra2_jax.pretrained import load_vae
 from sra2_jax.training.log import Log
 from sra2_jax.training.sharding import replicated
+from sra2_jax.training.workdir import write_whole
 from sra2_jax.versions import versions
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
@@ -225,8 +226,8 @@ class Observer:
             }
         results["versions"] = versions()
         if jax.process_index() == 0:
-            path = self.workdir / RESULTS
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            text = json.dumps(results, indent=2) + "\n"
+            write_whole(self.workdir / RESULTS, text)
         self.report()
 
     def report(self) -> None:

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax import distributed
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation.generate import Generate, describe, make_generate
+from sra2_jax.flags import add_distributed
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.pretrained import load_vae
 from sra2_jax.training.restore import read_config, restore_weights
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)"
     )
-    distributed.add_arguments(parser)
+    add_distributed(parser)
     parser.epilog = (
         "Sampling is as the run's config says; any key of its section sampling, and "
         "seed, vae and model.dtype, can be overridden: "

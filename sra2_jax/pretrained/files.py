@@ -6,7 +6,6 @@ A folder holds config.json and one safetensors file, or, sharded, that file's na
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sra2_jax.config_checks import HUB_ID, shown
 from sra2_jax.errors import UserError
 
 CONFIG = "config.json"
 ASSETS = Path(__file__).parents[1] / "assets"
-HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
@@ -32,8 +33,9 @@ def index_of(weights: str) -> str:
 def fetch(source: str, weights: str) -> Path:
     """The local folder of `source`, downloaded if it is a hub id.
 
-    source: a folder or `owner/name[@revision]`; an existing folder wins. weights: name
-    of the safetensors file in it.
+    source: a folder or `owner/name[@revision]`; an existing folder wins. A commit as
+    revision pins what is loaded. With HF_HUB_OFFLINE=1 nothing is downloaded, and what
+    was downloaded before is used. weights: name of the safetensors file in it.
 
     Raises:
         UserError: neither a folder nor a hub id, or the hub does not deliver it.
@@ -50,7 +52,7 @@ def fetch(source: str, weights: str) -> Path:
             f"{CONFIG} and {weights}, or owner/name[@revision]"
         )
     # Imported here: it takes a second, and local folders do not need it.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     shards = weights.replace(".safetensors", "-*.safetensors")
     try:
@@ -63,6 +65,11 @@ def fetch(source: str, weights: str) -> Path:
         )
     # The client lets errors of several libraries through; the way out is the same.
     except Exception as error:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(
+                f"{source}: not downloaded before, and HF_HUB_OFFLINE forbids it now: "
+                "unset it, or give a folder"
+            ) from error
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{source}: no such local folder, and the hub did not deliver it "
@@ -84,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file; give a folder that holds {CONFIG} and weights in "
             "safetensors, as save_pretrained writes them"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable JSON ({error}); fetch it again"
         ) from error
@@ -94,14 +101,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def field(path: Path, fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """fields[key], refused unless it is of `kind` (an int is made a float)."""
+    """fields[key], refused unless it is of `kind` (an int is made a float) and no
+    absurd number."""
     if key not in fields:
         raise UserError(f"{path}: {key} is missing; fetch the file again")
     value = fields[key]
+    if type(value) in (int, float) and not abs(value) <= LARGEST:  # also NaN
+        raise UserError(f"{path}: {key} is {shown(value)}; at most {LARGEST} expected")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{path}: {key} is {value!r}; {kind.__name__} expected")
+        raise UserError(f"{path}: {key} is {shown(value)}; {kind.__name__} expected")
     return value
 
 
@@ -113,7 +123,7 @@ def check_values(
     for key, value in only.items():
         if fields.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {fields[key]!r}; only {value!r} is supported, "
+                f"{path}: {key} is {shown(fields[key])}; only {value!r} is supported, "
                 f"{way_out}"
             )
 
@@ -150,7 +160,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
+    # AttributeError: a dtype that numpy lacks
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path}: truncated or malformed safetensors ({error}); fetch it again"
         ) from error

@@ -9,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from sra2_jax.config_checks import shown
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.pretrained import files
@@ -39,6 +40,7 @@ NEWER_KEYS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
+MOST_LAYERS = 16  # of a level; each takes time before it is held against the weights
 BLOCKS = {
     "down_block_types": "DownEncoderBlock2D",
     "up_block_types": "UpDecoderBlock2D",
@@ -117,9 +119,16 @@ def _read_config(path: Path) -> VAEConfig:
     if fields["shift_factor"] is None:
         fields["shift_factor"] = 0.0
     kinds = get_type_hints(VAEConfig)
-    widths = files.field(path, fields, "block_out_channels", list)
-    if not all(type(width) is int for width in widths):
-        raise UserError(f"{path}: block_out_channels is {widths!r}; integers expected")
+    widths = fields["block_out_channels"]
+    if not all(type(width) is int and width <= files.LARGEST for width in widths):
+        raise UserError(
+            f"{path}: block_out_channels is {shown(widths)}; channels expected"
+        )
+    if files.field(path, fields, "layers_per_block", int) > MOST_LAYERS:
+        raise UserError(
+            f"{path}: layers_per_block is {fields['layers_per_block']}; at most "
+            f"{MOST_LAYERS} expected"
+        )
     values = {
         key: files.field(path, fields, key, kind)
         for key, kind in kinds.items()
@@ -136,16 +145,17 @@ def _check_supported(path: Path, fields: dict[str, Any]) -> None:
     name = fields.get("_class_name")
     if name != "AutoencoderKL":
         raise UserError(
-            f"{path}: _class_name is {name!r}; only AutoencoderKL can be loaded (in a "
-            "pipeline's folder it is the subfolder vae)"
+            f"{path}: _class_name is {shown(name)}; only AutoencoderKL can be loaded "
+            "(in a pipeline's folder it is the subfolder vae)"
         )
     files.check_values(path, fields, ONLY_VALUE, "choose another VAE")
-    levels = fields.get("block_out_channels")
+    levels = files.field(path, fields, "block_out_channels", list)
     for key, block in BLOCKS.items():
-        if key in fields and fields[key] != [block] * len(levels or ()):
+        if key in fields and fields[key] != [block] * len(levels):
             raise UserError(
-                f"{path}: {key} is {fields[key]!r}; only {block}, once for each of "
-                f"block_out_channels {levels!r}, is supported, choose another VAE"
+                f"{path}: {key} is {shown(fields[key])}; only {block}, once for each "
+                f"of block_out_channels {shown(levels)}, is supported, choose another "
+                "VAE"
             )
 
 

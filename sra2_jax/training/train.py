@@ -28,7 +28,7 @@ from sra2_jax.training.sharding import make_mesh, replicated
 from sra2_jax.training.state import count_parameters, create_sharded
 from sra2_jax.training.step import batch_shapes, make_step, record_fields
 from sra2_jax.training.watch import Watch
-from sra2_jax.training.workdir import claim_workdir
+from sra2_jax.training.workdir import check_dataset, claim_workdir, write_whole
 
 SPLIT = "train"
 
@@ -133,8 +133,12 @@ def write_facts(
     encoder_params: Any,
     seconds: float,
     folder: epath.Path,
+    dataset: str,
 ) -> None:
-    """run.json: what the report says of the run besides its config."""
+    """run.json: what the report says of the run besides its config.
+
+    folder, dataset: of the latents, and the SHA-256 of their description.
+    """
     info = records.LatentsInfo.read(folder)
     facts = {
         "parameters": {
@@ -145,6 +149,7 @@ def write_facts(
         "compile_seconds": round(seconds, 2),
         "latents": {
             "folder": str(folder),
+            "sha256": dataset,
             "num_examples": info.num_examples,
             "scaling_factor": info.scaling_factor,
             "mean": info.latent_mean,
@@ -152,7 +157,7 @@ def write_facts(
         },
     }
     if jax.process_index() == 0:
-        (workdir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_whole(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def keep_compiled(folder: epath.Path) -> None:
@@ -183,6 +188,7 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
     claim_workdir(config, folder)
     keep_compiled(folder / "compiled")
     data = latents_folder(config, folder, watch)
+    dataset = check_dataset(folder, data)
 
     transform, schedule = make_optimizer(**config.optim)
     abstract, init = create_sharded(config, transform, mesh)
@@ -225,7 +231,7 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
             step, seconds = compile_step(
                 config, transform, schedule, mesh, abstract, *encoder
             )
-            write_facts(folder, abstract, encoder[1], seconds, data)
+            write_facts(folder, abstract, encoder[1], seconds, data, dataset)
         log.message(
             f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
         )

@@ -1,0 +1,197 @@
+"""main.py's command line: every mistake is one line, at once; --help is quick."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WHOLE = "a whole number"
+MANY = "9" * 5000
+
+# arguments -> what the line says: the key, the value, what is allowed
+BAD = {
+    # keys and flags
+    "--config.stepz=3": "unknown key config.stepz: did you mean config.steps?",
+    "--config.optimm.eps=1": "unknown key config.optimm.eps: did you mean config.optim",
+    "--config.optim.learning_rat=1": "did you mean config.optim.learning_rate?",
+    "--config.depth=3": "unknown key config.depth: did you mean config.",
+    "--config.steps.x=3": "unknown key config.steps.x: did you mean config.steps?",
+    "--config.xyzzy=3": "unknown key config.xyzzy: --keys lists them",
+    "--config.=3": "unknown key config.: --keys lists them",
+    "--config.model=5": "config.model is a section: set its keys, as config.model.",
+    "--config.align.vae=off": "config.align.vae is a section: set its keys, as",
+    "--steps=3": "unknown flag --steps: did you mean --config.steps?",
+    "--workdirr=x": "unknown flag --workdirr: did you mean --workdir?",
+    "--noconfig.model.scan": "unknown flag --noconfig.model.scan",
+    "steps=3": "unexpected argument 'steps=3': flags begin with --",
+    "--config.steps=3 --config.steps=4": "--config.steps is given twice",
+    "--workdir=a --workdir=b": "--workdir is given twice",
+    "--config=a --config b": "--config is given twice",
+    "--workdir": "argument --workdir: expected one argument",
+    "--workdir=": "--workdir= is empty: name a folder",
+    "--process_id=first": "argument --process_id: invalid int value: 'first'",
+    "--config=configs/nothing.py": "--config=configs/nothing.py names no file",
+    "--config=README.md": "--config=README.md: must end in .py",
+    "--config=main.py": "--config=main.py is no config file (",
+    # types
+    "--config.steps": f"--config.steps has no value: must lie between 1 and 2147483647, {WHOLE}",  # noqa: E501
+    "--config.steps=": f"config.steps='': must lie between 1 and 2147483647, {WHOLE}",
+    "--config.steps=many": f"config.steps='many': must lie between 1 and 2147483647, {WHOLE}",  # noqa: E501
+    "--config.steps=1.5": "config.steps='1.5': must lie between 1 and 2147483647",
+    "--config.steps=1e6": "config.steps='1e6': must lie between 1 and 2147483647",
+    "--config.steps=True": "config.steps='True': must lie between 1 and 2147483647",
+    "--config.steps=[1,2]": "config.steps='[1,2]': must lie between 1 and 2147483647",
+    "--config.steps=None": "config.steps='None': must lie between 1 and 2147483647",
+    f"--config.steps={MANY}": "config.steps='999999",
+    "--config.model.scan=1": "config.model.scan='1': must be true or false",
+    "--config.model.scan=": "config.model.scan='': must be true or false",
+    "--config.optim.eps=tiny": "config.optim.eps='tiny': must lie between 1e-30 and 1",
+    "--config.ema_decay=False": "config.ema_decay='False': must lie between 0 and 0.99",
+    "--config.name=": "config.name='': must be a name",
+    "--config.name=../../etc": "config.name='../../etc': must be a name of letters",
+    "--config.vae=": "config.vae='': must not be empty",
+    # ranges
+    "--config.steps=-5": "config.steps=-5: must lie between 1 and 2147483647",
+    "--config.steps=0": "config.steps=0: must lie between 1 and 2147483647",
+    "--config.steps=99999999999": "config.steps=99999999999: must lie between 1 and",
+    "--config.batch_size=0": "config.batch_size=0: must lie between 1 and 16777216",
+    "--config.seed=-1": "config.seed=-1: must lie between 0 and 2147483647",
+    "--config.optim.learning_rate=nan": "config.optim.learning_rate=nan: must lie betw",
+    "--config.optim.learning_rate=inf": "config.optim.learning_rate=inf: must lie betw",
+    "--config.optim.learning_rate=0": "config.optim.learning_rate=0.0: must lie",
+    "--config.optim.learning_rate=1e999": "config.optim.learning_rate=inf: must lie",
+    "--config.optim.clip_norm=0": "config.optim.clip_norm=0.0: must lie between 1e-09",
+    "--config.ema_decay=1.0": "config.ema_decay=1.0: must lie between 0 and 0.99999999",
+    "--config.label_dropout=1.1": "config.label_dropout=1.1: must lie between 0 and 1",
+    "--config.model.depth=1000000": "config.model.depth=1000000: must lie between 1",
+    "--config.sampling.guidance=-1": "config.sampling.guidance=-1.0: must lie between",
+    "--config.align.vae.t_max=2": "config.align.vae.t_max=2.0: must lie between 0",
+    "--config.transport.path=cubic": "must be one of 'linear', 'gvp', 'vp'",
+    "--config.model.dtype=float16": "config.model.dtype='float16': must be one of",
+    "--config.sampling.method=rk4": "config.sampling.method='rk4': must be one of",
+    "--config.eval.features=fid": "config.eval.features='fid': must be one of '', 'dig",
+    # combinations
+    "--config.batch_size=12 --config.accumulate=5": "config.batch_size=12 is not divis",
+    "--config.data.streams=7": "=64 is not divisible by config.data.streams=7",
+    "--config.mesh.fsdp=3": "batch_size=64 is not divisible by config.mesh.fsdp=3",
+    "--config.mesh.data=0": "config.mesh.data=0: must be -1 or at least 1",
+    "--config.mesh.tensor=3": "config.mesh.tensor=3 does not divide config.model.heads",
+    "--config.mesh.data=32 --config.mesh.fsdp=4": "is not divisible by 128, config.mes",
+    "--config.align.vae.depth=7": "the network has config.model.depth=6 blocks",
+    "--config.align.teacher.enabled=true --config.align.teacher.teacher_depth=9": (
+        "config.align.teacher.teacher_depth=9: the network has config.model.depth=6"
+    ),
+    "--config.align.vae.t_min=0.5 --config.align.vae.t_max=0.5": "must be below config",
+    "--config.sampling.guidance_low=0.8 --config.sampling.guidance_high=0.2": (
+        "config.sampling.guidance_low=0.8 must not exceed config.sampling.guidance_high"
+    ),
+    "--config.sampling.guidance_channels=5": "exceeds config.latents.channels=4",
+    "--config.model.heads=7": "config.model.width=96 must be divisible by 4 and by",
+    "--config.model.patch_size=3": "does not divide config.latents.size=4",
+    "--config.run.log_every=33": "must be a multiple of config.run.log_every=33",
+    "--config.run.keep_every=7": "config.run.keep_every=7 must be 0 or a multiple of",
+    "--config.data.num_classes=12": "config.eval.features='digits' needs",
+    # what is not there
+    "--config.data.dir=/nowhere --config.data.images=": "no latents dataset in /nowh",
+    "--config.data.images=/nowhere": "config.data.images=/nowhere: no such folder",
+    "--config.vae=/nowhere": "config.vae=/nowhere: no such folder, and no owner/name",
+    "--config.vae=a/b@../../x": "config.vae=a/b@../../x: no such folder, and no owner",
+    "--config.eval.features=inception": "needs config.eval.reference",
+    "--config.eval.features=inception --config.eval.reference=/nowhere.npz": (
+        "config.eval.inception=inception.safetensors: no such file"
+    ),
+}
+
+# Runs main() on each line of arguments, in a process that has imported nothing yet.
+ALL = """
+import json, sys
+sys.modules["jax"] = sys.modules["tensorflow"] = None  # importing them fails
+import main
+from sra2_jax.errors import UserError
+for line in json.load(sys.stdin):
+    sys.argv = ["main.py", *line.split(" ")]
+    try:
+        main.main()
+        print(json.dumps("not refused"))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def python(*arguments, **named):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **named
+    )
+
+
+def test_mistakes_are_refused_without_jax_or_tensorflow():
+    """In one process, which could import neither."""
+    lines = list(BAD)
+    done = python("-c", ALL, input=json.dumps(lines), timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(said) == len(lines) >= 60
+    wrong = {a: b for a, b in zip(lines, said, strict=True) if BAD[a] not in b}
+    assert not wrong
+    for message in said:
+        assert "\n" not in message
+        assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--config.optim.learning_rat=1",
+        "--config.optim.learning_rate=nan",
+        "--config.data.streams=7",
+        "--config=configs/nothing.py",
+        "--workdir=a --workdir=b",
+    ],
+)
+def test_programs_refuse_within_three_seconds(line, tmp_path):
+    """Each with status 2, and nothing made."""
+    arguments = line.split()
+    if "--workdir" not in line:
+        arguments.append(f"--workdir={tmp_path / 'run'}")
+    began = time.perf_counter()
+    done = python("main.py", *arguments)
+    assert time.perf_counter() - began < 3
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert BAD[line] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_mesh_is_refused_before_tensorflow_and_the_workdir(tmp_path):
+    """The number of devices is known to jax alone."""
+    script = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "import main; from sra2_jax.errors import run_program\n"
+        f"sys.argv = ['main.py', '--config.mesh.fsdp=16', '--workdir={tmp_path}/run']\n"
+        "run_program(main.main)"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = python("-c", script, env=os.environ | flags)
+    assert done.returncode == 2
+    assert "config.mesh.fsdp=16 x config.mesh.tensor=1 must be the num" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_and_keys():
+    began = time.perf_counter()
+    done = python("main.py", "--help")
+    assert time.perf_counter() - began < 2
+    assert done.returncode == 0
+    for flag in ("--workdir", "--config", "--keys", "--distributed", "--config.KEY="):
+        assert flag in done.stdout
+    done = python("main.py", "--keys", "--config.steps=7")
+    assert "--config.steps=7  (must lie between 1 and" in done.stdout
+    assert "--config.align.teacher.loss=smooth_l1  (must be one of" in done.stdout

@@ -1,0 +1,348 @@
+"""Nothing that is read can run code, fill the memory or leave its folder."""
+
+import ast
+import io
+import json
+import random
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.numpy import save_file
+
+from sra2_jax import config as configuration
+from sra2_jax.data.images import Readable, open_source
+from sra2_jax.data.records import check_split
+from sra2_jax.errors import UserError
+from sra2_jax.evaluation.archive import open_images, open_reference
+from sra2_jax.models.dinov2 import DINOv2Config
+from sra2_jax.models.vae import VAEConfig
+from sra2_jax.pretrained import files, load_dinov2, load_vae
+from sra2_jax.statedict import read_file
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for place in ("sra2_jax", "configs", "benchmarks", "launch", "main.py", "setup.py")
+    for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*"))
+    if path.suffix == ".py"
+)
+
+# Modules that make objects of what they read.
+CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
+CODE |= {"joblib", "jsonpickle", "pandas"}
+# Functions that run a text, by their last name and what it may be a member of.
+RUNS = {"eval": ("", "builtins"), "exec": ("", "builtins"), "compile": ("builtins",)}
+RUNS |= {"__import__": ("", "builtins"), "system": ("os",), "popen": ("os",)}
+LOADS = {"load", "load_all", "unsafe_load", "full_load"}
+
+
+def unsafe(source):
+    """What in a program's text may run code of others, by line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            if CODE & {module.split(".")[0] for module in modules}:
+                found.append((node.lineno, f"import of {modules[0]}"))
+            risky = {"load", "eval", "exec", "system", "popen"}
+            if isinstance(node, ast.ImportFrom) and risky & set(names):
+                found.append((node.lineno, "a function without its module"))
+        if isinstance(node, ast.Call):
+            found += [(node.lineno, what) for what in unsafe_call(node)]
+    return found
+
+
+def unsafe_call(call):
+    name = ast.unparse(call.func)
+    module, _, last = name.rpartition(".")
+    given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    if module in RUNS.get(last, ()):
+        yield name
+    if last == "load" and module == "torch" and given.get("weights_only") != "True":
+        yield "torch.load without weights_only=True"
+    if module == "yaml" and last in LOADS:
+        yield name
+    if given.get("allow_pickle", "False") != "False":
+        yield "allow_pickle"
+    if given.get("shell", "False") != "False":
+        yield "shell"
+    if given.get("trust_remote_code", "False") != "False":
+        yield "trust_remote_code"
+    if last in ("extract", "extractall") and given.get("filter") != "'data'":
+        yield f"{last} without filter='data'"
+    if None in given and last in ("load", "run", "Popen", "extractall"):
+        yield f"{name} with unknown arguments"
+
+
+def test_no_source_can_run_what_it_reads():
+    assert len(SOURCES) > 90
+    found = {path: unsafe(path.read_text()) for path in SOURCES}
+    assert not {str(path): lines for path, lines in found.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "import pickle", "import numpy, dill as d", "from pickle import loads",
+        "def f():\n    import joblib", "x = eval('1')", "exec(t)", "__import__(name)",
+        "import builtins; builtins.exec(text)", "os.system(line)",
+        "from os import system", "from torch import load", "torch.load(path)",
+        "torch.load(path, weights_only=False)", "torch.load(path, **options)",
+        "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=given)",
+        "np.lib.format.read_array(file, allow_pickle=1)", "yaml.load(text)",
+        "yaml.unsafe_load(text)", "subprocess.run(line, shell=True)",
+        "tarfile.open(path).extractall(folder)", "archive.extract(member, folder)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+    ],
+)  # fmt: skip
+def test_planted_dangers_are_found(planted):
+    assert unsafe(planted)
+
+
+def test_safe_likenesses_are_not_found():
+    assert not unsafe(
+        "network.eval(); jax.eval_shape(f); json.load(f); np.load(f)\n"
+        "torch.load(p, weights_only=True); step.lower().compile()\n"
+        "tar.extractall(to, filter='data'); subprocess.run(['ls'])\n"
+        "np.load(f, allow_pickle=False)"
+    )
+
+
+def member(header, data=b"\0" * 48):
+    """A .npy with any header."""
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+def npz(path, members, kind=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def header(dtype="<f4", shape="(12,)"):
+    return f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}}}\n"
+
+
+def refused(read, path):
+    """The one line that it is refused with."""
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        header("|O"), header([("a", "O")]), header([("a", "<f4")]), header("<U4"),
+        header("<M8"), header("|b1"), header("<c8"), header(shape="(1000000000000,)"),
+        header(shape="(4611686018427387904, 4)"), header(shape="(-1,)"),
+        header(shape="(1.5,)"), header(shape="(" * 200 + ")" * 200),
+        "__import__('os').system('false')", "{" * 9000, "",
+    ],
+)  # fmt: skip
+def test_npz_headers(text, tmp_path):
+    path = npz(tmp_path / "a.npz", {"a.npy": member(text)})
+    refused(read_file, path)
+
+
+def test_npz_bombs_are_refused_unopened(tmp_path):
+    """300 MB of zeros in less than one."""
+    path = tmp_path / "a.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("a.npy", "w", force_zip64=True) as file,
+    ):
+        file.write(member(header("|u1", f"({9 * 2**25},)"), b""))
+        for _ in range(9):
+            file.write(bytes(2**25))
+    assert path.stat().st_size < 2**20
+    assert "bytes that become 301,989," in refused(read_file, path)
+
+
+def test_names_of_members_make_no_files(tmp_path):
+    names = ("../../out.npy", "/tmp/out_of_an_archive.npy", "model.../../x.npy")
+    path = npz(tmp_path / "a.npz", {name: member(header()) for name in names})
+    before = set(tmp_path.parent.rglob("*"))
+    assert len(read_file(path).sets) == 1
+    assert set(tmp_path.parent.rglob("*")) == before
+    assert not Path("/tmp/out_of_an_archive.npy").exists()
+
+
+@pytest.mark.parametrize("name", ["../out", "/out", "a/../../out", "", "..", "a\nb"])
+def test_names_cannot_leave_their_folder(name, tiny, tmp_path):
+    """Of runs, of splits, of shards of weights, of revisions on the hub."""
+    tiny.name = name
+    with pytest.raises(UserError, match=r"config\.name="):
+        configuration.check(tiny)
+    with pytest.raises(ValueError, match="no name of letters"):
+        check_split(name)
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    index = tmp_path / "w.safetensors.index.json"
+    (tmp_path / "index.json").rename(index)
+    with pytest.raises(UserError):
+        files.read_weights(tmp_path, "w.safetensors")
+    if name.strip("."):
+        with pytest.raises(UserError, match="not a hub id either"):
+            files.fetch(f"owner/name@{name}", "w.safetensors")
+
+
+def entry(**different):
+    return {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]} | different
+
+
+@pytest.mark.parametrize(
+    ("fields", "size", "length"),
+    [
+        ({"a": entry()}, 48, 2**40),
+        ({"a": entry()}, 48, 2**64 - 1),
+        ({"a": entry()}, 47, None),
+        ({"a": entry()}, 49, None),
+        ({"a": entry(), "b": entry()}, 48, None),
+        ({"a": entry(), "b": entry(data_offsets=[24, 72])}, 72, None),
+        ({"a": entry(data_offsets=[0, 480])}, 48, None),
+        ({"a": entry(data_offsets=[48, 0])}, 48, None),
+        ({"a": entry(data_offsets=[-48, 0])}, 48, None),
+        ({"a": entry(data_offsets=[4, 52])}, 52, None),
+        ({"a": entry(dtype="F64")}, 48, None),
+        ({"a": entry(dtype="X9")}, 48, None),
+        ({"a": entry(dtype="F8_E4M3", shape=[48])}, 48, None),
+        ({"a": entry(dtype="BOOL", shape=[48])}, 48, None),
+        ({"a": entry(shape=[2**62, 4])}, 48, None),
+        ({"a": entry(shape=[-3, -4])}, 48, None),
+        ([], 0, None),
+    ],
+)
+def test_safetensors_headers(fields, size, length, tmp_path):
+    text = json.dumps(fields).encode()
+    path = tmp_path / "a.safetensors"
+    start = struct.pack("<Q", len(text) if length is None else length)
+    path.write_bytes(start + text + bytes(size))
+    refused(read_file, path)
+
+
+@pytest.mark.parametrize(
+    ("load", "folder", "kind"),
+    [
+        (load_vae, "digits_vae", VAEConfig),
+        (load_dinov2, "digits_dinov2", DINOv2Config),
+    ],
+)
+def test_absurd_numbers_in_a_models_config(load, folder, kind, tmp_path):
+    """They would take hours or all memory before the weights are looked at."""
+    fields = json.loads((files.ASSETS / folder / "config.json").read_text())
+    config = tmp_path / "config.json"
+    numbers = [k for k, v in get_type_hints(kind).items() if v in (int, float)]
+    assert len(numbers) >= 6
+    for key in numbers:
+        for value in (10**9, 10**40, float("nan")):
+            config.write_text(json.dumps(fields | {key: value}))
+            assert key in refused(load, tmp_path)
+    if load is load_vae:
+        for value in (7, [10**9] * 4, [None]):
+            config.write_text(json.dumps(fields | {"block_out_channels": value}))
+            assert "block_out_channels" in refused(load, tmp_path)
+        config.write_text(json.dumps(fields | {"layers_per_block": 1000}))
+        assert "at most 16" in refused(load, tmp_path)
+    for text in ("[" * 100_000, "9" * 10_000):
+        config.write_text(text)
+        refused(load, tmp_path)
+
+
+def mutated(draw, data):
+    """A file with one of the faults that files have."""
+    data, at = bytearray(data), draw.randrange(len(data))
+    match draw.randrange(5):
+        case 0:
+            data[at] ^= 1 << draw.randrange(8)
+        case 1:
+            del data[at:]
+        case 2:
+            data[at : at + 8] = draw.choice([b"\0", b"\xff"]) * 8
+        case 3:
+            del data[at : at + draw.randrange(1, 20)]
+        case 4:
+            digits = [i for i, byte in enumerate(data) if 48 <= byte < 58] or [at]
+            at = draw.choice(digits)
+            wild = (b"-1", b"1e9", b"null", b"[1]", b"{}", b"true", b'"x"', b"9" * 20)
+            data[at : at + 1] = draw.choice(wild)
+    return bytes(data)
+
+
+def test_damaged_files_are_read_or_refused(tiny, tmp_path):
+    """1,000 of them, and no other error."""
+    weights = {"a.weight": np.eye(3, dtype=np.float32), "b": np.ones(3, np.float16)}
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    readers = {}
+    for name, read, arrays in (
+        ("w.npz", read_file, weights),
+        ("i.npz", open_images, {"arr_0": images, "arr_1": np.arange(4)}),
+        ("r.npz", open_reference, {"mu": np.zeros(4), "sigma": np.eye(4)}),
+    ):
+        np.savez(tmp_path / name, **arrays)
+        readers[name] = read
+    save_file(weights, tmp_path / "w.safetensors", {"step": "3"})
+    (tmp_path / "c.json").write_text(json.dumps(tiny.to_dict()))
+    readers["w.safetensors"] = read_file
+    readers["c.json"] = lambda path: configuration.from_saved(
+        configuration.read_json(path), str(path)
+    )
+    draw = random.Random(0)
+    for name, read in readers.items():
+        whole, refusals = (tmp_path / name).read_bytes(), []
+        path = tmp_path / f"damaged_{name}"
+        for _ in range(200):
+            path.write_bytes(mutated(draw, whole))
+            try:
+                read(str(path) if "r.npz" in name or "i.npz" in name else path)
+            except UserError as error:
+                refusals.append(str(error))
+        assert len(refusals) > 100, name
+        assert not [line for line in refusals if "\n" in line]
+
+
+def png(side):
+    """A PNG that says it has so many pixels a side, in a few bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = struct.pack(">II", side, side)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def test_image_bombs_are_reported(tmp_path):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "bomb.png").write_bytes(png(60_000))
+    Image.new("RGB", (8, 8)).save(tmp_path / "class" / "good.png")
+    source = open_source(tmp_path, "train")
+    images = Readable(source, 8, name=tmp_path, max_bad=0.9)
+    assert len(list(images)) == 1
+    ((_, line),) = images.unreadable
+    assert line.startswith("class/bomb.png\tDecompressionBombError")
+    with pytest.raises(UserError, match=r"bomb\.png: DecompressionBombError"):
+        list(Readable(source, 8, name=tmp_path, max_bad=0.0))
+
+
+def test_hub_offline(tmp_path, monkeypatch):
+    """What was downloaded is used, at the pinned commit; what was not is refused."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    assert files.fetch(f"owner/name@{commit}", "w.safetensors") == snapshot
+    for source in ("owner/name", f"owner/other@{commit}", f"owner/name@{'1' * 40}"):
+        said = refused(lambda name: files.fetch(name, "w.safetensors"), source)
+        assert "HF_HUB_OFFLINE forbids it now" in said
