@@ -216,16 +216,43 @@ def test_what_is_not_finite_is_not_saved(saved, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"1", "2"}
 
 
+def test_what_is_not_damage_is_not_set_aside(saved, tmp_path, monkeypatch):
+    """A login that has run out, a folder of something else that looks like a step."""
+    folder = shutil.copytree(saved, tmp_path / "c")
+    checkpoints = Checkpoints(folder, 3)
+
+    def refuse(*args, **options):
+        raise ValueError("opening the state") from PermissionError(13, "denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "restore", refuse)
+        with pytest.raises(
+            UserError, match=r"PermissionError.* denied: mend it and run"
+        ):
+            checkpoints.restore_newest(abstract(some_state()))
+    checkpoints.close()
+    (folder / "5").mkdir()
+    (folder / "5" / "photo.png").write_bytes(b"")
+    checkpoints = Checkpoints(folder, 3)
+    with pytest.raises(UserError, match=r"5 is no checkpoint of a run: move it"):
+        checkpoints.restore_newest(abstract(some_state()))
+    checkpoints.close()
+    assert {p.name for p in folder.iterdir()} == {"1", "2", "5"}
+
+
 def test_foreign_folders(tmp_path):
     folder = tmp_path / "c"
     folder.mkdir()
     (folder / "notes").mkdir()
     (folder / "5").write_bytes(b"\x80\x04.")  # a file
     checkpoints = Checkpoints(folder, read_only=True)
-    with pytest.raises(UserError, match=r"no checkpoint of step|is damaged"):
+    with pytest.raises(UserError, match=r"no checkpoint: it has none"):
         checkpoints.restore(abstract(some_state()))
     checkpoints.close()
     assert {p.name for p in folder.iterdir()} == {"notes", "5"}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder that can be written"):
+        Checkpoints(tmp_path / "file")
 
 
 def full_disk(folder, limit):

@@ -234,7 +234,7 @@ def test_many_labels_look_different():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("pca nowhere", "nowhere/config.json: cannot be read"),
+        ("pca nowhere", "nowhere/config.json cannot be read"),
         ("curves nowhere", "no run: nowhere is not a folder"),
         ("pca A --blocks=1,3", "--blocks, A: 3 is not between 1 and 2"),
         ("pca A --blocks=two", "--blocks=two: give numbers, as in 2,4,8"),

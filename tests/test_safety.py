@@ -162,13 +162,16 @@ def test_npz_bombs_are_refused_unopened(tmp_path):
     path = tmp_path / "a.npz"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("a.npy", "w", force_zip64=True) as file,
+        archive.open("mu.npy", "w", force_zip64=True) as file,
     ):
         file.write(member(header("|u1", f"({9 * 2**25},)"), b""))
         for _ in range(9):
             file.write(bytes(2**25))
     assert path.stat().st_size < 2**20
     assert "bytes that become 301,989," in refused(read_file, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("sigma.npy", member(header()))
+    assert "mu has more than 268,435,456 bytes" in refused(open_reference, str(path))
 
 
 def test_names_of_members_make_no_files(tmp_path):

@@ -199,8 +199,8 @@ def snapshot(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.width": 32}, "run of another model: config.model.width: 16 there, 32"),
-        ({"align.vae.head_layers": 3}, "config.align.vae.head_layers: 2 there, 3 now"),
+        ({"model.width": 32}, "run of another config: config.model.width: 16 -> 32"),
+        ({"align.vae.head_layers": 3}, "config.align.vae.head_layers: 2 -> 3"),
         ({"steps": 3}, "is at step 4, beyond config.steps=3"),
     ],
 )

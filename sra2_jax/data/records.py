@@ -151,7 +151,7 @@ class LatentsInfo:
             fields = json.loads(path.read_text())
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{folder}: no {FILE} in this folder; {make}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error}); {make}") from None
         try:
             if fields.pop("format") != FORMAT:
@@ -160,7 +160,13 @@ class LatentsInfo:
             stored = fields.pop("features", None)
             features = Features(**stored) if stored else None
             return cls(splits=splits, features=features, **fields)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise UserError(
                 f"{path}: does not describe a latents dataset ({error!r}); {make}"
             ) from None

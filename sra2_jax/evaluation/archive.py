@@ -24,6 +24,7 @@ from sra2_jax.evaluation.image_sets import ImageSet, open_dataset, open_folder
 from sra2_jax.evaluation.metrics import check_gaussian
 
 IMAGES, LABELS, SETTINGS = "arr_0", "arr_1", "settings"
+SMALL = 2**28  # bytes; Inception's covariance has 2**25
 STATISTICS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 
 
@@ -124,7 +125,7 @@ def _opened(path: epath.Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         if "pickle" in reason:  # numpy's text says how to load them unsafely
             reason = "it holds Python objects"
         raise UserError(
@@ -137,7 +138,9 @@ def _keys(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _read(archive: zipfile.ZipFile, key: str) -> np.ndarray:
-    """A small array; ValueError if it is damaged or holds objects."""
+    """A small array; ValueError if it is damaged, not small or holds objects."""
+    if archive.getinfo(f"{key}.npy").file_size > SMALL:
+        raise ValueError(f"{key} has more than {SMALL:,} bytes")
     with archive.open(f"{key}.npy") as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 

@@ -5,26 +5,24 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
+from errno import EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sra2_jax.errors import UserError
-from sra2_jax.training.fingerprint import fingerprints, names
+from sra2_jax.training.damage import Damaged, agreed, said, unreadable
+from sra2_jax.training.fingerprint import fingerprints, kinds
 
 FORMAT = 1
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 TEMPORARY = "*.orbax-checkpoint-tmp*"
+LOST = {EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE}
 Unlogged = Sequence[dict[str, float]]
-
-
-class Damaged(Exception):
-    """A checkpoint that cannot be read as it was written."""
 
 
 def tell(line: str) -> None:
@@ -46,6 +44,9 @@ class Checkpoints:
       score: of a step; infinity where it has none.
       report: takes a line for a person.
       read_only: nothing in the folder is made, removed or renamed.
+
+    Raises:
+      UserError: the folder cannot be made or written.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Checkpoints:
         )
         self._saving: int | None = None
         self._manager = self._open()
+        if not read_only and not self._writable():
+            raise UserError(f"{self.folder} is no folder that can be written: mend it")
 
     def _open(self) -> ocp.CheckpointManager:
         # Handlers are named so that metadata can be read before anything is restored.
@@ -148,13 +151,13 @@ class Checkpoints:
     def _failed(self, step: int | None, error: BaseException) -> None:
         """Report, remove what was half written, and be ready again."""
         self._saving = None
-        said = f"{self.folder}: step {step} could not be saved ({_reason(error)})"
+        line = f"{self.folder}: step {step} could not be saved ({said(error)})"
         if jax.process_count() > 1 or not self._writable():
             raise UserError(
-                f"{said}: mend it and run the same command again to go on from the "
+                f"{line}: mend it and run the same command again to go on from the "
                 "last checkpoint"
             ) from error
-        self.report(f"{said}: training goes on and tries again")
+        self.report(f"{line}: training goes on and tries again")
         with contextlib.suppress(Exception):  # says the same again
             self._manager.close()
         for left in self.folder.glob(TEMPORARY):
@@ -162,13 +165,13 @@ class Checkpoints:
         self._manager = self._open()
 
     def _writable(self) -> bool:
-        """Whether the folder is there and takes names, if perhaps no bytes."""
+        """Whether the folder is there and takes changes, if perhaps not just now."""
         probe = self.folder / f".probe-{jax.process_index()}"
         try:
             probe.touch()
             probe.unlink()
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno not in LOST  # full, say
         return True
 
     def restore_newest(self, abstract: Any) -> tuple[int, Any, Unlogged] | None:
@@ -182,15 +185,10 @@ class Checkpoints:
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
-            reason, found = "", None
             try:
-                found = self._read(step, abstract)
+                return step, *self._verified(step, abstract)
             except Damaged as error:
-                reason = str(error)
-            reason = _agreed(reason)
-            if found and not reason:
-                return step, *found
-            self._set_aside(step, reason)
+                self._set_aside(step, str(error))
         if steps:
             raise UserError(
                 f"{self.folder}: all checkpoints are damaged and set aside: copy a "
@@ -210,7 +208,7 @@ class Checkpoints:
             if target.is_dir():
                 (target / "reason.txt").write_text(reason + "\n")
         self.report(f"{source} is damaged ({reason}): set aside as {target.name}")
-        _agreed("")  # after the renaming
+        agreed("")  # after the renaming
         self._manager.reload()
 
     def restore(
@@ -229,10 +227,11 @@ class Checkpoints:
         if step is None and steps:
             step = max(steps)
         if step is None or step not in steps:
-            found = f"it has {', '.join(map(str, steps))}" if steps else "it is empty"
-            raise UserError(f"{self.folder}: no checkpoint of step {step}: {found}")
+            asked = "" if step is None else f" of step {step}"
+            found = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+            raise UserError(f"{self.folder}: no checkpoint{asked}: {found}")
         try:
-            return self._read(step, abstract, partial)[0]
+            return self._verified(step, abstract, partial)[0]
         except Damaged as error:
             others = [s for s in steps if s != step]
             way_out = f"take step {max(others)}" if others else "it is the only one"
@@ -240,20 +239,43 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(step)} is damaged ({error}): {way_out}"
             ) from error
 
-    def _read(
+    def _verified(
         self, step: int, abstract: Any, partial: bool = False
     ) -> tuple[Any, Unlogged]:
-        """The state and what was not logged yet. Raises Damaged, and UserError if it is
-        of another model."""
+        """The state and what was not logged yet. Raises Damaged, on all processes
+        alike, and UserError if it is of another model or cannot be read just now."""
+        reason = ""
         try:
-            stored = _leaves(self._manager.item_metadata(step).state.tree)
+            state, facts = self._read(step, abstract, partial)
+        except Damaged as error:
+            reason = str(error)
+        # What one process alone cannot read, the others know of before they compute.
+        if reason := agreed(reason):
+            raise Damaged(reason)
+        for name, value in fingerprints(state)[0].items():
+            if facts["leaves"].get(name) != value:
+                raise Damaged(f"{name} is not what was saved")
+        return state, facts["unlogged"]
+
+    def _read(
+        self, step: int, abstract: Any, partial: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """The state and what was saved beside it."""
+        path = self.folder / str(step)
+        try:
+            items = self._manager.item_metadata(step)
+            if not {"state", "fingerprint"} & set(items):
+                raise UserError(f"{path} is no checkpoint of a run: move it elsewhere")
+            stored = kinds(items.state.tree)
+        except UserError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise Damaged(f"its metadata cannot be read: {_reason(error)}") from error
-        wanted = _leaves(abstract)
+            raise unreadable(path, "its metadata", error) from error
+        wanted = kinds(abstract)
         for name in sorted(wanted if partial else wanted.keys() | stored.keys()):
             if stored.get(name) != wanted.get(name):
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} is of another model: {name} "
+                    f"checkpoint {path} is of another model: {name} "
                     f"is {stored.get(name, 'missing')} there, "
                     f"{wanted.get(name, 'missing')} in this config: use its config or "
                     "another --workdir"
@@ -268,12 +290,8 @@ class Checkpoints:
             args = ocp.args.Composite(state=item)
             state = self._manager.restore(step, args=args).state
         except Exception as error:
-            raise Damaged(f"it cannot be read: {_reason(error)}") from error
-        found, _ = fingerprints(state)
-        for name, value in found.items():
-            if facts["leaves"].get(name) != value:
-                raise Damaged(f"{name} is not what was saved")
-        return state, facts["unlogged"]
+            raise unreadable(path, "it", error) from error
+        return state, facts
 
     def _facts(self, step: int) -> dict[str, Any]:
         """What was saved beside the state. Raises Damaged."""
@@ -282,9 +300,8 @@ class Checkpoints:
             facts = dict(self._manager.restore(step, args=args).fingerprint)
             whole = facts.pop("sha256") == _sha256(facts)
         except Exception as error:
-            raise Damaged(
-                f"its fingerprint cannot be read: {_reason(error)}"
-            ) from error
+            path = self.folder / str(step)
+            raise unreadable(path, "its fingerprint", error) from error
         if not whole:
             raise Damaged("its fingerprint is not what was saved")
         if facts["format"] != FORMAT:
@@ -305,7 +322,7 @@ class Checkpoints:
             self._finish()
         except Exception as error:
             raise UserError(
-                f"{self.folder}: step {step} could not be saved ({_reason(error)}): "
+                f"{self.folder}: step {step} could not be saved ({said(error)}): "
                 "mend it and run the same command again to go on from the last "
                 "checkpoint"
             ) from error
@@ -326,34 +343,5 @@ class Best:
         return [c.step in kept for c in checkpoints]
 
 
-def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype)."""
-    found = jax.tree.leaves(tree)
-    return {
-        name: (tuple(leaf.shape), str(leaf.dtype))
-        for name, leaf in zip(names(tree), found, strict=True)
-    }
-
-
 def _sha256(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _agreed(reason: str) -> str:
-    """What is wrong on any process, the first one's words; "" on all: nothing."""
-    if jax.process_count() == 1:
-        return reason
-    text = np.zeros(256, np.uint8)
-    encoded = reason.encode()[:256]
-    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    for row in multihost_utils.process_allgather(text):
-        if row.any():
-            return bytes(row).rstrip(b"\0").decode(errors="replace")
-    return ""
-
-
-def _reason(error: BaseException) -> str:
-    """What was said at the root of an error, in one line."""
-    while error.__cause__:
-        error = error.__cause__  # what TensorStore said
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -23,13 +23,21 @@ def names(tree: Any) -> list[str]:
     return ["/".join(map(name, path)) for path, _ in paths]
 
 
+def kinds(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """By name the shape and the dtype of each leaf."""
+    leaves = jax.tree.leaves(tree)
+    found = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
+    return dict(zip(names(tree), found, strict=True))
+
+
 def fingerprints(tree: Any) -> tuple[dict[str, int], list[str]]:
     """By name the fingerprint of each leaf, and the names of those that are not finite.
 
     A fingerprint is the sum of bits * h(i), mod 2^32, over the elements of an array:
     their bits as an unsigned number times an odd hash of their place. The sum is exact,
     so it does not depend on the sharding; one changed bit always changes it, since an
-    odd number times a power of two is never 0. Memory is that of the reductions.
+    odd number times a power of two is never 0. A TPU needs next to no memory for it, a
+    CPU 1.25 times that of the tree.
 
     Leaves: arrays of up to four bytes an element, global ones too.
     """

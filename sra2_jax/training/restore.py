@@ -1,6 +1,5 @@
 """A run's folder, opened by other programs: its config and its trained state."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +23,7 @@ def read_config(workdir: str) -> ConfigDict:
       UserError: no config.json there, or one that this version cannot use.
     """
     path = epath.Path(workdir) / "config.json"
-    try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}): give a run's workdir"
-        ) from error
-    return configuration.from_saved(saved, str(path))
+    return configuration.from_saved(configuration.read_json(path), str(path))
 
 
 def restore_run(workdir: str, step: int | None = None) -> tuple[ConfigDict, TrainState]:
