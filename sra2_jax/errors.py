@@ -6,6 +6,7 @@ Ctrl-C. 134 is JAX's own: a process that lost the one that coordinates all.
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import NoReturn
 from sra2_jax.xla_flags import set_flags
 
 MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
+UNHEARD = 141  # as a shell has it of a program that SIGPIPE ends
 # A disk that is full, read-only or broken, a folder that is not ours.
 STORAGE = (
     errno.ENOSPC,
@@ -63,10 +65,13 @@ def run_program(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
         leave(f"error: {error}", MISTAKE)
     except Restart as error:
         leave(f"stopped: {error}", RESTART)
+    except BrokenPipeError:  # `| head`
+        os._exit(UNHEARD)
     except OSError as error:
         if error.errno not in STORAGE:
             raise
@@ -87,6 +92,7 @@ def leave(line: str, status: int) -> NoReturn:
     On their way out the libraries' threads would print thousands of lines about the
     same error, or hang.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     os._exit(status)

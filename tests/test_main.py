@@ -195,3 +195,13 @@ def test_help_and_keys():
     done = python("main.py", "--keys", "--config.steps=7")
     assert "--config.steps=7  (must lie between 1 and" in done.stdout
     assert "--config.align.teacher.loss=smooth_l1  (must be one of" in done.stdout
+
+
+def test_nobody_listens():
+    """As `| head` that has seen enough: neither a traceback nor success."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "main.py", "--keys"]
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

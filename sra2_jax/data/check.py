@@ -36,9 +36,10 @@ def run_check(folder: str | os.PathLike) -> int:
     shards = sum(len(shards.bytes) for shards in info.splits.values())
     sums = all(shards.sha256 for shards in info.splits.values())
     known = "" if sums else " (no SHA-256 in latents.json: contents alone)"
+    count = "1 fault" if len(found) == 1 else f"{len(found) or 'no'} faults"
     print(
-        f"{folder}: {len(found) or 'no'} faults, {info.num_examples:,} records in "
-        f"{shards} shards, {size:,} bytes, {seconds:.1f} s, "
+        f"{folder}: {count}, {info.num_examples:,} records in {shards} shards, "
+        f"{size:,} bytes, {seconds:.1f} s, "
         f"{info.num_examples / seconds:,.0f} records/s{known}"
     )
     return 1 if found else 0

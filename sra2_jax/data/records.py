@@ -40,9 +40,10 @@ def tensorflow() -> Any:
     The only import of TensorFlow in this package: it reads and writes files here, and
     a GPU that it took would be missing to JAX.
     """
-    # Its C++ start-up notes would hide our one-line errors. oneDNN, which announces
-    # itself, only matters to networks run by TensorFlow.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Its C++ notes would hide our one-line errors; JAX sets "1" where nothing is set.
+    # oneDNN, which announces itself, only matters to networks run by TensorFlow.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     import tensorflow as tf
 
