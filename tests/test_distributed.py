@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,21 +49,20 @@ def rows(workdir, key):
     return [r for r in map(json.loads, lines) if key in r]
 
 
-def test_two_processes_train_checkpoint_and_sample_as_one(finished, tmp_path):
-    """Stopped after step 2 and gone on; state split over all four devices of both."""
+def test_two_processes_train_checkpoint_and_sample_as_one(finished, as_file, tmp_path):
+    """They go on from step 2 of a run of one process with eight devices that each hold
+    all, with the state split over all four devices of both."""
     config, workdir = finished
-    file, run = tmp_path / "config.py", tmp_path / "run"
-    text = json.dumps(config.to_dict())
-    file.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config(): return ConfigDict(json.loads({text!r}))\n"
-    )
-    command = ["main.py", f"--config={file}", f"--workdir={run}"]
-    command += ["--config.mesh.fsdp=4"]
-    together(*command, "--config.steps=2")
-    together(*command)
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    together(
+        "main.py", f"--config={as_file(config)}", f"--workdir={run}",
+        "--config.mesh.fsdp=4",
+    )  # fmt: skip
     ours, alone = rows(run, "loss"), rows(workdir, "loss")
     assert [r["step"] for r in ours] == [1, 2, 3, 4]
+    assert ours[:2] == alone[:2] and ours[2:] != alone[2:]
     for a, b in zip(ours, alone, strict=True):
         for key in ("loss", "loss_align_vae", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-5)
