@@ -4,8 +4,9 @@
 
 Writes the records to a temporary folder, reads shuffled batches of them through
 `sra2_jax.data.pipeline.batches`, once as numpy arrays and once placed on the devices,
-and prints records a second and records a CPU second (of all threads). With --config,
-also times the training step fed with them against one made-up batch, by turns.
+and prints records a second and records a CPU second (of all threads), and how long a
+run that resumes at the end of an epoch waits for its first batch. With --train, also
+times the training step fed with them against one made-up batch, by turns.
 """
 
 import argparse
@@ -60,14 +61,16 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
     info.write(folder)
 
 
-def stream(folder: Path, config: ConfigDict) -> Iterator[dict[str, np.ndarray]]:
+def stream(
+    folder: Path, config: ConfigDict, start: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
     """Batches as the training loop asks for them."""
     return batches(
         folder,
         split="train",
         batch_size=config.batch_size,
         seed=config.seed,
-        start_step=0,
+        start_step=start,
         streams=config.data.streams,
         shuffle_buffer=config.data.shuffle_buffer,
         process_index=0,
@@ -113,6 +116,29 @@ def read_cases(
         )
         cases.append({"case": f"input pipeline, {name}", **row})
     return cases
+
+
+def resume_case(
+    folder: Path, config: ConfigDict, count: int, rounds: int
+) -> dict[str, Any]:
+    """Seconds to the first batch of a new run and of one that has read all records."""
+    last = count // config.batch_size
+    waits: dict[int, list[float]] = {0: [], last: []}
+    for _, start in turns(list(waits), rounds - 1):
+        began = time.perf_counter()
+        next(stream(folder, config, start))
+        waits[start].append(time.perf_counter() - began)
+    row = {
+        "case": "input pipeline, resumed",
+        "records_skipped": last * config.batch_size,
+        "first_batch_seconds": spread(waits[0]),
+        "resumed_first_batch_seconds": spread(waits[last]),
+    }
+    print(
+        f"first batch: {spread(waits[0])['p50']:.2f} s, "
+        f"{spread(waits[last])['p50']:.2f} s beyond {row['records_skipped']:,} records"
+    )
+    return row
 
 
 def train_case(
@@ -168,6 +194,7 @@ def main() -> None:
         folder = Path(name)
         write_records(folder, config, arguments.records, shards)
         rows = read_cases(folder, config, arguments.batches, arguments.rounds)
+        rows.append(resume_case(folder, config, arguments.records, arguments.rounds))
         if arguments.train:
             rows.append(train_case(folder, config, arguments.rounds, arguments.steps))
     if arguments.json:

@@ -116,8 +116,9 @@ def test_input_pipeline(small, tmp_path):
     flags = [f"--config={small}", "--config.batch_size=8", "--config.data.streams=2"]
     flags += ["--records=64", "--batches=3", "--rounds=1", "--train", "--steps=1"]
     text, rows = benchmark("input_pipeline", tmp_path, *flags)
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert rows[0]["records_per_cpu_second"]["p50"] > 0
+    assert rows[2]["records_skipped"] == 64
     assert "of the time with a made-up batch" in text
 
 

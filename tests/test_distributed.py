@@ -62,7 +62,8 @@ def test_two_processes_train_checkpoint_and_sample_as_one(finished, as_file, tmp
     )  # fmt: skip
     ours, alone = rows(run, "loss"), rows(workdir, "loss")
     assert [r["step"] for r in ours] == [1, 2, 3, 4]
-    assert ours[:2] == alone[:2] and ours[2:] != alone[2:]
+    assert ours[:2] == alone[:2]
+    assert ours[2:] != alone[2:]
     for a, b in zip(ours, alone, strict=True):
         for key in ("loss", "loss_align_vae", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-5)

@@ -115,6 +115,8 @@ import main
 from sra2_jax.errors import UserError
 for line in json.load(sys.stdin):
     sys.argv = ["main.py", *line.split(" ")]
+    if "workdir" not in line:
+        sys.argv.insert(1, "--workdir=/nowhere/run")
     try:
         main.main()
         print(json.dumps("not refused"))
