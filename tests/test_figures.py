@@ -16,21 +16,14 @@ from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError
 from sra2_jax.evaluation import plots, probes
 from sra2_jax.evaluation.rundir import Run
-from sra2_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
-def runs(latents, tmp_path_factory):
+def runs(finished, tmp_path_factory):
     """Workdirs of a tiny run and of a copy that passes for another seed of it."""
-    from tests.conftest import tiny
-
-    config = tiny.__wrapped__()
-    config.data.dir = str(latents)
-    folder = tmp_path_factory.mktemp("figures")
-    train(config, str(folder / "a"))
-    shutil.copytree(folder / "a", folder / "b")
-    changed(folder / "b", seed=1)
-    return folder / "a", folder / "b"
+    _, workdir = finished
+    copy = shutil.copytree(workdir, tmp_path_factory.mktemp("figures") / "b")
+    return workdir, changed(copy, seed=1)
 
 
 def changed(workdir, **keys):
