@@ -92,7 +92,8 @@ def leave(line: str, status: int) -> NoReturn:
     On their way out the libraries' threads would print thousands of lines about the
     same error, or hang.
     """
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    print(line, file=sys.stderr, flush=True)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        with contextlib.suppress(OSError):  # nobody listens, or the disk is full
+            stream.write(text)
+            stream.flush()
     os._exit(status)

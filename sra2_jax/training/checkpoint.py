@@ -9,14 +9,13 @@ from errno import EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import Restart, UserError
 from sra2_jax.training.damage import Damaged, agreed, said, unreadable
 from sra2_jax.training.fingerprint import fingerprints, kinds
+from sra2_jax.training.orbax_options import Barrier, Best, kept
 
 FORMAT = 1
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
@@ -63,13 +62,12 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         self.report, self.score = report, score
         best = Best(keep_best, lambda step: self.score(step))
-        kept: list[Any] = [policies.LatestN(keep), best]
-        if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
+        self._barrier = Barrier()
         self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=kept(keep, keep_every, best),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
         )
         self._saving: int | None = None
         self._manager = self._open()
@@ -131,9 +129,8 @@ class Checkpoints:
         Raises:
           UserError: the folder is lost.
         """
-        if self._saving is None or self._manager.is_saving_in_progress():
-            return False
-        return not self.wait()
+        working = self._manager.is_saving_in_progress() and not self._barrier.error
+        return self._saving is not None and not working and not self.wait()
 
     def wait(self) -> bool:
         """Wait for the save in the background; whether it went well."""
@@ -152,11 +149,11 @@ class Checkpoints:
         """Report, remove what was half written, and be ready again."""
         self._saving = None
         line = f"{self.folder}: step {step} could not be saved ({said(error)})"
-        if jax.process_count() > 1 or not self._writable():
-            raise UserError(
-                f"{line}: mend it and run the same command again to go on from the "
-                "last checkpoint"
-            ) from error
+        again = "run the same command again to go on from the last checkpoint"
+        if not self._writable():
+            raise UserError(f"{line}: mend it and {again}") from error
+        if jax.process_count() > 1:  # the others wait for this one, in Orbax
+            raise Restart(f"{line}: {again}") from error
         self.report(f"{line}: training goes on and tries again")
         with contextlib.suppress(Exception):  # says the same again
             self._manager.close()
@@ -317,6 +314,8 @@ class Checkpoints:
         Raises:
           UserError: it has failed.
         """
+        if self._barrier.error:  # told already; Orbax would wait for the others
+            return
         step = self._saving
         try:
             self._finish()
@@ -327,20 +326,6 @@ class Checkpoints:
                 "checkpoint"
             ) from error
         self._manager.close()
-
-
-class Best:
-    """Orbax's policy that keeps the `count` checkpoints of the lowest finite scores."""
-
-    def __init__(self, count: int, score: Callable[[int], float]) -> None:
-        self._count, self._score = count, score
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> Sequence[bool]:
-        scored = sorted((self._score(c.step), c.step) for c in checkpoints)
-        kept = [step for score, step in scored if np.isfinite(score)][: self._count]
-        return [c.step in kept for c in checkpoints]
 
 
 def _sha256(facts: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ class Loop:
 
         Raises:
           UserError: too many updates skipped, damaged data, a folder that is lost.
-          Restart: SIGTERM; KeyboardInterrupt: Ctrl-C. The last step is saved.
+          Restart: SIGTERM; KeyboardInterrupt: Ctrl-C. The last step is saved. Restart
+            too if a save fails on this one of several processes.
         """
         self._state, self._step = state, start
         steps = self._config.steps
@@ -77,6 +78,7 @@ class Loop:
                     self._advance(batch)
             self._observer.finish(steps, self._ema, reference, self._alive)
         except Stop:
+            self._watch.stopping = self._watch.stopping or "another process's signal"
             self._read()
             self._save()
             said = f"step {self._step} is saved: the same command goes on from there"

@@ -14,7 +14,7 @@ from typing import Any, Self
 import jax
 
 from sra2_jax.distributed import Signs
-from sra2_jax.errors import MISTAKE, RESTART, Restart, UserError, leave
+from sra2_jax.errors import MISTAKE, RESTART, UserError, leave
 
 # Phases in which a run has nothing that its last checkpoint has not.
 NOTHING_TO_SAVE = ("start", "compile")
@@ -95,7 +95,7 @@ class Watch:
 
     def _part(self, signs: Signs, error: BaseException) -> None:
         """Tell the other processes why this one ends, unless all of them do."""
-        if isinstance(error, Restart | KeyboardInterrupt):
+        if self.stopping:
             signs.meet(PATIENCE_SECONDS)
             return
         told = " ".join(str(error).split())
@@ -105,7 +105,13 @@ class Watch:
                 self._exchange(signs)
                 time.sleep(ROUND_SECONDS)
         signs.give("end", isinstance(error, UserError), told[:500])
-        time.sleep(2 * ROUND_SECONDS)  # process 0 takes the table with it
+        self._linger()
+
+    @staticmethod
+    def _linger() -> None:
+        """Until the others have read the table, which process 0 takes with it."""
+        if jax.process_index() == 0:
+            time.sleep(2 * ROUND_SECONDS)
 
     def _signalled(self, number: int, _: object) -> None:
         self.stopping = "SIGTERM"
@@ -170,7 +176,7 @@ class Watch:
             said = " ".join(str(error).split())[:100]
             lost, mistake = f"process 0 cannot be reached ({said})", False
         if lost:
-            time.sleep(2 * ROUND_SECONDS)  # so that the others learn it as well
+            self._linger()
             if mistake:
                 leave(f"error: {lost}", MISTAKE)
             leave(

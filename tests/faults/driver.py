@@ -6,6 +6,7 @@ A line is {"arguments": [...], "out": FILE, "faults": {NAME: VALUE}}; the answer
 
 import json
 import os
+import resource
 import sys
 import threading
 import time
@@ -113,6 +114,11 @@ def no_tensorboard(_):
     metric_writers.SummaryWriter.write_scalars = fail
 
 
+def small_files(most):
+    """The disk takes none of more bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+
 FAULTS = {
     f.__name__: f
     for f in (
@@ -123,6 +129,7 @@ FAULTS = {
         slow_commit,
         fast_beat,
         no_tensorboard,
+        small_files,
     )
 }
 

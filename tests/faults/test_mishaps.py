@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import time
+from types import MappingProxyType
 
 import pytest
 
@@ -74,15 +75,17 @@ def test_a_stall_ends_the_run(start, command, tmp_path):
 
 @pytest.fixture
 def pair(start, command, tmp_path, free_port):
-    """Starts two processes of one job; arguments of both, of the second."""
+    """Starts two processes of one job; arguments and faults of both, of the second."""
 
-    def both(*arguments, second=(), seconds=6, **faults):
+    def both(
+        *arguments, second=(), seconds=6, second_faults=MappingProxyType({}), **faults
+    ):
         joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
         joined += [f"--heartbeat_seconds={seconds}", f"--workdir={tmp_path / 'pair'}"]
         everything = [*command, *joined, *arguments]
         return (
             start(*everything, "--process_id=0", **faults),
-            start(*everything, *second, "--process_id=1", **faults),
+            start(*everything, *second, "--process_id=1", **faults, **second_faults),
         )
 
     return both
@@ -117,6 +120,17 @@ def test_a_lost_process_ends_the_others(pair):
         first.text
     )
     assert "config says latents.scaling_factor=2.0" in first.text
+
+
+def test_a_save_that_fails_on_one_of_two_ends_both(pair, tmp_path):
+    """At once: Orbax would let them wait for each other for 20 minutes."""
+    first, second = pair("--config.mesh.fsdp=4", second_faults={"small_files": 50_000})
+    assert [first.status(60), second.status(60)] == [42, 42]
+    folder = tmp_path / "pair" / "checkpoints"
+    # The second's own words may have found no room.
+    told = f"pid {second.pid}) has ended: {folder}: step 4 could not be saved ("
+    assert told in first.text
+    assert not [p for p in folder.iterdir() if p.name.isdigit()]
 
 
 def test_processes_that_do_not_come(start, command, free_port):
