@@ -164,10 +164,7 @@ def check_paths(config: ConfigDict, workdir: str) -> None:
     images, scores = config.data.images, config.eval
     if not _exists(f"{data}/latents.json"):
         if not images:
-            raise UserError(
-                f"no latents dataset in {data}: set --config.data.dir=FOLDER, or "
-                "--config.data.images=SOURCE to encode it first"
-            )
+            raise no_latents(data)
         if not _exists(images):
             raise UserError(
                 f"config.data.images={images}: no such folder: give one with a "
@@ -190,6 +187,14 @@ def check_paths(config: ConfigDict, workdir: str) -> None:
                 f"config.{key}={source}: no such folder, and no owner/name[@revision] "
                 "of the Hugging Face hub either"
             )
+
+
+def no_latents(folder: Any) -> UserError:
+    """The error for a run with neither a dataset nor images to make one."""
+    return UserError(
+        f"no latents dataset in {folder}: set --config.data.dir=FOLDER, or "
+        "--config.data.images=SOURCE to encode it first"
+    )
 
 
 def _exists(source: str) -> bool:

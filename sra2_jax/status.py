@@ -3,7 +3,6 @@
 Reads a run's folder, also while the run writes it; neither jax nor TensorFlow.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -18,10 +17,10 @@ from etils import epath
 from sra2_jax.config import read_json
 from sra2_jax.errors import MISTAKE, UserError, run_program
 from sra2_jax.flags import Parser
+from sra2_jax.training.marks import ASIDE, STALE_SECONDS, digest
 
 TAIL = 2**18  # bytes of metrics.jsonl that are read, the last ones: 1,000 rows or so
 ROWS = 20  # of which the speed is the median
-SILENT_SECONDS = 60.0  # as training.lock's: a run gives a sign of life every 10
 LARGEST = 2**26  # bytes of a checkpoint's facts
 
 
@@ -124,7 +123,7 @@ def _checkpoints(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str]]:
         if _whole(folder / str(step)):
             newest = {"step": step, "seconds_old": _age(folder / str(step))}
             break
-    return newest, sorted(n for n in names if n.startswith("damaged-"))
+    return newest, sorted(n for n in names if n.startswith(ASIDE))
 
 
 def _whole(folder: epath.Path) -> bool:
@@ -137,8 +136,7 @@ def _whole(folder: epath.Path) -> bool:
         said = facts.pop("sha256")
     except (UserError, AttributeError, KeyError, TypeError):
         return False
-    text = json.dumps(facts, sort_keys=True)
-    return bool(hashlib.sha256(text.encode()).hexdigest() == said)
+    return bool(digest(facts) == said)
 
 
 def _holder(lock: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def _holder(lock: dict[str, Any]) -> dict[str, Any]:
     silent = max(time.time() - beat, 0.0)
     holder = {key: lock.get(key) for key in ("host", "pid", "started")}
     holder |= {"seconds_silent": silent}
-    running = silent < SILENT_SECONDS
+    running = silent < STALE_SECONDS
     if lock.get("host") == socket.gethostname():
         running = running and _alive(pid)
     return {"running": running, "holder": holder}

@@ -28,6 +28,7 @@ from sra2_jax.data import records
 from sra2_jax.data.shards import Facts, ShardWriter, flush, manifest
 from sra2_jax.data.tfds_metadata import write_tfds_metadata
 from sra2_jax.errors import UserError
+from sra2_jax.models.vae import VAEConfig
 
 UNREADABLE = "unreadable.txt"
 PLAN, LOCK = "plan.json", "lock"
@@ -35,6 +36,31 @@ PLAN, LOCK = "plan.json", "lock"
 SHARD_BYTES = 128 * 2**20
 # So that several readers have shards of their own (data.streams).
 MIN_SHARDS = 8
+
+
+def latent_shape(config: VAEConfig, resolution: int, vae: str) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of square images.
+
+    Raises:
+      UserError: no multiple of the downsampling of `vae`, whose config this is.
+    """
+    if resolution < 1 or resolution % config.downsample:
+        raise UserError(
+            f"resolution {resolution} is not a multiple of {config.downsample}, the "
+            f"downsampling of {vae}; change --resolution"
+        )
+    side = resolution // config.downsample
+    return side, side, config.latent_channels
+
+
+def record_size(
+    shape: tuple[int, int, int],
+    pixels: int = 0,
+    features: records.Features | None = None,
+) -> int:
+    """Bytes of a record, about; a PNG, where `pixels` is its side, as two for each."""
+    stored = features.grid**2 * features.width if features else 0
+    return 4 * math.prod(shape) + 2 * pixels**2 + 2 * stored
 
 
 def choose_shards(shards: int | None, length: int, size: int) -> int:

@@ -16,13 +16,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.build import Build, building, choose_shards
+from sra2_jax.data.build import (
+    Build,
+    building,
+    choose_shards,
+    latent_shape,
+    record_size,
+)
 from sra2_jax.data.check import run_check
 from sra2_jax.data.encoders import (
     Batch,
@@ -90,7 +96,7 @@ def encode(
     """
     source = image_sources.open_source(images, split)
     config, run, shape, features = _networks(vae, resolution, encoder, grid, dtype)
-    size = _record_size(shape, resolution if store_images else 0, features)
+    size = record_size(shape, resolution if store_images else 0, features)
     shards = choose_shards(shards, source.length, (1 + mirror) * size)
     options = {
         "images": os.fspath(images),
@@ -175,7 +181,7 @@ def _networks(
 ) -> tuple[VAEConfig, Encoder, tuple[int, int, int], records.Features | None]:
     """The VAE's config, what runs on a batch, a latent's shape, the features."""
     module, params = load_vae(vae)
-    shape = _latent_shape(module.config, resolution, vae)
+    shape = latent_shape(module.config, resolution, vae)
     run = VAEEncoder(module.clone(dtype=dtype), params)
     if not encoder:
         if grid:
@@ -185,24 +191,6 @@ def _networks(
     both = WithFeatures(run, encoder, grid, dtype)
     features = records.Features(encoder, grid, both.width)
     return module.config, both, shape, features
-
-
-def _latent_shape(config: Any, resolution: int, vae: str) -> tuple[int, int, int]:
-    if resolution < 1 or resolution % config.downsample:
-        raise UserError(
-            f"resolution {resolution} is not a multiple of {config.downsample}, the "
-            f"downsampling of {vae}; change --resolution"
-        )
-    side = resolution // config.downsample
-    return side, side, config.latent_channels
-
-
-def _record_size(
-    shape: tuple[int, int, int], pixels: int, features: records.Features | None
-) -> int:
-    """Bytes of a record, about; a PNG as two for a pixel."""
-    stored = features.grid**2 * features.width if features else 0
-    return 4 * math.prod(shape) + 2 * pixels**2 + 2 * stored
 
 
 class _PNGs:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from sra2_jax.data import records
-from sra2_jax.data.build import building, choose_shards
+from sra2_jax.data.build import building, choose_shards, latent_shape, record_size
 from sra2_jax.data.images import positions
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.pretrained import load_vae
@@ -75,19 +75,13 @@ def import_latents(
     """
     module, _ = load_vae(vae)
     config = module.config
-    side = resolution // config.downsample
-    if resolution < 1 or resolution % config.downsample:
-        raise UserError(
-            f"resolution {resolution} is not a multiple of {config.downsample}, the "
-            f"downsampling of {vae}; change --resolution"
-        )
-    shape = (side, side, config.latent_channels)
+    shape = latent_shape(config, resolution, vae)
     found = open_latents(Path(source), shape, logvar, channels)
     classes = num_classes or int(found.labels.max()) + 1
     if found.labels.min() < 0 or found.labels.max() >= classes:
         raise UserError(f"{source}: labels are not in [0, {classes}): --num_classes")
     length = len(found.labels)
-    shards = choose_shards(shards, length, 4 * side * side * config.latent_channels)
+    shards = choose_shards(shards, length, record_size(shape))
     options = {
         "imported": os.fspath(source),
         "listing": found.fingerprint,

@@ -1,8 +1,6 @@
 """Orbax checkpoints of the training state, verified, behind the calls a run needs."""
 
 import contextlib
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from errno import EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE
@@ -15,10 +13,10 @@ from etils import epath
 from sra2_jax.errors import Restart, UserError
 from sra2_jax.training.damage import Damaged, agreed, said, unreadable
 from sra2_jax.training.fingerprint import fingerprints, kinds
+from sra2_jax.training.marks import ASIDE, digest
 from sra2_jax.training.orbax_options import Barrier, Best, kept
 
 FORMAT = 1
-ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 LOST = {EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE}
 Unlogged = Sequence[dict[str, float]]
@@ -111,7 +109,7 @@ class Checkpoints:
         facts = {"format": FORMAT, "leaves": values, "unlogged": list(unlogged)}
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            fingerprint=ocp.args.JsonSave(facts | {"sha256": _sha256(facts)}),
+            fingerprint=ocp.args.JsonSave(facts | {"sha256": digest(facts)}),
         )
         try:
             self._finish()  # an earlier one
@@ -295,7 +293,7 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
             facts = dict(self._manager.restore(step, args=args).fingerprint)
-            whole = facts.pop("sha256") == _sha256(facts)
+            whole = facts.pop("sha256") == digest(facts)
         except Exception as error:
             path = self.folder / str(step)
             raise unreadable(path, "its fingerprint", error) from error
@@ -326,7 +324,3 @@ class Checkpoints:
                 "checkpoint"
             ) from error
         self._manager.close()
-
-
-def _sha256(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

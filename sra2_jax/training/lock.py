@@ -14,10 +14,10 @@ import jax
 from etils import epath
 
 from sra2_jax.errors import MISTAKE, Restart, UserError, leave
+from sra2_jax.training.marks import STALE_SECONDS
 
 FILE = "lock.json"
 BEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a beat, where the file system has no locks
 TRIES = (0.5, 1, 2)  # seconds between them
 # A lock that the file system does not have.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)

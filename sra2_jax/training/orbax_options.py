@@ -41,8 +41,8 @@ class Best:
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> Sequence[bool]:
         scored = sorted((self._score(c.step), c.step) for c in checkpoints)
-        kept = [step for score, step in scored if np.isfinite(score)][: self._count]
-        return [c.step in kept for c in checkpoints]
+        best = [step for score, step in scored if np.isfinite(score)][: self._count]
+        return [c.step in best for c in checkpoints]
 
 
 def kept(newest: int, every: int, best: Best) -> policies.AnyPreservationPolicy:

@@ -43,10 +43,7 @@ def latents_folder(config: ConfigDict, workdir: epath.Path, watch: Watch) -> epa
     encoder = config.align.encoder
     if not (folder / records.FILE).exists():
         if not config.data.images:
-            raise UserError(
-                f"no latents dataset in {folder}: set --config.data.dir=FOLDER, or "
-                "--config.data.images=SOURCE to encode it first"
-            )
+            raise configuration.no_latents(folder)
         if jax.process_count() > 1:
             raise UserError(
                 f"no latents dataset in {folder}: encode it on one machine first "
