@@ -29,9 +29,9 @@ def main() -> None:
     from absl import flags, logging
 
     from sra2_jax import distributed
-    from sra2_jax.training.lock import Lock
-    from sra2_jax.training.sharding import make_mesh
-    from sra2_jax.training.watch import Watch
+    from sra2_jax.lock import Lock
+    from sra2_jax.sharding import make_mesh
+    from sra2_jax.watch import Watch
 
     flags.FLAGS.mark_as_parsed()  # absl warns before its first line otherwise
     logging.use_absl_handler()
@@ -51,7 +51,7 @@ def main() -> None:
         Watch(config.run.stall_seconds, arguments.heartbeat_seconds) as watch,
         Lock(workdir),
     ):
-        from sra2_jax.training.train import train
+        from sra2_jax.train import train
 
         train(config, workdir, watch)
     distributed.finish()

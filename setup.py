@@ -18,17 +18,17 @@ setup(
     description="SRA 2 in JAX/Flax: diffusion transformers aligned with VAE latents",
     python_requires=">=3.11",
     packages=find_packages(include=["sra2_jax", "sra2_jax.*"]),
-    package_data={"sra2_jax": ["assets/*/*", "evaluation/*.css", "evaluation/*.js"]},
+    package_data={"sra2_jax": ["assets/*/*", "report/*.css", "report/*.js"]},
     install_requires=requirements(),
     extras_require={
         "gpu": ["jax[cuda12]==0.10.2"],
         "tpu": ["jax[tpu]==0.10.2"],
-        "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in sra2_jax.aot
+        "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in tools.aot
         "aot-gpu": [  # the same for GPUs
             "jax-cuda12-plugin==0.10.2",
             "nvidia-cuda-nvcc-cu12==12.9.86",
         ],
-        "torch": ["torch==2.13.0"],  # reads .pt files in sra2_jax.convert, nothing else
+        "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
         "test": [
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

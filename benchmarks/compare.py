@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.cost import METHODS
 from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError, run_program
+from tools.cost import METHODS
 
 ROOT = Path(__file__).parents[1]
 LEVEL = 0.9  # share recognised as asked

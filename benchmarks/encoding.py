@@ -17,8 +17,8 @@ import numpy as np
 
 from sra2_jax.data.encoders import VAEEncoder, encoded
 from sra2_jax.errors import UserError, run_program, writable
-from sra2_jax.measure import machine, spread
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from tools.measure import machine, spread
 
 
 def measure(

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from sra2_jax.errors import run_program
-from sra2_jax.evaluation.metrics import Moments, frechet_distance
-from sra2_jax.evaluation.neighbours import precision_recall
+from sra2_jax.metrics.moments import Moments, frechet_distance
+from sra2_jax.metrics.neighbours import precision_recall
 
 BATCH = 500
 

@@ -27,8 +27,8 @@ from sra2_jax.data.pipeline import batches
 from sra2_jax.data.prefetch import prefetch_to_device
 from sra2_jax.data.shards import ShardWriter
 from sra2_jax.errors import UserError, run_program, writable
-from sra2_jax.measure import machine, prepare, spread, turns
-from sra2_jax.training.sharding import batch_sharding, make_mesh
+from sra2_jax.sharding import batch_sharding, make_mesh
+from tools.measure import machine, prepare, spread, turns
 
 WARM_UP = 20  # batches: buffers fill, files are in the page cache
 

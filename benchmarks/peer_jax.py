@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError
-from sra2_jax.measure import prepare
-from sra2_jax.reference import to_reference
-from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.state import build_networks, init_state
-from sra2_jax.training.step import make_loss
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import build_networks, init_state
+from sra2_jax.step import make_loss
 from sra2_jax.transport import Transport
+from sra2_jax.weights.sit import to_reference
+from tools.measure import prepare
 
 ROWS = 2  # of the check: float32 without rematerialisation is large
 

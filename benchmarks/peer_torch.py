@@ -1,7 +1,7 @@
 """The PyTorch side of `benchmarks.peer`: SiT with SRA 2's head, and its training step.
 
 Written for the comparison, with the names of the reference `SiT` network
-(willisma/SiT), so that `sra2_jax.reference` writes its weights. Two ways to train it:
+(willisma/SiT), so that `sra2_jax.weights.sit` writes its weights. Two ways to train it:
 
 - eager: what the field's scripts do. Eager mode, float16 autocast with a gradient
   scaler, AdamW with its defaults, an EMA in a loop over the parameters, the loss read

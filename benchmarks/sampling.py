@@ -20,15 +20,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax.chips import of_device
-from sra2_jax.cost import dit_macs
 from sra2_jax.errors import UserError, run_program, writable
-from sra2_jax.evaluation.generate import batch_size, make_sampler
-from sra2_jax.measure import machine, matmul_speed, spread, turns
+from sra2_jax.generate import batch_size, make_sampler
 from sra2_jax.sampler import time_grid
-from sra2_jax.training.sharding import make_mesh, replicated
-from sra2_jax.training.state import build_networks
+from sra2_jax.sharding import make_mesh, replicated
+from sra2_jax.state import build_networks
 from sra2_jax.transport import Transport
+from tools.chips import of_device
+from tools.cost import dit_macs
+from tools.measure import machine, matmul_speed, spread, turns
 
 # name -> (guidance scale; None: the config's or 1.8, top of the interval)
 CASES: dict[str, tuple[float | None, float]] = {

@@ -10,9 +10,9 @@ import argparse
 from typing import Any
 
 from sra2_jax import config as configuration
-from sra2_jax.aot import describe
-from sra2_jax.chips import compile_only
 from sra2_jax.errors import run_program
+from tools.aot import describe
+from tools.chips import compile_only
 
 HEAD = (
     "| px | topology | chips | batch | flags | GB a chip | fits | collectives, GB "

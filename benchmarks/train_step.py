@@ -4,9 +4,9 @@
     python -m benchmarks.train_step --sizes=S,B,L,XL --json=train_step.json
 
 Runs without TensorFlow. Every round runs both; a ratio is the median of the ratios of
-the rounds. FLOPs are those of the formula (sra2_jax.cost), MFU is against the chip's
+the rounds. FLOPs are those of the formula (tools.cost), MFU is against the chip's
 nominal peak and against a matrix product timed here. All five methods:
-python -m sra2_jax.cost --measure=CONFIG.
+python -m tools.cost --measure=CONFIG.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 from configs import default
 from sra2_jax import config as configuration
-from sra2_jax.chips import of_device
-from sra2_jax.cost import training_flops
 from sra2_jax.errors import UserError, run_program, writable
-from sra2_jax.measure import (
+from tools.chips import of_device
+from tools.cost import training_flops
+from tools.measure import (
     Timed,
     allocated_bytes,
     by_turns,

@@ -11,15 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sra2_jax.config_checks import (
-    HUB_ID,
-    KEYS,
-    allowed,
-    fits,
-    kind,
-    shown,
-    unknown_key,
-)
+from sra2_jax.config_checks import HUB_ID, KEYS, allowed, fits, kind, shown, unknown_key
 from sra2_jax.config_checks import check as check
 from sra2_jax.config_checks import flatten as flatten
 from sra2_jax.errors import UserError

@@ -122,7 +122,7 @@ def finished(
     latents: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ConfigDict, Path]:
     """(config, workdir) of a run of 4 steps that nothing interrupted; not to change."""
-    from sra2_jax.training.train import train
+    from sra2_jax.train import train
 
     config = tiny.__wrapped__()
     config.data.dir = str(latents)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sra2_jax import aot, chips, gates, gpu_topology, hlo
-from sra2_jax.cost import training_flops
+from sra2_jax import state
 from sra2_jax.errors import UserError
-from sra2_jax.training import state
+from tools import aot, chips, gates, gpu_topology, hlo
+from tools.cost import training_flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_what_a_device_holds_and_does(tiny):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "sra2_jax.aot", *arguments]
+    command = [sys.executable, "-m", "tools.aot", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.images import center_crop
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.archive import open_images, open_reference, write_npz
+from sra2_jax.metrics.archive import open_images, open_reference, write_npz
 
 DRAW = np.random.default_rng(0)
 IMAGES = DRAW.integers(0, 256, (23, 8, 12, 3), dtype=np.uint8)

@@ -13,8 +13,8 @@ from benchmarks.sampling import network_rows
 from configs import quickstart
 from sra2_jax import config as configuration
 from sra2_jax import xla_flags
-from sra2_jax.cost import dit_macs, training_flops
-from sra2_jax.training.state import build_networks
+from sra2_jax.state import build_networks
+from tools.cost import dit_macs, training_flops
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """

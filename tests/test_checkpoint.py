@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
-from sra2_jax.training.checkpoint import Checkpoints
-from sra2_jax.training.fingerprint import fingerprints
+from sra2_jax.fingerprint import fingerprints
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,13 +12,14 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sra2_jax import convert, statedict
-from sra2_jax.convert import export_run, import_file
+from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
-from sra2_jax.statedict import read_file
-from sra2_jax.training.checkpoint import Checkpoints
-from sra2_jax.training.restore import restore_run
-from sra2_jax.training.train import train
+from sra2_jax.programs import convert
+from sra2_jax.programs.convert import export_run, import_file
+from sra2_jax.restore import restore_run
+from sra2_jax.train import train
+from sra2_jax.weights import statedict
+from sra2_jax.weights.statedict import read_file
 from tests.test_reference import assert_same, golden_weights, random_weights
 
 ENCODER = ("encoder.enabled=true", "encoder.width=48", "encoder.head_width=80")

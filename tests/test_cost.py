@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from configs import default
-from sra2_jax.cost import METHODS, counted, dit_macs, of_method
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from sra2_jax.training.state import build_networks
+from sra2_jax.state import build_networks
+from tools.cost import METHODS, counted, dit_macs, of_method
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def test_program(tmp_path):
     config = tmp_path / "small.py"
     config.write_text(CONFIG)
     command = [
-        sys.executable, "-m", "sra2_jax.cost", f"--config={config}",
+        sys.executable, "-m", "tools.cost", f"--config={config}",
         f"--measure={config}", "--batch_size=8", "--rounds=1", "--steps=1",
         f"--out={tmp_path}/cost",
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from sra2_jax.data import records
 from sra2_jax.data.check import faults
 from sra2_jax.data.import_latents import import_latents
 from sra2_jax.errors import UserError
-from sra2_jax.pretrained import load_vae
+from sra2_jax.weights import load_vae
 from tests.test_data_build import contents
 from tests.test_pipeline import read_with_tfds
 

@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
-from sra2_jax.assets.train_digits_encoder import pooled_features
 from sra2_jax.data.digits import load_digits
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, preprocess
-from sra2_jax.pretrained import load_dinov2
-from sra2_jax.pretrained.dinov2 import DIGITS, INDEX, WEIGHTS, save_dinov2
-from sra2_jax.pretrained.files import CONFIG, read_safetensors
-from sra2_jax.verify import relative_error
+from sra2_jax.programs.verify import relative_error
+from sra2_jax.weights import load_dinov2
+from sra2_jax.weights.dinov2 import DIGITS, INDEX, WEIGHTS, save_dinov2
+from sra2_jax.weights.files import CONFIG, read_safetensors
+from tools.train_digits_encoder import pooled_features
 
 # Channel 7 of the second golden image's tokens, cut to 42x56 pixels, so that the 4x4
 # positions become 3x4: transformers 5.23 Dinov2Model as it is, ...

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.evaluation.features import DigitsFeatures
-from sra2_jax.evaluation.generate import draw_labels, grid, make_generate, to_uint8
-from sra2_jax.evaluation.metrics import frechet_distance, gaussian
-from sra2_jax.evaluation.score import compare, summarise
-from sra2_jax.pretrained import load_vae
-from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import make_mesh
-from sra2_jax.training.state import create_sharded
+from sra2_jax.generate import draw_labels, grid, make_generate, to_uint8
+from sra2_jax.metrics.compare import compare, summarise
+from sra2_jax.metrics.features import DigitsFeatures
+from sra2_jax.metrics.moments import frechet_distance, gaussian
+from sra2_jax.optim import make_optimizer
+from sra2_jax.sharding import make_mesh
+from sra2_jax.state import create_sharded
+from sra2_jax.weights import load_vae
 
 
 def test_to_uint8():
@@ -79,7 +79,7 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
         sent.append(list(indices))
         return jnp.ones((len(indices), 4, 4, 4)) * indices[:, None, None, None]
 
-    monkeypatch.setattr("sra2_jax.evaluation.generate.make_sampler", lambda *_: run)
+    monkeypatch.setattr("sra2_jax.generate.make_sampler", lambda *_: run)
     tiny.sampling.batch_size = 2
     mesh = make_mesh(1, 1, 8, devices=jax.devices()[:1])
     batches = make_generate(tiny, mesh, *load_vae("digits"))(

@@ -11,11 +11,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from sra2_jax import figures
 from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation import plots, probes
-from sra2_jax.evaluation.rundir import Run
+from sra2_jax.report.rundir import Run
+from tools import figures, plots, probes
 
 
 @pytest.fixture(scope="module")

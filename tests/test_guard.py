@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
-from sra2_jax.training.guard import Guard
-from sra2_jax.training.log import mean
+from sra2_jax.guard import Guard
+from sra2_jax.log import mean
 
 
 class Heard:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sra2_jax import hlo
+from tools import hlo
 
 # As a TPU's compiler writes: a loop over range(1, 14, 2) that does not say so, S(1) for
 # the core's own memory, one gather spread over two fusions.

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax import convert
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.features import InceptionFeatures
+from sra2_jax.metrics.features import InceptionFeatures
 from sra2_jax.models.inception import resize_bilinear
-from sra2_jax.pretrained.inception import load_inception, read_weights
-from sra2_jax.statedict import write_file
-from sra2_jax.training.sharding import make_mesh
-from sra2_jax.verify import inception_weights, relative_error
+from sra2_jax.programs import convert
+from sra2_jax.programs.verify import inception_weights, relative_error
+from sra2_jax.sharding import make_mesh
+from sra2_jax.weights.inception import load_inception, read_weights
+from sra2_jax.weights.statedict import write_file
 
 FIRST = "Conv2d_1a_3x3.conv.weight"
 

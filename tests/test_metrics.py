@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.metrics import (
-    InceptionScore,
-    Moments,
-    frechet_distance,
-    gaussian,
-)
-from sra2_jax.evaluation.neighbours import precision_recall
+from sra2_jax.metrics.moments import InceptionScore, Moments, frechet_distance, gaussian
+from sra2_jax.metrics.neighbours import precision_recall
 
 
 @pytest.fixture

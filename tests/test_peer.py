@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peer_jax import Worker
-from sra2_jax.reference import from_reference
+from sra2_jax.weights.sit import from_reference
 
 ROOT = Path(__file__).parents[1]
 

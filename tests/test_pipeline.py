@@ -448,10 +448,11 @@ def test_no_tensorflow_at_import_and_no_thread_left_at_exit():
     program = """
 import itertools, sys
 import jax, numpy as np
-from sra2_jax import verify
+from sra2_jax.programs import verify
 from sra2_jax.data import encode, images, pipeline, prefetch, records
-from sra2_jax.evaluation import generate, report
-from sra2_jax.training import step
+from sra2_jax import generate
+from sra2_jax.report import page as report
+from sra2_jax import step
 assert "tensorflow" not in sys.modules
 endless = ({"x": np.zeros((8, 2))} for _ in itertools.count())
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

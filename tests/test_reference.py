@@ -7,8 +7,8 @@ import pytest
 
 from sra2_jax.errors import UserError
 from sra2_jax.models.dit import DiT
-from sra2_jax.reference import from_reference, reverse_time, to_reference
-from sra2_jax.training.state import build_networks
+from sra2_jax.state import build_networks
+from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
 
 def golden_weights(golden, name):

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.curves import POINTS, short, smooth, thin, ticks
-from sra2_jax.evaluation.report import STRIP_COUNT, write_report
+from sra2_jax.report.curves import POINTS, short, smooth, thin, ticks
+from sra2_jax.report.page import STRIP_COUNT, write_report
 
 HOSTILE = "\"><script>alert('x')</script><img src=http://evil.example/a>&amp;"
 VOID = {"meta", "img", "input", "br"}
@@ -225,7 +225,7 @@ def test_no_run(tmp_path):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"config\.json"):
         write_report(tmp_path)
-    command = [sys.executable, "-m", "sra2_jax.evaluation.report", str(tmp_path)]
+    command = [sys.executable, "-m", "sra2_jax.report.page", str(tmp_path)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
@@ -236,7 +236,7 @@ def test_no_run(tmp_path):
 
 def test_imports_neither_jax_nor_tensorflow():
     code = (
-        "import sys, sra2_jax.evaluation.report as r; "
+        "import sys, sra2_jax.report.page as r; "
         "sys.exit(bool({'jax', 'tensorflow', 'flax'} & set(sys.modules)))"
     )
     root = Path(__file__).parents[1]

@@ -20,11 +20,11 @@ from sra2_jax import config as configuration
 from sra2_jax.data.images import Readable, open_source
 from sra2_jax.data.records import check_split
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.archive import open_images, open_reference
+from sra2_jax.metrics.archive import open_images, open_reference
 from sra2_jax.models.dinov2 import DINOv2Config
 from sra2_jax.models.vae import VAEConfig
-from sra2_jax.pretrained import files, load_dinov2, load_vae
-from sra2_jax.statedict import read_file
+from sra2_jax.weights import files, load_dinov2, load_vae
+from sra2_jax.weights.statedict import read_file
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(

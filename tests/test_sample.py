@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sra2_jax import evaluate, sample, sweep
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation import shards
-from sra2_jax.evaluation.archive import open_images
-from sra2_jax.evaluation.subject import read_settings
+from sra2_jax.metrics.archive import open_images
+from sra2_jax.programs import evaluate, sample, shards, sweep
+from sra2_jax.programs.subject import read_settings
 
 DIGITS = ("--features=digits", "--reference=digits", "--split=test")
 

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from sra2_jax import status
+from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
-from sra2_jax.status import describe, read_status
-from sra2_jax.training.checkpoint import Checkpoints
+from sra2_jax.programs import status
+from sra2_jax.programs.status import describe, read_status
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"name": "big", "steps": 1000, "batch_size": 32}

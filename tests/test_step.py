@@ -10,11 +10,11 @@ import pytest
 
 from sra2_jax import config as configuration
 from sra2_jax.models.dit import patchify
-from sra2_jax.pretrained import load_dinov2
-from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import batch_sharding, make_mesh, replicated
-from sra2_jax.training.state import build_networks, create_sharded
-from sra2_jax.training.step import make_draw, make_loss, make_step
+from sra2_jax.optim import make_optimizer
+from sra2_jax.sharding import batch_sharding, make_mesh, replicated
+from sra2_jax.state import build_networks, create_sharded
+from sra2_jax.step import make_draw, make_loss, make_step
+from sra2_jax.weights import load_dinov2
 
 
 def run(config, batch, steps=2, devices=1, batches=None):
@@ -49,7 +49,7 @@ def assert_close(a, b, rtol=2e-4, atol=2e-6):
 def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
     """Losses and parameters to float tolerance with all three alignments at once: data
     parallel, fully sharded, and both with split layers. The state is really sharded."""
-    from sra2_jax.training import sharding
+    from sra2_jax import sharding
 
     tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     state, rows = run(tiny, batch)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sra2_jax import sample
+from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
-from sra2_jax.evaluation.features import DigitsFeatures
-from sra2_jax.evaluation.observe import Observer
-from sra2_jax.training.checkpoint import Checkpoints
-from sra2_jax.training.optim import make_optimizer
-from sra2_jax.training.sharding import make_mesh
-from sra2_jax.training.state import create_sharded
-from sra2_jax.training.train import keep_compiled, train
+from sra2_jax.metrics.features import DigitsFeatures
+from sra2_jax.observe import Observer
+from sra2_jax.optim import make_optimizer
+from sra2_jax.programs import sample
+from sra2_jax.sharding import make_mesh
+from sra2_jax.state import create_sharded
+from sra2_jax.train import keep_compiled, train
 from tests.test_checkpoint import flip
 
 
@@ -148,7 +148,7 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     config.sampling.labels, config.align.vae.enabled = "random", False
     config.run.checkpoint_every = config.run.keep_checkpoints = 1
     config.run.sample_every = 1
-    monkeypatch.setattr("sra2_jax.evaluation.observe.make_features", TinyInception)
+    monkeypatch.setattr("sra2_jax.observe.make_features", TinyInception)
     workdir = tmp_path / "run"
     train(config, str(workdir))
     scored = [r for r in rows(workdir) if "eval/fid" in r]

@@ -16,9 +16,9 @@ import sra2_jax.assets
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from sra2_jax.pretrained import load_vae, save_vae
-from sra2_jax.pretrained.files import CONFIG
-from sra2_jax.pretrained.vae import INDEX, WEIGHTS
+from sra2_jax.weights import load_vae, save_vae
+from sra2_jax.weights.files import CONFIG
+from sra2_jax.weights.vae import INDEX, WEIGHTS
 
 GOLDEN = Path(__file__).parent / "golden" / "vae"
 ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
-from sra2_jax.reference import from_reference
-from sra2_jax.verify import relative_error, verify
+from sra2_jax.programs.verify import relative_error, verify
+from sra2_jax.weights.sit import from_reference
 
 # file -> number of its cases
 COVERED = {

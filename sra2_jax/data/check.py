@@ -1,4 +1,4 @@
-"""Is a dataset of latents what was encoded? python -m sra2_jax.data.encode --check=DIR.
+"""Is a dataset of latents what was encoded? python -m sra2_jax encode --check=DIR.
 
 Every byte is hashed and compared with the manifest, and every record is read.
 """

@@ -1,4 +1,4 @@
-"""Encode images once into a dataset of latents: python -m sra2_jax.data.encode.
+"""Encode images once into a dataset of latents: python -m sra2_jax encode.
 
 Images are decoded and cropped in threads while the devices run the encoder of the VAE
 and this thread writes. The dataset appears under its name only when it is complete;
@@ -42,7 +42,7 @@ from sra2_jax.data.images import Readable
 from sra2_jax.data.shards import ShardWriter
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.models.vae import VAEConfig
-from sra2_jax.pretrained import load_vae
+from sra2_jax.weights import load_vae
 
 
 def encode(
@@ -257,7 +257,7 @@ class _Meter:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sra2_jax.data.encode", description=__doc__.partition("\n\n")[0]
+        prog="python -m sra2_jax encode", description=__doc__.partition("\n\n")[0]
     )
     add = parser.add_argument
     source = "folder with one sub-folder per class, tfds:NAME[:SPLIT], or digits"

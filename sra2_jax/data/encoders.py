@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.models.vae import AutoencoderKL
-from sra2_jax.pretrained import load_dinov2
+from sra2_jax.weights import load_dinov2
 
 
 class Encoder(Protocol):

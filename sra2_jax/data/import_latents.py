@@ -1,4 +1,4 @@
-"""Make a dataset of latents that exist: python -m sra2_jax.data.import_latents SOURCE.
+"""Make a dataset of latents that exist: python -m sra2_jax import-latents SOURCE.
 
 SOURCE is what REPA's and SRA's preprocessing leaves, a folder `vae-sd` with
 `dataset.json` and an .npy of each image (or the folder that holds it); or arrays: an
@@ -25,7 +25,7 @@ from sra2_jax.data import records
 from sra2_jax.data.build import building, choose_shards, latent_shape, record_size
 from sra2_jax.data.images import positions
 from sra2_jax.errors import UserError, run_program
-from sra2_jax.pretrained import load_vae
+from sra2_jax.weights import load_vae
 
 Shape = tuple[int, int, int]
 LISTING = "dataset.json"
@@ -150,7 +150,7 @@ def open_latents(
     else:
         raise UserError(
             f"{source}: no folder with {LISTING} or .npy arrays, and no .npz; see "
-            "python -m sra2_jax.data.import_latents --help"
+            "python -m sra2_jax import-latents --help"
         )
     return _arrays(source, arrays, shape, logvar, channels)
 
@@ -314,7 +314,7 @@ def _digest(data: bytes) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m sra2_jax.data.import_latents",
+        prog="python -m sra2_jax import-latents",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

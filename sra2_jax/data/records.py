@@ -29,7 +29,7 @@ from sra2_jax.errors import UserError
 
 FORMAT = 1
 FILE = "latents.json"
-ENCODE = "python -m sra2_jax.data.encode"
+ENCODE = "python -m sra2_jax encode"
 CROP = "centre (ADM: BOX halvings, then BICUBIC)"
 
 

@@ -1,7 +1,7 @@
 """DINOv2 (Oquab et al. 2023), the encoder that REPA aligns with, channels last.
 
 The network of `Dinov2Model` of transformers without what only training uses (dropout,
-stochastic depth). `sra2_jax.pretrained.dinov2` reads its weights. Norms, softmax and
+stochastic depth). `sra2_jax.weights.dinov2` reads its weights. Norms, softmax and
 the residual stream are float32; matrix products run in `dtype`.
 """
 

@@ -1,7 +1,7 @@
 """The diffusion transformer of SiT and DiT, channels last, one stacked block tree.
 
 Source: the reference `SiT` network (willisma/SiT), whose checkpoints
-`sra2_jax.reference` reads. Norms, softmax and the residual stream are float32; matrix
+`sra2_jax.weights.sit` reads. Norms, softmax and the residual stream are float32; matrix
 products run in `dtype`; parameters are float32.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sra2_jax.training.sharding import BATCH, constrain
+from sra2_jax.sharding import BATCH, constrain
 
 XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)

@@ -149,7 +149,7 @@ class Mixed(nn.Module):
 
 
 class Inception(nn.Module):
-    """The network; weights by `sra2_jax.pretrained.load_inception`."""
+    """The network; weights by `sra2_jax.weights.load_inception`."""
 
     @nn.compact
     def __call__(self, images: Num[Array, "b h w 3"]) -> Outputs:

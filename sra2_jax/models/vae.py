@@ -2,7 +2,7 @@
 
 `AutoencoderKL` of diffusers 0.42 (the network of sd-vae-ft-ema and -mse, SDXL, SD3 and
 FLUX) with NHWC arrays. Module names are diffusers' names with `.N` written `_N`, so
-that `sra2_jax.pretrained` converts weights by rule instead of by table.
+that `sra2_jax.weights` converts weights by rule instead of by table.
 """
 
 import math

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 def no_data(after):
     """The disk hangs: no batch after so many."""
-    from sra2_jax.training import train
+    from sra2_jax import train
 
     whole = train.batches
 
@@ -34,7 +34,7 @@ def no_data(after):
 
 def infinite(batches_of_infinity):
     """Latents of infinity in these batches, the first is 0."""
-    from sra2_jax.training import train
+    from sra2_jax import train
 
     whole = train.batches
 
@@ -50,7 +50,7 @@ def infinite(batches_of_infinity):
 
 def slow_steps(seconds):
     """For every batch."""
-    from sra2_jax.training import train
+    from sra2_jax import train
 
     whole = train.batches
 
@@ -64,7 +64,7 @@ def slow_steps(seconds):
 
 def slow_samples(seconds):
     """Between batches of samples."""
-    from sra2_jax.evaluation import observe
+    from sra2_jax import observe
 
     between = observe.between
 
@@ -99,7 +99,7 @@ def _slowly(finalize, seconds):
 
 def fast_beat(seconds):
     """Of the lock, so that a test need not wait."""
-    from sra2_jax.training import lock
+    from sra2_jax import lock
 
     lock.BEAT_SECONDS, lock.TRIES = seconds, (0.1, 0.1, 0.1)
 
@@ -157,7 +157,7 @@ def child(command):
 
 def serve():
     # All that takes time, and starts no thread nor device.
-    import sra2_jax.training.train  # noqa: F401
+    import sra2_jax.train  # noqa: F401
     from sra2_jax.data.records import tensorflow
 
     tensorflow()

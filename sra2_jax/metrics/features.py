@@ -1,0 +1,119 @@
+"""Networks whose features sets of images are compared by, run batch by batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, UInt8
+from sklearn.svm import SVC
+
+from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.sharding import batch_sharding, replicated
+from sra2_jax.weights import load_inception
+from sra2_jax.weights.inception import sha256
+
+KINDS = ("inception", "digits")
+Outputs = dict[str, np.ndarray]
+
+
+class Features(Protocol):
+    """What the metrics ask of a network.
+
+    Attributes:
+      kind: one of KINDS.
+      distance: name of the Frechet distance between its "pool" features.
+      facts: what result files say of it.
+    """
+
+    kind: str
+    distance: str
+    facts: dict[str, str]
+
+    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
+        """ "pool" (n, D) and, where the network has them, "spatial" (n, E),
+        "probabilities" (n, K), "predicted" labels (n,)."""
+        ...
+
+
+class InceptionFeatures:
+    """The Inception network of FID over all devices of a mesh, float32.
+
+    Every process gives the same images and gets all features.
+
+    Args:
+      weights: see `load_inception`.
+      batch: images at a time, a multiple of the mesh's devices.
+
+    Raises:
+      UserError: no usable weights.
+    """
+
+    kind, distance = "inception", "fid"
+
+    def __init__(self, weights: str, mesh: Mesh, batch: int) -> None:
+        network, params = load_inception(weights)
+        self.facts = {
+            "features": "Inception of 2015-12-05, as torch-fidelity",
+            "inception": Path(weights).name,
+            "inception_sha256": sha256(weights),
+        }
+        self._params = jax.device_put(params, replicated(mesh))
+        self._placed, self._batch = batch_sharding(mesh), batch
+
+        def run(params: Any, images: Array) -> dict[str, Array]:
+            out: Any = network.apply({"params": params}, images)
+            return {
+                "pool": out.pool,
+                "spatial": out.spatial.reshape(len(images), -1),
+                "probabilities": jax.nn.softmax(out.logits),
+            }
+
+        self._run: Callable[..., Any] = jax.jit(run, out_shardings=replicated(mesh))
+
+    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
+        parts = []
+        for start in range(0, len(images), self._batch):
+            # Filled up with copies, so that there is one shape to compile.
+            rows = np.arange(start, start + self._batch).clip(max=len(images) - 1)
+            chunk = images[rows]
+            placed = jax.make_array_from_callback(
+                chunk.shape, self._placed, chunk.__getitem__
+            )
+            parts.append(self._run(self._params, placed))
+        parts = jax.device_get(parts)
+        return {
+            name: np.concatenate([part[name] for part in parts])[: len(images)]
+            for name in parts[0]
+        }
+
+
+class DigitsFeatures:
+    """The quickstart's proxy: the 64 pixels of a digit, and which digit it is.
+
+    A support vector machine fitted on the 1,437 training digits recognises it.
+    """
+
+    kind, distance = "digits", "frechet"
+
+    def __init__(self) -> None:
+        self.facts = {
+            "features": "the 64 numbers of the image averaged to 8x8 grey pixels in "
+            "[0, 1]; a proxy, not FID"
+        }
+        images, labels = load_digits("train")
+        # gamma = 0.001 is the usual choice for pixels 0..16
+        self._classifier = SVC(gamma=0.001 * 16**2).fit(to_8x8(images), labels)
+
+    def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> Outputs:
+        pool = to_8x8(images)
+        return {"pool": pool, "predicted": self._classifier.predict(pool)}
+
+
+def make_features(kind: str, weights: str, mesh: Mesh, batch: int) -> Features:
+    """The network of a kind. Raises UserError where its weights are not to be had."""
+    if kind == "digits":
+        return DigitsFeatures()
+    return InceptionFeatures(weights, mesh, batch)

@@ -1,7 +1,0 @@
-"""Published weights, read and written."""
-
-from sra2_jax.pretrained.dinov2 import load_dinov2
-from sra2_jax.pretrained.inception import load_inception
-from sra2_jax.pretrained.vae import load_vae, save_vae
-
-__all__ = ["load_dinov2", "load_inception", "load_vae", "save_vae"]

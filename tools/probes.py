@@ -1,0 +1,322 @@
+"""What the blocks of trained networks know of the clean latent.
+
+Their tokens at given noise levels, the principal components of those as colours
+(Figure 2 of SRA 2, arXiv 2601.17830), and the share of the latent that a linear map
+reads off them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from sra2_jax.data import records
+from sra2_jax.data.pipeline import batches
+from sra2_jax.errors import UserError
+from sra2_jax.generate import to_uint8
+from sra2_jax.models.dit import patchify
+from sra2_jax.restore import read_config, restore_run
+from sra2_jax.state import build_alignments, build_networks
+from sra2_jax.transport import Transport
+from sra2_jax.weights import load_vae
+
+SEED = 0  # of the order of the records and of the noise
+SHUFFLE = 2048  # records to shuffle among
+CHUNK = 32  # images a forward pass
+PENALTY = 1e-6  # of the ridge, over the mean variance of a token's components
+HELD_OUT = 4  # one image in so many tests the ridge
+LEAST = 2  # training tokens a channel
+PERCENTILES = (2, 98)  # of a principal component, shown as 0 and 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run to look into."""
+
+    workdir: str
+    label: str
+    config: ConfigDict
+
+    @property
+    def aligned(self) -> list[int]:
+        """The blocks that an alignment trains."""
+        return sorted({a.depth for a in build_alignments(self.config).values()})
+
+
+@dataclass(frozen=True)
+class Images:
+    """N records of a latents dataset.
+
+    Attributes:
+      raw: mean latents as the VAE gives them, (N, h, w, c) float32; z: the same as
+        the networks see them, scaled.
+      label, index: class and position in the source, (N,).
+      folder, split: where they come from.
+    """
+
+    raw: np.ndarray
+    z: np.ndarray
+    label: np.ndarray
+    index: np.ndarray
+    folder: str
+    split: str
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: np.ndarray) -> "Images":
+        """The records at these positions."""
+        raw, z, label, index = (
+            x[rows] for x in (self.raw, self.z, self.label, self.index)
+        )
+        return Images(raw, z, label, index, self.folder, self.split)
+
+    def choose(self, count: int) -> "Images":
+        """The first `count` by turns of the classes: one of each, then a second, ..."""
+        label = self.label.tolist()
+        nth = [label[:i].count(k) for i, k in enumerate(label)]
+        return self.take(np.argsort(nth, kind="stable")[:count])
+
+    def decode(self, source: str) -> np.ndarray:
+        """uint8 images (N, H, W, 3) through a VAE, see `load_vae`."""
+        vae, params = load_vae(source)
+        apply: Any = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
+        return np.asarray(to_uint8(apply(params, self.raw), "truncate"))
+
+    def patches(self, run: Subject) -> np.ndarray:
+        """The scaled latents as the run's network cuts them, (N, T, p * p * c)."""
+        return np.asarray(patchify(jnp.asarray(self.z), run.config.model.patch_size))
+
+
+# (images, t) -> {block: tokens (n, T, D)}, some images at a time
+Forward = Callable[[Images, float], Iterator[dict[int, np.ndarray]]]
+
+
+def open_runs(runs: Sequence[tuple[str, str]]) -> list[Subject]:
+    """The runs of (label, workdir); an empty label becomes the config's name.
+
+    Raises:
+      UserError: no run there.
+    """
+    configs = [read_config(workdir) for _, workdir in runs]
+    return [
+        Subject(workdir, label or str(config.name), config)
+        for (label, workdir), config in zip(runs, configs, strict=True)
+    ]
+
+
+def default_blocks(runs: Sequence[Subject]) -> list[int]:
+    """Three blocks over the depth of the shallowest run, moved to the aligned ones."""
+    depth = min(run.config.model.depth for run in runs)
+    aligned = {k for run in runs for k in run.aligned if k <= depth}
+    blocks = {-(-depth * k // 3) for k in (1, 2, 3)}
+    for k in sorted(aligned - blocks):
+        if movable := blocks - aligned:
+            blocks.remove(min(movable, key=lambda block: abs(block - k)))
+        blocks.add(k)
+    return sorted(blocks)
+
+
+def read_images(runs: Sequence[Subject], data: str, least: int, most: int) -> Images:
+    """Records that all runs were trained on, up to `most`, in a fixed random order.
+
+    data: a dataset to read instead, as held-out images; "" for the runs' own.
+
+    Raises:
+      UserError: no dataset, one that does not fit a run or has fewer than `least`
+        records, or runs whose datasets hold different records.
+    """
+    first, *others = (_read(run, data, least, most) for run in runs)
+    for run, images in zip(runs[1:], others, strict=True):
+        same = images.z.shape == first.z.shape and (
+            np.array_equal(images.index, first.index)
+            and np.array_equal(images.label, first.label)
+            # another machine's VAE may round the float16 another way
+            and np.allclose(images.z, first.z, atol=1e-2)
+        )
+        if not same:
+            raise UserError(
+                f"the datasets of {runs[0].workdir} and {run.workdir} hold different "
+                "records: give --data=FOLDER, one dataset for all"
+            )
+    return first
+
+
+def _read(run: Subject, data: str, least: int, most: int) -> Images:
+    config, latents = run.config, run.config.latents
+    folder = data or config.data.dir or epath.Path(run.workdir) / "latents"
+    info = records.LatentsInfo.read(folder)
+    records.check(
+        info,
+        folder=folder,
+        resolution=config.data.resolution,
+        latent_shape=(latents.size, latents.size, latents.channels),
+        num_classes=config.data.num_classes,
+        scaling_factor=latents.scaling_factor,
+        shift_factor=latents.shift_factor,
+    )
+    split = "train" if "train" in info.splits else min(info.splits)
+    total = sum(info.splits[split].records)
+    if total < least:
+        raise UserError(f"{folder}: has {total} records, {least} are asked for")
+    stream = batches(
+        folder,
+        split=split,
+        batch_size=min(most, total),  # one batch: no record comes twice
+        seed=SEED,
+        start_step=0,
+        streams=1,
+        shuffle_buffer=SHUFFLE,
+        process_index=0,
+        process_count=1,
+    )
+    rows = next(stream)
+    raw = rows["mean"].astype(np.float32)
+    z = latents.scaling_factor * (raw - latents.shift_factor)
+    return Images(raw, z, rows["label"], rows["index"], str(folder), split)
+
+
+def open_blocks(
+    run: Subject, blocks: Sequence[int], labelled: bool = True
+) -> tuple[int, Forward]:
+    """The run's step, and its EMA network up to each of the 1-based `blocks`.
+
+    The network sees x_t = alpha z + sigma eps and the image's label, or the null label
+    if not `labelled`; eps depends on the image alone, so it is the same for every run
+    and t. Block 0 of the result is x_t itself, patch by patch. Computed in float32.
+
+    Raises:
+      UserError: no checkpoint, or one that cannot be read.
+    """
+    config, state = restore_run(run.workdir)
+    params = jax.device_put(state.ema["network"], jax.devices()[0])
+    network, _ = build_networks(config)
+    network = network.clone(dtype=jnp.float32, attention="xla", remat="none")
+    transport = Transport(**config.transport)
+    apply: Any = network.apply
+
+    @jax.jit
+    def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
+        y = y if labelled else jnp.full_like(y, network.num_classes)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), index)
+        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
+        x_t, _ = transport.interpolate(z, noise, t)
+        _, kept, _ = apply({"params": params}, x_t, t, y, tuple(blocks))
+        return kept | {0: patchify(x_t, network.patch_size)}
+
+    def forward(images: Images, t: float) -> Iterator[dict[int, np.ndarray]]:
+        size = min(CHUNK, len(images))
+        for start in range(0, len(images), size):
+            rows = np.arange(start, start + size)
+            part = images.take(rows.clip(max=len(images) - 1))  # of one shape
+            index = part.index.astype(np.uint32)
+            times = np.full(size, t, np.float32)
+            kept = jax.device_get(tokens(params, part.z, part.label, index, times))
+            count = min(size, len(images) - start)
+            yield {block: x[:count] for block, x in kept.items()}
+
+    return int(state.step), forward
+
+
+def principal_colors(panels: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Tokens (N, T, D) to colours (N, T, 3) in [0, 1] by their principal components.
+
+    Fitted on all tokens of all panels together, so that a colour means the same in
+    each; every panel first gets mean 0 and mean square 1, or the one with the largest
+    activations would decide alone. Each component runs from its 2nd percentile to its
+    98th; its sign, which is free, is the one that makes its longer tail bright (third
+    moment positive). Components that there are too few numbers for are grey.
+    """
+    flat = [x.reshape(-1, x.shape[-1]).astype(np.float64) for x in panels]
+    flat = [x - x.mean(axis=0) for x in flat]
+    x = np.concatenate([x / (np.sqrt(np.mean(x**2)) or 1.0) for x in flat])
+    _, _, axes = np.linalg.svd(x, full_matrices=False)
+    scores = x @ axes[:3].T
+    scores *= np.where(np.sum(scores**3, axis=0) < 0, -1.0, 1.0)
+    low, high = np.percentile(scores, PERCENTILES, axis=0)
+    span = np.where(high > low, high - low, 1.0)
+    colors = np.full((len(x), 3), 0.5)
+    colors[:, : scores.shape[1]] = np.clip((scores - low) / span, 0, 1)
+    parts = np.split(colors, np.cumsum([len(x) for x in flat])[:-1])
+    return [c.reshape(*x.shape[:2], 3) for c, x in zip(parts, panels, strict=True)]
+
+
+def gram(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Sums of products of all columns of [x, 1, y], float64; x (n, d), y (n, e).
+
+    The sum of the Gram matrices of parts is that of the whole.
+    """
+    columns = np.concatenate([x, np.ones((len(x), 1)), y], axis=1, dtype=np.float64)
+    return columns.T @ columns
+
+
+def ridge_r2(train: np.ndarray, test: np.ndarray, d: int) -> float:
+    """R^2 on test rows of the ridge regression of y on x fitted on training rows.
+
+    y ~ x w + b, minimising sum |y - x w - b|^2 + penalty |w|^2 with
+    penalty = PENALTY * trace(Xc^T Xc) / d, Xc the centred x. R^2 = 1 - SS_res / SS_tot,
+    both summed over all rows and columns, SS_tot around the test rows' own mean.
+
+    Args:
+      train, test: Gram matrices of `gram`; d: columns of x.
+    """
+    count, sums = train[d, d], train[d]
+    centred = train - np.outer(sums, sums) / count
+    xx, xy = centred[:d, :d], centred[:d, d + 1 :]
+    penalty = PENALTY * np.trace(xx) / d
+    w = np.linalg.solve(xx + penalty * np.eye(d), xy)
+    b = (sums[d + 1 :] - sums[:d] @ w) / count
+    residuals = np.concatenate([-w, -b[None], np.eye(len(b))])  # of [x, 1, y]
+    left = np.sum(residuals * (test @ residuals))
+    total = (
+        np.trace(test[d + 1 :, d + 1 :]) - np.sum(test[d, d + 1 :] ** 2) / test[d, d]
+    )
+    return float(1 - left / total)
+
+
+def predictability(
+    run: Subject, images: Images, times: Sequence[float], labelled: bool = True
+) -> tuple[int, np.ndarray]:
+    """The run's step and R^2 (len(times), depth + 1) of the clean latent's patches.
+
+    Column k is block k's tokens, column 0 those of x_t itself. Every HELD_OUT-th image
+    tests what the others fit.
+
+    Raises:
+      UserError: as `open_blocks`, or too few images for a token's width.
+    """
+    model = run.config.model
+    targets = images.patches(run)
+    _, count, size = targets.shape
+    testing = np.arange(len(images)) % HELD_OUT == HELD_OUT - 1
+    least = -(-LEAST * model.width * HELD_OUT // (count * (HELD_OUT - 1)))
+    if len(images) < max(least, HELD_OUT):
+        raise UserError(
+            f"{len(images)} records are too few for the {model.width} channels of "
+            f"{run.workdir}: --records={max(least, HELD_OUT)} at least"
+        )
+    blocks = range(model.depth + 1)
+    step, forward = open_blocks(run, blocks[1:], labelled)
+    table = np.empty((len(times), len(blocks)))
+    for row, t in zip(table, times, strict=True):
+        sums: dict[tuple[int, bool], Any] = {}
+        start = 0
+        for part in forward(images, t):
+            chosen = slice(start, start + len(part[0]))
+            start = chosen.stop
+            for block, test in itertools.product(blocks, (False, True)):
+                rows = testing[chosen] == test
+                x, y = part[block][rows], targets[chosen][rows]
+                more = gram(x.reshape(-1, x.shape[-1]), y.reshape(-1, size))
+                sums[block, test] = sums.get((block, test), 0.0) + more
+        for k in blocks:
+            d = len(sums[k, False]) - 1 - size
+            row[k] = ridge_r2(sums[k, False], sums[k, True], d)
+    return step, table
