@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sra2_jax.command import run_program
 from sra2_jax.data.encode import encode
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
 from tools.cost import METHODS
 
 ROOT = Path(__file__).parents[1]

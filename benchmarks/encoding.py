@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sra2_jax.command import run_program, writable
 from sra2_jax.data.encoders import VAEEncoder, encoded
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from tools.measure import machine, spread
 

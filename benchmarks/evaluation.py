@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from sra2_jax.errors import run_program
+from sra2_jax.command import run_program
 from sra2_jax.metrics.moments import Moments, frechet_distance
 from sra2_jax.metrics.neighbours import precision_recall
 

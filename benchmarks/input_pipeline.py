@@ -22,11 +22,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
+from sra2_jax.command import run_program, writable
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import batches
 from sra2_jax.data.prefetch import prefetch_to_device
 from sra2_jax.data.shards import ShardWriter
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns
 

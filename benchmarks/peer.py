@@ -29,7 +29,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.command import run_program, writable
+from sra2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 MODES = ("ours", "eager", "tuned")

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import build_networks, init_state
 
 from sra2_jax import config as configuration
 from sra2_jax.errors import UserError
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import build_networks, init_state
 from sra2_jax.step import make_loss
 from sra2_jax.transport import Transport
 from sra2_jax.weights.sit import to_reference

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from sra2_jax.state import build_networks
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.command import run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.generate import batch_size, make_sampler
 from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated
-from sra2_jax.state import build_networks
 from sra2_jax.transport import Transport
 from tools.chips import of_device
 from tools.cost import dit_macs

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 
 XL = "--config=configs/sra2_xl.py"
 FAST = "--config.model.scan=false --config.model.remat=none"

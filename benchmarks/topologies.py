@@ -10,7 +10,7 @@ import argparse
 from typing import Any
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import run_program
+from sra2_jax.command import run_program
 from tools.aot import describe
 from tools.chips import compile_only
 

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from configs import default
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.command import run_program, writable
+from sra2_jax.errors import UserError
 from tools.chips import of_device
 from tools.cost import training_flops
 from tools.measure import (

@@ -7,11 +7,11 @@ not FID, and at this size the paper's gain is neither expected nor claimed.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "quickstart"
     c.steps = 1500
     c.batch_size = 64

@@ -9,14 +9,14 @@ code.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default, set_size
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "repa_b"
     c.steps = 400_000
-    default.set_size(c, "B")
+    set_size(c, "B")
     c.align.vae.enabled = False
     c.align.encoder.enabled = True
     return c

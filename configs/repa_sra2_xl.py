@@ -9,11 +9,11 @@ and 1.1 after 100K, 200K and 400K steps. Not yet reproduced with this code.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "repa_sra2_xl"
     c.align.encoder.enabled = True
     return c

@@ -8,11 +8,11 @@ Published: FID-50K 1.42 with guidance after 4M steps. Not yet reproduced with th
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "repa_xl"
     c.align.vae.enabled = False
     c.align.encoder.enabled = True

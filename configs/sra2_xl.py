@@ -8,8 +8,8 @@ Not yet reproduced with this code.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    return default.get_config()
+    return default()

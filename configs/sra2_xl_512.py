@@ -6,11 +6,11 @@ The paper's digest gives no 512 px number; settings as at 256 px.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "sra2_xl_512"
     c.data.resolution = 512
     c.latents.size = 64

@@ -6,14 +6,14 @@ Blocks 4 and 8, the defaults of the authors' loss. Not yet reproduced with this 
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default, set_size
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "sra_b"
     c.steps = 400_000
-    default.set_size(c, "B")
+    set_size(c, "B")
     c.align.vae.enabled = False
     c.align.teacher.enabled = True
     return c

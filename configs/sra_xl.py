@@ -8,11 +8,11 @@ Not yet reproduced with this code.
 
 from ml_collections import ConfigDict
 
-from configs import default
+from sra2_jax.config_file import default
 
 
 def get_config() -> ConfigDict:
-    c = default.get_config()
+    c = default()
     c.name = "sra_xl"
     c.align.vae.enabled = False
     c.align.teacher.enabled = True

@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 
 # command -> its module, what it does
 COMMANDS = {

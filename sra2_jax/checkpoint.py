@@ -1,25 +1,36 @@
 """Orbax checkpoints of the training state, verified, behind the calls a run needs."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from errno import EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE
-from typing import Any
+from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
-from sra2_jax.damage import Damaged, agreed, said, unreadable
-from sra2_jax.errors import Restart, UserError
+from sra2_jax import config
+from sra2_jax.errors import Restart, UserError, one_line
 from sra2_jax.fingerprint import fingerprints, kinds
-from sra2_jax.marks import ASIDE, digest
-from sra2_jax.orbax_options import Barrier, Best, kept
+from sra2_jax.run import ASIDE, Run, digest
+from sra2_jax.runtime import AGAIN, agree
 
 FORMAT = 1
-TEMPORARY = "*.orbax-checkpoint-tmp*"
 LOST = {EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE}
+# Errors that say nothing of what is on the disk: Python's, JAX's (a full device), and
+# those that TensorStore puts in words.
+ELSEWHERE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+WORDS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED")
 Unlogged = Sequence[dict[str, float]]
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read as it was written."""
 
 
 def tell(line: str) -> None:
@@ -27,20 +38,30 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+class Best:
+    """Orbax's policy that keeps the `count` checkpoints of the lowest finite scores."""
+
+    def __init__(self, count: int, score: Callable[[int], float]) -> None:
+        self._count, self._score = count, score
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> Sequence[bool]:
+        scored = sorted((self._score(c.step), c.step) for c in checkpoints)
+        best = [step for score, step in scored if np.isfinite(score)][: self._count]
+        return [c.step in best for c in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints/ folder of a run.
+    """The checkpoints of a run; a context manager that ends with the last one saved.
 
     A checkpoint holds the state, a fingerprint of each of its arrays, and the metrics
     of the steps that no row of the log has yet.
 
     Args:
-      folder: absolute path; made when missing.
-      keep: newest checkpoints kept.
-      keep_every: steps of which checkpoints are kept besides; 0: none.
-      keep_best: checkpoints with the lowest score kept besides.
+      keep: which ones are kept; None: nothing in the folder is made or removed.
       score: of a step; infinity where it has none.
       report: takes a line for a person.
-      read_only: nothing in the folder is made, removed or renamed.
 
     Raises:
       UserError: the folder cannot be made or written.
@@ -48,54 +69,51 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: epath.Path,
-        keep: int = 1,
-        *,
-        keep_every: int = 0,
-        keep_best: int = 0,
+        run: Run,
+        keep: config.Run | None = None,
         score: Callable[[int], float] = lambda step: float("inf"),
         report: Callable[[str], None] = tell,
-        read_only: bool = False,
     ) -> None:
-        self.folder = epath.Path(folder)
-        self.report, self.score = report, score
-        best = Best(keep_best, lambda step: self.score(step))
-        self._barrier = Barrier()
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept(keep, keep_every, best),
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
-        )
-        self._saving: int | None = None
-        self._manager = self._open()
-        if not read_only and not self._writable():
-            raise UserError(f"{self.folder} is no folder that can be written: mend it")
-
-    def _open(self) -> ocp.CheckpointManager:
+        self.folder = run.checkpoints.absolute()
+        self._report = report
+        policy: Any = None
+        if keep:
+            chosen: list[Any] = [policies.LatestN(keep.keep_checkpoints)]
+            chosen.append(Best(keep.keep_best, score))
+            if keep.keep_every:
+                chosen.append(policies.EveryNSteps(keep.keep_every))
+            policy = policies.AnyPreservationPolicy(chosen)
+        elif not self.folder.exists():
+            raise UserError(f"{self.folder}: no such folder: give the workdir of a run")
         # Handlers are named so that metadata can be read before anything is restored.
-        return ocp.CheckpointManager(
+        self._manager = ocp.CheckpointManager(
             self.folder,
-            options=self._options,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                cleanup_tmp_directories=keep is not None,
+                read_only=keep is None,
+            ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(),
                 "fingerprint": ocp.JsonCheckpointHandler(),
             },
         )
+        if keep and not self._writable():
+            raise UserError(f"{self.folder} is no folder that can be written: mend it")
 
     def latest(self) -> int | None:
+        """The newest step, whole or not."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, unlogged: Unlogged = ()) -> bool:
+    def save(self, step: int, state: Any, unlogged: Unlogged = ()) -> None:
         """Save in the background; a step saved already is left alone.
-
-        Returns whether the save has begun, and no earlier one has failed.
 
         Raises:
           UserError: a value that is not finite, or a folder that is lost.
+          Restart: an earlier save has failed.
         """
         if step == self.latest():
-            return True
+            return
         if not self._writable():  # Orbax would make a new one
             raise UserError(
                 f"{self.folder} is gone or cannot be written: step {step} is not saved"
@@ -111,53 +129,32 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state),
             fingerprint=ocp.args.JsonSave(facts | {"sha256": digest(facts)}),
         )
+        self.wait()
         try:
-            self._finish()  # an earlier one
             self._manager.save(step, args=args)
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            self._failed(step if self._saving is None else self._saving, error)
-            return False
-        self._saving = step
-        return True
+            raise self._failure(error) from error
 
-    def failed(self) -> bool:
-        """Whether a save in the background has ended, and failed: then it was reported
-        and removed, and another `save` may try again. Does not wait.
+    def check(self) -> None:
+        """Raise, as `wait`, if a save in the background has failed. Does not wait."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save in the background.
 
         Raises:
-          UserError: the folder is lost.
+          Restart: it has failed; UserError: since the folder is lost.
         """
-        working = self._manager.is_saving_in_progress() and not self._barrier.error
-        return self._saving is not None and not working and not self.wait()
-
-    def wait(self) -> bool:
-        """Wait for the save in the background; whether it went well."""
         try:
-            self._finish()
+            self._manager.wait_until_finished()
         except Exception as error:
-            self._failed(self._saving, error)
-            return False
-        return True
+            raise self._failure(error) from error
 
-    def _finish(self) -> None:
-        self._manager.wait_until_finished()
-        self._saving = None
-
-    def _failed(self, step: int | None, error: BaseException) -> None:
-        """Report, remove what was half written, and be ready again."""
-        self._saving = None
-        line = f"{self.folder}: step {step} could not be saved ({said(error)})"
-        again = "run the same command again to go on from the last checkpoint"
-        if not self._writable():
-            raise UserError(f"{line}: mend it and {again}") from error
-        if jax.process_count() > 1:  # the others wait for this one, in Orbax
-            raise Restart(f"{line}: {again}") from error
-        self.report(f"{line}: training goes on and tries again")
-        with contextlib.suppress(Exception):  # says the same again
-            self._manager.close()
-        for left in self.folder.glob(TEMPORARY):
-            left.rmtree(missing_ok=True)
-        self._manager = self._open()
+    def _failure(self, error: BaseException) -> Exception:
+        line = f"{self.folder}: a step could not be saved ({one_line(error)})"
+        kind = Restart if self._writable() else UserError
+        return kind(f"{line}: mend it and {AGAIN}")
 
     def _writable(self) -> bool:
         """Whether the folder is there and takes changes, if perhaps not just now."""
@@ -181,7 +178,7 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                return step, *self._verified(step, abstract)
+                return step, *self._verified(step, abstract, partial=False)
             except Damaged as error:
                 self._set_aside(step, str(error))
         if steps:
@@ -202,40 +199,36 @@ class Checkpoints:
             source.rename(target)
             if target.is_dir():
                 (target / "reason.txt").write_text(reason + "\n")
-        self.report(f"{source} is damaged ({reason}): set aside as {target.name}")
-        agreed("")  # after the renaming
+        self._report(f"{source} is damaged ({reason}): set aside as {target.name}")
+        multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
 
-    def restore(
-        self, abstract: Any, step: int | None = None, partial: bool = False
-    ) -> Any:
-        """The state of a step, the newest by default, placed as `abstract` says.
-
-        partial: `abstract` is a part of the state, as nested dicts; nothing else is
-        read.
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """The state of a step, the newest by default, placed as `abstract` says: all
+        of it, or, of nested dicts, that part alone; nothing else is read then.
 
         Raises:
           UserError: no such step, the checkpoint is of another model (the first array
             that differs is named), or it is damaged.
         """
-        steps = self._manager.all_steps()
+        steps = sorted(self._manager.all_steps())
         if step is None and steps:
-            step = max(steps)
+            step = steps[-1]
         if step is None or step not in steps:
             asked = "" if step is None else f" of step {step}"
             found = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
             raise UserError(f"{self.folder}: no checkpoint{asked}: {found}")
         try:
-            return self._verified(step, abstract, partial)[0]
+            return self._verified(step, abstract, isinstance(abstract, dict))[0]
         except Damaged as error:
             others = [s for s in steps if s != step]
-            way_out = f"take step {max(others)}" if others else "it is the only one"
+            way_out = f"take step {others[-1]}" if others else "it is the only one"
             raise UserError(
                 f"checkpoint {self.folder / str(step)} is damaged ({error}): {way_out}"
             ) from error
 
     def _verified(
-        self, step: int, abstract: Any, partial: bool = False
+        self, step: int, abstract: Any, partial: bool
     ) -> tuple[Any, Unlogged]:
         """The state and what was not logged yet. Raises Damaged, on all processes
         alike, and UserError if it is of another model or cannot be read just now."""
@@ -245,7 +238,7 @@ class Checkpoints:
         except Damaged as error:
             reason = str(error)
         # What one process alone cannot read, the others know of before they compute.
-        if reason := agreed(reason):
+        if reason := agree(reason):
             raise Damaged(reason)
         for name, value in fingerprints(state)[0].items():
             if facts["leaves"].get(name) != value:
@@ -257,15 +250,11 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]]:
         """The state and what was saved beside it."""
         path = self.folder / str(step)
-        try:
+        with self._blamed(path, "its metadata"):
             items = self._manager.item_metadata(step)
             if not {"state", "fingerprint"} & set(items):
                 raise UserError(f"{path} is no checkpoint of a run: move it elsewhere")
             stored = kinds(items.state.tree)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise unreadable(path, "its metadata", error) from error
         wanted = kinds(abstract)
         for name in sorted(wanted if partial else wanted.keys() | stored.keys()):
             if stored.get(name) != wanted.get(name):
@@ -275,52 +264,48 @@ class Checkpoints:
                     f"{wanted.get(name, 'missing')} in this config: use its config or "
                     "another --workdir"
                 )
-        facts = self._facts(step)
-        try:
+        with self._blamed(path, "its fingerprint"):
+            args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
+            facts = dict(self._manager.restore(step, args=args).fingerprint)
+            if facts.pop("sha256") != digest(facts):
+                raise Damaged("its fingerprint is not what was saved")
+        if facts["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {facts['format']}, this version reads "
+                f"{FORMAT}: use the version that wrote it"
+            )
+        with self._blamed(path, "it"):
             item = ocp.args.PyTreeRestore(
                 abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
                 partial_restore=partial,
             )
             args = ocp.args.Composite(state=item)
-            state = self._manager.restore(step, args=args).state
-        except Exception as error:
-            raise unreadable(path, "it", error) from error
-        return state, facts
+            return self._manager.restore(step, args=args).state, facts
 
-    def _facts(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state. Raises Damaged."""
+    @contextlib.contextmanager
+    def _blamed(self, path: epath.Path, what: str) -> Any:
+        """An error inside becomes Damaged, or a UserError where the fault is not in
+        what is on the disk."""
         try:
-            args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
-            facts = dict(self._manager.restore(step, args=args).fingerprint)
-            whole = facts.pop("sha256") == digest(facts)
-        except Exception as error:
-            path = self.folder / str(step)
-            raise unreadable(path, "its fingerprint", error) from error
-        if not whole:
-            raise Damaged("its fingerprint is not what was saved")
-        if facts["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} has format {facts['format']}, "
-                f"this version reads {FORMAT}: use the version that wrote it"
-            )
-        return facts
+            yield
+        except (UserError, Damaged):
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            line, root = f"{what} cannot be read: {one_line(error)}", error
+            while root.__cause__:
+                root = root.__cause__  # type: ignore[assignment]
+            if isinstance(root, ELSEWHERE) or WORDS.search(line):
+                raise UserError(
+                    f"checkpoint {path}: {line}: mend it and run again"
+                ) from error
+            raise Damaged(line) from error
 
-    def close(self) -> None:
-        """Wait for the save in the background.
+    def __enter__(self) -> Self:
+        return self
 
-        Raises:
-          UserError: it has failed.
-        """
-        if self._barrier.error:  # told already; Orbax would wait for the others
-            return
-        step = self._saving
-        try:
-            self._finish()
-        except Exception as error:
-            raise UserError(
-                f"{self.folder}: step {step} could not be saved ({said(error)}): "
-                "mend it and run the same command again to go on from the last "
-                "checkpoint"
-            ) from error
-        self._manager.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        with contextlib.suppress(Exception):  # says the same again
+            self._manager.close()

@@ -1,265 +1,365 @@
-"""Reading configurations: from files, flags and runs; what a resumed run may change."""
+"""Every key of a run, once: its type, default, meaning, range, and whether a resumed
+run may change it.
 
-import argparse
-import importlib.util
-import json
-import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+A section checks itself when it is made. The class that does its work subclasses it
+(`transport.Transport`), so that no default is written twice. A config file, as those in
+configs/, returns `config_file.default()` with what differs.
+"""
 
-from ml_collections import ConfigDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
-from sra2_jax.config_checks import HUB_ID, KEYS, allowed, fits, kind, shown, unknown_key
-from sra2_jax.config_checks import check as check
-from sra2_jax.config_checks import flatten as flatten
-from sra2_jax.errors import UserError
-from sra2_jax.flags import pairs, parse_known
+from sra2_jax.section import NAME, SOME, Section, free, key, other
 
-MEGABYTE = 2**20
+STEPS = 2**31 - 1  # counted in 32 bits
+EPOCH = 5004  # steps of 256 images in ImageNet
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The config of a file, with overrides "--config.KEY=VALUE" applied; not checked.
+@dataclass(frozen=True)
+class Data(Section):
+    where = "data"
 
-    Raises:
-      UserError: no such file, one that is no config, an unknown key, a value that the
-        key may not have.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config={path} names no file: see configs/")
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={path}: must end in .py, as those in configs/")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"--config={path} is no config file ({reason})") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={path}: its get_config() returns no ConfigDict")
-    return override(config, overrides)
-
-
-def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """A copy of a config with "--config.KEY=VALUE" applied; not checked.
-
-    Raises:
-      UserError: an unknown key, one given twice, a value that the key may not have.
-    """
-    config = config.copy_and_resolve_references()
-    values: dict[str, Any] = {}
-    for flag, text in pairs(overrides):
-        section, _, key = flag.partition(".")
-        if section != "config":
-            hint = "--help lists the flags"
-            if flag in KEYS:
-                hint = f"did you mean --config.{flag}?"
-            raise UserError(f"unknown flag --{flag}: {hint}")
-        if key not in KEYS:
-            raise unknown_key(key)
-        if text is None:
-            raise UserError(f"--config.{key} has no value: {allowed(key)}")
-        if key in values:
-            raise UserError(f"--config.{key} is given twice: leave one out")
-        values[key] = parse(key, text)
-    try:
-        config.update_from_flattened_dict(values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the config file does not fit ({error}): begin with configs/default.py"
-        ) from error
-    return config.lock()
-
-
-def parse(key: str, text: str) -> Any:
-    """The value of a key, written as a text.
-
-    Raises:
-      UserError: the key may not have it.
-    """
-    wanted, value = kind(key), None
-    if wanted is bool:
-        value = {"true": True, "false": False}.get(text.lower())
-    elif wanted is not int or re.fullmatch(r"[+-]?[0-9][0-9_]{,99}", text):
-        try:
-            value = wanted(text)
-        except ValueError:
-            value = None
-    if value is None or not fits(key, value):
-        given = shown(text if value is None else value)
-        raise UserError(f"config.{key}={given}: {allowed(key)}")
-    return value
-
-
-def parse_arguments(
-    parser: argparse.ArgumentParser, default: str
-) -> tuple[argparse.Namespace, ConfigDict]:
-    """A program's own flags, and the checked config of --config and --config.KEY=VALUE.
-
-    Args:
-      parser: made with allow_abbrev=False; gets the flags --config and --keys.
-      default: the config file where none is named.
-
-    Raises:
-      UserError: as `load` and `check`.
-    """
-    parser.add_argument("--config", default=default, help="file (%(default)s)")
-    parser.add_argument(
-        "--keys", action="store_true", help="list the config's keys and end"
+    dir: str = free("", 'latents dataset; "" = WORKDIR/latents')
+    images: str = free(
+        "",
+        "encode these first if data.dir is missing: a folder with one sub-folder a "
+        'class, "tfds:NAME[:SPLIT]" or "digits"; "" = never',
     )
-    parser.epilog = (
-        "Any key of the config: --config.KEY=VALUE. --keys lists them; "
-        "configs/default.py says what they mean."
+    resolution: int = key(256, "side of the images, pixels", 1, 2**14)
+    num_classes: int = key(1000, "labels, without the null label", 1, 10**7)
+    streams: int = key(8, "independent readers that a batch is made from", 1, 2**16)
+    shuffle_buffer: int = key(16384, "records, over all streams", 1, STEPS)
+
+
+@dataclass(frozen=True)
+class Latents(Section):
+    where = "latents"
+
+    size: int = key(32, "side of the latent grid", 1, 2**12)
+    channels: int = key(4, "channels of a latent", 1, 2**12)
+    scaling_factor: float = key(0.18215, "latent = scaling * (raw - shift)", 1e-6, 1e6)
+    shift_factor: float = key(0.0, "see scaling_factor", -1e6, 1e6)
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    where = "model"
+
+    width: int = key(1152, "channels of a token", 4, 2**16)
+    depth: int = key(28, "blocks", 1, 1000)
+    heads: int = key(16, "attention heads", 1, 2**12)
+    patch_size: int = key(2, "side of a token's patch of the latent", 1, 2**12)
+    mlp_ratio: float = key(4.0, "hidden channels over width", 0.1, 100)
+    time_scale: float = key(1.0, "factor on t in [0, 1] before its features", 1e-6, 1e6)
+    learn_sigma: bool = key(False, "a second half of the output that nothing uses")
+    scan: bool = free(True, "blocks as a loop, or unrolled")
+    remat: Literal["none", "dots", "attention", "full"] = free(
+        "dots", "rematerialisation: what the backward pass computes again"
     )
-    arguments, rest = parse_known(parser)
-    config = load(arguments.config, rest)
-    check(config)
-    if arguments.keys:
-        for key, value in flatten(config):
-            print(f"--config.{key}={value}  ({allowed(key)})")
-        sys.exit()
-    return arguments, config
+    attention: Literal["auto", "xla", "cudnn"] = free(
+        "auto", "implementation; auto: cudnn on GPUs where it works"
+    )
+    dtype: Literal["bfloat16", "float32"] = free("bfloat16", "compute type")
 
-
-def read_json(path: Any, limit: int = MEGABYTE) -> Any:
-    """What a JSON file of at most `limit` bytes holds, a path of pathlib's or epath's.
-
-    Raises:
-      UserError: it cannot be read, is too large, or is not JSON.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
-        return json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = type(error).__name__
-        if not isinstance(error, OSError):
-            reason = f"not JSON of a run, {' '.join(str(error).split())[:100]}"
-        raise UserError(f"{path} cannot be read ({reason})") from error
-
-
-def check_paths(config: ConfigDict, workdir: str) -> None:
-    """Refuse a run in `workdir` that would not find what it reads. Only looks at
-    names, and not at remote ones (gs://).
-
-    Raises:
-      UserError: the first key that names nothing.
-    """
-    data = config.data.dir or f"{workdir}/latents"
-    images, scores = config.data.images, config.eval
-    if not _exists(f"{data}/latents.json"):
-        if not images:
-            raise no_latents(data)
-        if not _exists(images):
-            raise UserError(
-                f"config.data.images={images}: no such folder: give one with a "
-                "sub-folder for each class, tfds:NAME[:SPLIT] or digits"
+    def conflicts(self) -> Iterator[str]:
+        if self.width % self.heads or self.width % 4:
+            yield (
+                f"config.model.width={self.width} must be divisible by 4 and by "
+                f"config.model.heads={self.heads}"
             )
-    if scores.features == "inception":
-        for key in ("inception", "reference"):
-            if not _exists(scores[key]):
-                raise UserError(
-                    f"config.eval.{key}={scores[key]}: no such file: docs/evaluation.md"
-                    " says how to get it"
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            yield "config.model.attention='cudnn' needs config.model.dtype='bfloat16'"
+
+
+@dataclass(frozen=True)
+class Transport(Section):
+    where = "transport"
+
+    path: Literal["linear", "gvp", "vp"] = key("linear", "from data to noise")
+    prediction: Literal["velocity", "noise", "data"] = key(
+        "velocity", "what the network's output is"
+    )
+    time: Literal["uniform", "lognormal"] = key("uniform", "density of training times")
+    time_mean: float = key(
+        0.0, "of log(sigma / alpha), lognormal only: SD3's on linear", -100, 100
+    )
+    time_std: float = key(1.0, "see time_mean", 1e-6, 100)
+
+
+Loss = Literal["smooth_l1", "l1", "l2", "cosine"]
+Schedule = Literal["constant", "linear", "cosine", "exponential"]
+
+
+@dataclass(frozen=True)
+class Alignment(Section):
+    """The keys that every alignment has."""
+
+    enabled: bool = key(False, "whether this alignment trains")
+    depth: int = key(8, "aligned block, 1-based", 1, 1000)
+    weight: float = key(1.0, "of the loss, lambda", 0, 1e6)
+    schedule: Schedule = key("constant", "of the weight")
+    schedule_start: int = key(0, "step at which the weight begins to fall", 0, STEPS)
+    schedule_steps: int = key(
+        1, "steps of the fall to 0 (exponential: tenfold)", 1, STEPS
+    )
+    loss: Loss = key("smooth_l1", "between prediction and target")
+    beta: float = key(0.05, "of smooth_l1", 1e-9, 1e6)
+    zscore: bool = key(False, "standardise both sides per sample")
+    t_min: float = key(0.0, "times aligned, 0 = data", 0, 1)
+    t_max: float = key(1.0, "times aligned, 1 = noise", 0, 1)
+    head_layers: int = key(3, "linear layers of the head", 1, 100)
+    head_width: int = key(0, "its hidden channels; 0 = twice the model's", 0, 2**17)
+    head_final_layer: bool = key(False, "end in a layer like DiT's final one")
+
+    def conflicts(self) -> Iterator[str]:
+        if self.enabled and self.t_min >= self.t_max:
+            yield (
+                f"{self._name('t_min')}={self.t_min} must be below "
+                f"{self._name('t_max')}={self.t_max}"
+            )
+
+
+@dataclass(frozen=True)
+class AlignVAE(Alignment):
+    """SRA 2: the clean latent."""
+
+    where = "align.vae"
+
+    enabled: bool = other(Alignment, "enabled", True)
+    head_layers: int = other(Alignment, "head_layers", 5)
+    target: Literal["sample", "mean"] = key(
+        "sample", "the latent that x_t is built from, or the posterior's mean"
+    )
+
+
+@dataclass(frozen=True)
+class AlignEncoder(Alignment):
+    """REPA: patch features of an encoder of the clean image."""
+
+    where = "align.encoder"
+
+    weight: float = other(Alignment, "weight", 0.5)
+    loss: Loss = other(Alignment, "loss", "cosine")
+    head_width: int = other(Alignment, "head_width", 2048)
+    model: str = key(
+        "facebook/dinov2-base", 'folder, hub id, or "digits"', pattern=SOME
+    )
+    width: int = key(768, "of the encoder's tokens", 1, 2**16)
+    source: Literal["images", "features"] = key(
+        "images", "the encoder runs in the step, or its features are in the records"
+    )
+
+
+@dataclass(frozen=True)
+class AlignTeacher(Alignment):
+    """SRA: a later block of the EMA network, at a lower noise level."""
+
+    where = "align.teacher"
+
+    weight: float = other(Alignment, "weight", 0.2)
+    schedule: Schedule = other(Alignment, "schedule", "exponential")
+    schedule_start: int = other(Alignment, "schedule_start", 149 * EPOCH)
+    schedule_steps: int = other(Alignment, "schedule_steps", 1000 * EPOCH)
+    head_layers: int = other(Alignment, "head_layers", 2)
+    teacher_depth: int = key(20, "the teacher's block, 1-based", 1, 1000)
+    interval: float = key(0.2, "teacher's t = clamp(t - interval U(0, 1), 0, 1)", 0, 1)
+
+
+@dataclass(frozen=True)
+class Align(Section):
+    where = "align"
+
+    vae: AlignVAE = AlignVAE()
+    encoder: AlignEncoder = AlignEncoder()
+    teacher: AlignTeacher = AlignTeacher()
+
+
+@dataclass(frozen=True)
+class Optim(Section):
+    """AdamW behind a clip."""
+
+    where = "optim"
+
+    learning_rate: float = key(1e-4, "after the warm-up", 1e-12, 100)
+    warmup_steps: int = key(0, "linear warm-up", 0, STEPS)
+    b1: float = key(0.9, "of Adam", 0, 1 - 1e-9)
+    b2: float = key(0.999, "of Adam", 0, 1 - 1e-9)
+    eps: float = key(1e-8, "of Adam", 1e-30, 1)
+    weight_decay: float = key(0.0, "decoupled", 0, 100)
+    clip_norm: float = key(1.0, "largest global norm of the gradients", 1e-9, 1e9)
+
+
+@dataclass(frozen=True)
+class Mesh(Section):
+    where = "mesh"
+
+    data: int = free(-1, "devices with copies of the state; -1 = the rest", -1, 2**20)
+    fsdp: int = free(1, "devices that share one copy", 1, 2**20)
+    tensor: int = free(1, "devices that share a layer's heads and hidden", 1, 2**12)
+
+    def conflicts(self) -> Iterator[str]:
+        if not self.data:
+            yield "config.mesh.data=0: must be -1 or at least 1"
+
+
+@dataclass(frozen=True)
+class Sampling(Section):
+    where = "sampling"
+
+    method: Literal["euler", "heun", "euler_maruyama"] = free(
+        "euler_maruyama", "ODE, ODE, SDE"
+    )
+    steps: int = free(250, "of a trajectory", 2, 10**6)
+    guidance: float = free(1.0, "scale of classifier-free guidance; 1 = off", 0, 1000)
+    guidance_low: float = free(0.0, "guided where low <= t <= high", 0, 1)
+    guidance_high: float = free(1.0, "see guidance_low", 0, 1)
+    guidance_channels: int = free(0, "guide the first channels; 0 = all", 0, 2**12)
+    rounding: Literal["truncate", "sit"] = free(
+        "truncate", "to uint8, as REPA and SRA or as SiT and DiT"
+    )
+    labels: Literal["random", "balanced"] = free(
+        "random", "of scored samples; balanced: i mod classes"
+    )
+    batch_size: int = free(64, "images at a time, over all devices", 1, 2**24)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.guidance_low > self.guidance_high:
+            yield (
+                f"config.sampling.guidance_low={self.guidance_low} must not exceed "
+                f"config.sampling.guidance_high={self.guidance_high}"
+            )
+
+
+@dataclass(frozen=True)
+class Run(Section):
+    where = "run"
+
+    log_every: int = free(100, "steps", 1, STEPS)
+    checkpoint_every: int = free(10_000, "steps", 1, STEPS)
+    keep_checkpoints: int = free(3, "the newest", 1, STEPS)
+    keep_every: int = free(0, "and those of every so many steps; 0 = none", 0, STEPS)
+    keep_best: int = free(1, "and those with the best Fréchet distance", 0, STEPS)
+    sample_every: int = free(50_000, "steps", 1, STEPS)
+    most_skipped: int = free(10, "updates in a row that are not finite", 0, STEPS)
+    stall_seconds: int = free(1800, "without progress until it ends itself", 1, STEPS)
+    grid_classes: int = free(8, "rows of a sample grid, spread over classes", 1, 1000)
+    grid_columns: int = free(8, "images of a class in a sample grid", 1, 1000)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.checkpoint_every % self.log_every:
+            yield (
+                f"config.run.checkpoint_every={self.checkpoint_every} must be a "
+                f"multiple of config.run.log_every={self.log_every}, so that a resumed "
+                "run logs the same rows"
+            )
+        if self.keep_every % self.checkpoint_every:
+            yield (
+                f"config.run.keep_every={self.keep_every} must be 0 or a multiple of "
+                f"config.run.checkpoint_every={self.checkpoint_every}: others are "
+                "never saved"
+            )
+
+
+@dataclass(frozen=True)
+class Eval(Section):
+    where = "eval"
+
+    features: Literal["", "digits", "inception"] = free(
+        "", 'score samples: FID, sFID, IS; "digits": proxies; "" = never'
+    )
+    inception: str = free("inception.safetensors", "weights, see docs/evaluation.md")
+    reference: str = free("", "of inception: an .npz in ADM's format")
+    every: int = free(50_000, "steps", 1, STEPS)
+    num_samples: int = free(10_000, "scored samples", 2, 10**9)
+
+    def conflicts(self) -> Iterator[str]:
+        if self.features == "inception" and not self.reference:
+            yield (
+                "config.eval.features='inception' needs config.eval.reference, an .npz "
+                "in ADM's format (docs/evaluation.md)"
+            )
+
+
+@dataclass(frozen=True)
+class Config(Section):
+    """A run. The defaults are the paper's SRA 2 at XL/2, 256 px (arXiv 2601.17830)."""
+
+    name: str = free("sra2_xl", "of the run, and of its folder in runs/", pattern=NAME)
+    seed: int = key(0, "of parameters, order and all randomness", 0, STEPS)
+    steps: int = free(4_000_000, "optimizer steps of the whole run", 1, STEPS)
+    batch_size: int = key(256, "images a step, over all devices and hosts", 1, 2**24)
+    accumulate: int = free(1, "micro-batches a step", 1, 2**20)
+    label_dropout: float = key(0.1, "share of labels replaced by the null label", 0, 1)
+    ema_decay: float = key(0.9999, "from step 0", 0, 1 - 1e-9)
+    vae: str = free(
+        "stabilityai/sd-vae-ft-ema",
+        'diffusers folder, hub id, or "digits"',
+        pattern=SOME,
+    )
+    data: Data = Data()
+    latents: Latents = Latents()
+    model: Model = Model()
+    transport: Transport = Transport()
+    align: Align = Align()
+    optim: Optim = Optim()
+    mesh: Mesh = Mesh()
+    sampling: Sampling = Sampling()
+    run: Run = Run()
+    eval: Eval = Eval()
+
+    @property
+    def grid(self) -> int:
+        """Tokens on a side."""
+        return self.latents.size // self.model.patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a latent."""
+        return self.latents.size, self.latents.size, self.latents.channels
+
+    def conflicts(self) -> Iterator[str]:
+        latents, model, mesh = self.latents, self.model, self.mesh
+        if latents.size % model.patch_size:
+            yield (
+                f"config.model.patch_size={model.patch_size} does not divide "
+                f"config.latents.size={latents.size}"
+            )
+        if self.sampling.guidance_channels > latents.channels:
+            yield (
+                "config.sampling.guidance_channels="
+                f"{self.sampling.guidance_channels} exceeds "
+                f"config.latents.channels={latents.channels}"
+            )
+        digits = (self.data.num_classes, self.data.resolution) == (10, 32)
+        if self.eval.features == "digits" and not digits:
+            yield (
+                "config.eval.features='digits' needs config.data.num_classes=10 and "
+                "config.data.resolution=32"
+            )
+        # What a batch is divided by. The number of devices is not known here.
+        rows = abs(mesh.data) * mesh.fsdp * self.accumulate
+        for name, parts in (
+            ("config.accumulate=", self.accumulate),
+            ("config.data.streams=", self.data.streams),
+            ("config.mesh.fsdp=", mesh.fsdp),
+            ("config.mesh.data x config.mesh.fsdp x config.accumulate = ", rows),
+        ):
+            if self.batch_size % parts:
+                yield (
+                    f"config.batch_size={self.batch_size} is not divisible by "
+                    f"{name}{parts}"
                 )
-    encoder = config.align.encoder
-    networks = {"vae": config.vae}
-    if encoder.enabled and encoder.source == "images":
-        networks["align.encoder.model"] = encoder.model
-    for key, source in networks.items():
-        if not (_exists(source) or HUB_ID.fullmatch(source)):
-            raise UserError(
-                f"config.{key}={source}: no such folder, and no owner/name[@revision] "
-                "of the Hugging Face hub either"
+        if model.heads % mesh.tensor:
+            yield (
+                f"config.mesh.tensor={mesh.tensor} does not divide "
+                f"config.model.heads={model.heads}"
             )
-
-
-def no_latents(folder: Any) -> UserError:
-    """The error for a run with neither a dataset nor images to make one."""
-    return UserError(
-        f"no latents dataset in {folder}: set --config.data.dir=FOLDER, or "
-        "--config.data.images=SOURCE to encode it first"
-    )
-
-
-def _exists(source: str) -> bool:
-    """Whether a local file or folder is there; what is not local is not looked at."""
-    apart = source == "digits" or source.startswith("tfds:") or "://" in source
-    return apart or (bool(source) and Path(source).expanduser().exists())
-
-
-def from_saved(saved: Any, where: str) -> ConfigDict:
-    """The config of a run's config.json.
-
-    Raises:
-      UserError: it is not one that this version wrote.
-    """
-    try:
-        if not isinstance(saved, dict):
-            raise UserError("no JSON object")
-        config = ConfigDict(saved).lock()
-        check(config)
-    except (UserError, RecursionError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{where}: {error}: written by another version, or not by this program"
-        ) from error
-    return config
-
-
-# A checkpoint trained with one value of these cannot go on as the same run with
-# another: the network, what it learns, its data's order, its random draws.
-STATE_KEYS = (
-    "seed",
-    "batch_size",
-    "data.resolution",
-    "data.num_classes",
-    "data.streams",
-    "data.shuffle_buffer",
-    "latents.",
-    "model.",
-    "label_dropout",
-    "transport.",
-    "align.",
-    "optim.",
-    "ema_decay",
-)
-STATE_FREE = ("model.scan", "model.remat", "model.attention", "model.dtype")
-
-
-def differing(old: dict, new: dict) -> tuple[list[str], list[str]]:
-    """Lines "config.KEY: saved -> now" of what differs: in keys that a resumed run must
-    not change, and in the others.
-
-    Of an alignment that is off on a side only that counts.
-    """
-    old, new = dict(flatten(old)), dict(flatten(new))
-    fixed: list[str] = []
-    free: list[str] = []
-    off = {
-        k.removesuffix("enabled")
-        for c in (old, new)
-        for k, on in c.items()
-        if _says_off(k, on)
-    }
-    for key in sorted(old.keys() | new.keys()):
-        counts = key.endswith(".enabled") or not key.startswith(tuple(off))
-        if counts and old.get(key) != new.get(key):
-            line = f"config.{key}: {shown(old.get(key))} -> {shown(new.get(key))}"
-            bound = key.startswith(STATE_KEYS) and key not in STATE_FREE
-            (fixed if bound else free).append(line)
-    return fixed, free
-
-
-def _says_off(key: str, value: Any) -> bool:
-    return key.endswith(".enabled") and value is False
-
-
-def to_json(config: ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+        for name, section in vars(self.align).items():
+            for block in ("depth", "teacher_depth"):
+                depth = getattr(section, block, 1)
+                if section.enabled and depth > model.depth:
+                    yield (
+                        f"config.align.{name}.{block}={depth}: the network has "
+                        f"config.model.depth={model.depth} blocks"
+                    )

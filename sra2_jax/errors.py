@@ -2,33 +2,15 @@
 
 Exit statuses of every program here: 0 done; 1 checked, and not good; 2 a mistake that a
 person must mend; 42 stopped by circumstances, the same command goes on from there; 130
-Ctrl-C. 134 is JAX's own: a process that lost the one that coordinates all.
+Ctrl-C. 134 is JAX's own: a process that lost another one, as good as 42.
 """
 
-import argparse
 import contextlib
-import errno
 import os
-import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
-from sra2_jax.xla_flags import set_flags
-
 MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
-UNHEARD = 141  # as a shell has it of a program that SIGPIPE ends
-# A disk that is full, read-only or broken, a folder that is not ours.
-STORAGE = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EACCES,
-)
 
 
 class UserError(ValueError):
@@ -42,48 +24,11 @@ class Restart(Exception):
     """The program was stopped and is worth starting again, as it was."""
 
 
-def writable(text: str) -> Path:
-    """argparse's type of a file to write at the end: it complains at the start.
-
-    Raises:
-      argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
-    """
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no file in a folder that exists")
-    return path
-
-
-def run_program(main: Callable[[], int | None]) -> None:
-    """Run a program's main, with XLA's flags set, and exit with its status.
-
-    A `UserError`, a `Restart`, a disk that fails, SIGTERM and Ctrl-C become one line
-    and the status above, without a traceback. (Training takes over the signals, see
-    training.watch.)
-    """
-    set_flags()
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        status = main()
-        sys.stdout.flush()
-    except UserError as error:
-        leave(f"error: {error}", MISTAKE)
-    except Restart as error:
-        leave(f"stopped: {error}", RESTART)
-    except BrokenPipeError:  # `| head`
-        os._exit(UNHEARD)
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        leave(f"error: {where}{error.strerror}: mend it and run again", MISTAKE)
-    except KeyboardInterrupt:
-        leave("interrupted", INTERRUPTED)
-    sys.exit(status)
-
-
-def _terminated(*_: object) -> NoReturn:
-    leave("stopped by SIGTERM: run the same command again", RESTART)
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The kind of an error and what was said at its root, in one line."""
+    while error.__cause__:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
 
 
 def leave(line: str, status: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One run in a workdir at a time; notices when the workdir is lost."""
+"""One run in a folder at a time; notices when the folder is lost. No jax here."""
 
 import contextlib
 import errno
@@ -10,36 +10,30 @@ import threading
 import time
 from typing import Any, Self
 
-import jax
-from etils import epath
-
 from sra2_jax.errors import MISTAKE, Restart, UserError, leave
-from sra2_jax.marks import STALE_SECONDS
+from sra2_jax.run import TRIES, Run, number
 
-FILE = "lock.json"
-BEAT_SECONDS = 10.0
-TRIES = (0.5, 1, 2)  # seconds between them
+# Without a beat of lock.json until a run counts as dead: it gives one every ten.
+STALE_SECONDS, BEAT_SECONDS = 60.0, 10.0
 # A lock that the file system does not have.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class Lock:
-    """Context manager that holds a workdir, and says so in lock.json. Of several
-    processes of a job the first does; entered by the others it does nothing.
+    """Context manager that holds a run's folder, and says so in its lock.json.
 
     Where the file system has locks the kernel keeps this one and drops it with the
     process, however it ends. Elsewhere (gs://, other machines) the file's beat, written
-    every 10 seconds, tells a living run from a dead one.
-
-    Losing the folder (gone, read-only, or taken over) ends the process: status 2.
+    every 10 seconds, tells a living run from a dead one. Losing the folder (gone,
+    read-only, or taken over) ends the process: status 2.
 
     Raises:
       UserError: another process of this machine holds it, or it cannot be made.
       Restart: a process of another machine held it less than a minute ago.
     """
 
-    def __init__(self, workdir: str) -> None:
-        self._path = epath.Path(workdir).absolute() / FILE
+    def __init__(self, run: Run) -> None:
+        self._run, self._path = run, run.lock
         self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -49,26 +43,26 @@ class Lock:
         self._done = threading.Event()
 
     def __enter__(self) -> Self:
-        if jax.process_index():
+        if not self._run.writes:
             return self
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._run.folder.mkdir(parents=True, exist_ok=True)
             if "://" not in str(self._path):
                 self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
                 self._claim(self._file)
             self._refuse_living()
-            self._write(self._sign())
+            self._write(self._mine | {"beat": time.time()})
         except OSError as error:
             raise UserError(
-                f"{self._path.parent} cannot be written ({error.strerror or error}): "
-                "use another --workdir"
+                f"{self._run} cannot be written ({error.strerror or error}): use "
+                "another --workdir"
             ) from error
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if jax.process_index():
+        if not self._run.writes:
             return
         self._done.set()
         self._thread.join()
@@ -84,8 +78,8 @@ class Lock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self._path.parent} is in use by {self._holder()}: wait for it, stop "
-                "it, or use another --workdir"
+                f"{self._run} is in use by {self._holder()}: wait for it, stop it, or "
+                "use another --workdir"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -93,31 +87,21 @@ class Lock:
 
     def _refuse_living(self) -> None:
         """Refuse another machine's lock with a fresh beat."""
-        held = self._read()
-        age = time.time() - held.get("beat", 0.0)
+        held = self._run.read("lock")
+        age = time.time() - (number(held, "beat") or 0.0)
         local = held.get("host") == self._mine["host"] and self._file is not None
         if not local and age < STALE_SECONDS:
             raise Restart(
-                f"{self._path.parent} was in use {age:.0f} s ago by {self._holder()}: "
-                f"if that run is dead, start again in {STALE_SECONDS - age:.0f} s"
+                f"{self._run} was in use {age:.0f} s ago by {self._holder()}: if that "
+                f"run is dead, start again in {STALE_SECONDS - age:.0f} s"
             )
 
-    def _sign(self) -> dict[str, Any]:
-        return self._mine | {"beat": time.time()}
-
     def _holder(self) -> str:
-        held = self._read()
+        held = self._run.read("lock")
         return (
             f"process {held.get('pid')} on {held.get('host')}, started "
             f"{held.get('started')}"
         )
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            held = json.loads(self._path.read_text())
-        except (OSError, ValueError):  # none, or being written
-            return {}
-        return held if isinstance(held, dict) else {}
 
     def _write(self, facts: dict[str, Any]) -> None:
         data = json.dumps(facts).encode() + b"\n"
@@ -132,14 +116,14 @@ class Lock:
             for pause in (*TRIES, None):
                 try:
                     self._check()
-                    self._write(self._sign())
+                    self._write(self._mine | {"beat": time.time()})
                     break
                 except OSError as error:
                     if pause is None:
                         leave(
-                            f"error: {self._path.parent} is lost "
-                            f"({error.strerror or error}): mend it and run the same "
-                            "command again to go on from the last checkpoint",
+                            f"error: {self._run} is lost ({error.strerror or error}): "
+                            "mend it and run the same command again to go on from the "
+                            "last checkpoint",
                             MISTAKE,
                         )
                     time.sleep(pause)
@@ -150,9 +134,6 @@ class Lock:
             found, opened = os.stat(self._path), os.fstat(self._file)
             if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
                 raise OSError(errno.ESTALE, "it was replaced")
-        held = self._read()
+        held = self._run.read("lock")
         if held and {k: held.get(k) for k in self._mine} != self._mine:
-            leave(
-                f"stopped: {self._path.parent} was taken over by {self._holder()}",
-                MISTAKE,
-            )
+            leave(f"stopped: {self._run} was taken over by {self._holder()}", MISTAKE)

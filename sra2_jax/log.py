@@ -1,135 +1,136 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, console."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, console, events; and a
+look at the numbers of every step."""
 
-import contextlib
 import json
-import os
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
-import jax
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
-from sra2_jax.data import records
-from sra2_jax.errors import UserError
+from sra2_jax.config import Config
+from sra2_jax.errors import UserError, one_line
+from sra2_jax.run import Run, write_whole
+from sra2_jax.runtime import tensorflow
 
 FIRST = ("loss", "loss_denoise")
 DISTANCES = ("eval/fid", "eval/frechet")
+WINDOW, ENOUGH = 200, 50  # losses that a new one is held against, at least so many
+SPIKE = 6.0  # standard deviations
 
 
 class Log:
-    """Writes rows of scalars, one every `log_every` steps, means over those steps.
+    """Writes rows of scalars, one every config.run.log_every steps, means over those.
 
     Rows go to metrics.jsonl, TensorBoard and, through clu, the console; a terminal
-    gets a progress bar instead. Only process 0 writes. Rows later than `start`, left
-    by a run that was cut off after its last checkpoint, are dropped. events.jsonl keeps
-    what happened, with its time, over all restarts. What cannot be written is said once
-    and stops nothing; rows are written later, when they can be.
+    gets a progress bar instead. Only the process that writes the run does. events.jsonl
+    keeps what happened, with its time, over all restarts. What cannot be written is
+    said once and stops nothing. A context manager; `restart` comes before all else.
 
-    Args:
-      unlogged: metrics of the steps up to `start` that no row has yet, as `unlogged`
-        gave them; so that a resumed run writes the rows of an uninterrupted one.
+    Attributes:
+      unlogged: metrics of the steps that no row has yet.
+      scores: rows of what was evaluated, by step.
     """
 
-    def __init__(
-        self,
-        workdir: epath.Path,
-        *,
-        start: int,
-        steps: int,
-        batch_size: int,
-        log_every: int,
-        unlogged: Sequence[dict[str, float]] = (),
-    ) -> None:
-        self._active = jax.process_index() == 0
-        self._batch_size, self._every, self._steps = batch_size, log_every, steps
-        self._step = start
-        self.unlogged = list(unlogged)
-        self._count = 0  # of them, since the clock was set
-        self._clock = time.perf_counter()
+    def __init__(self, run: Run, config: Config) -> None:
+        self._run, self._config = run, config
+        self._step, self._count, self._clock = 0, 0, 0.0
         self._failed: set[str] = set()  # writers
-        path = workdir / "metrics.jsonl"
-        kept = _rows_until(path, start)
-        # what was evaluated, by step
-        self.scores = {
-            row["step"]: row for row in kept if any(k.startswith("eval/") for k in row)
-        }
-        if not self._active:
+        self._closing: list[Callable[[], None]] = []
+        self._bar: tqdm | None = None
+        self.unlogged: list[dict[str, float]] = []
+        self.scores = {row["step"]: row for row in run.rows() if _scores(row)}
+
+    def restart(self, step: int, unlogged: Sequence[dict[str, float]] = ()) -> None:
+        """Begin at a step. Later rows, left by a run that was cut off, are dropped.
+
+        unlogged: as it was saved with the step, so that a resumed run writes the rows
+          of an uninterrupted one.
+
+        Raises:
+          UserError: metrics.jsonl cannot be written.
+        """
+        kept = [row for row in self._run.rows() if row["step"] <= step]
+        self.scores = {row["step"]: row for row in kept if _scores(row)}
+        self.unlogged = list(unlogged)
+        self._step, self._count, self._clock = step, 0, time.perf_counter()
+        if not self._run.writes:
             return
         # clu's writers import TensorFlow (seconds): here, and on this process only.
-        records.tensorflow()  # first, so that it takes no GPU
+        tensorflow()  # first, so that it takes no GPU
         from clu import metric_writers
 
-        fresh = workdir / "metrics.jsonl.tmp"
         try:
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            fresh.replace(path)  # whole, or as it was
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            write_whole(self._run.metrics, text)
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written ({error.strerror or error}): free some "
-                "space or use another --workdir"
+                f"{self._run.metrics} cannot be written ({error.strerror or error}): "
+                "free some space or use another --workdir"
             ) from error
-        self._rows, self._events = Lines(path), Lines(workdir / "events.jsonl")
-        self._tensorboard = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+        self._tensorboard = metric_writers.SummaryWriter(str(self._run.tensorboard))
         self._console = metric_writers.LoggingWriter()
-        self._bar: tqdm | None = None
+        self._closing = [self._tensorboard.flush, self._tensorboard.close]
         if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=start, unit="step", smoothing=0.05)
+            steps = self._config.steps
+            self._bar = tqdm(total=steps, initial=step, unit="step", smoothing=0.05)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a step."""
+        config = self._config
         self._step = step
         self.unlogged.append(metrics)
         self._count += 1
-        if self._active and self._bar is not None:
+        if self._bar is not None:
             self._bar.update(1)
-        if step % self._every and step != self._steps:
+        if step % config.run.log_every and step != config.steps:
             return
         now = time.perf_counter()
         elapsed = now - self._clock
         row = mean(self.unlogged)
-        row["images_per_second"] = self._count * self._batch_size / elapsed
-        left = (self._steps - step) * elapsed / self._count
+        row["images_per_second"] = self._count * config.batch_size / elapsed
+        left = (config.steps - step) * elapsed / self._count
         self.unlogged, self._count, self._clock = [], 0, now
-        if not self._active:
-            return
         if self._bar is not None:
             terms = [k for k in row if k.startswith("loss_align")]
             shown = {k: f"{row[k]:.4f}" for k in (*FIRST, *terms) if k in row}
             shown["images/s"] = f"{row['images_per_second']:.0f}"
             self._bar.set_postfix(shown)
-        else:
+        elif self._run.writes:
             self._console.write_scalars(step, row | {"seconds_left": round(left)})
         self.scalars(step, row)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
         """Write a row that has its own time (evaluations)."""
-        if any(key.startswith("eval/") for key in row):
+        if _scores(row):
             self.scores[step] = row
-        if self._active:
+        if self._run.writes:
             ordered = {k: row[k] for k in FIRST if k in row} | row
-            with self.trying("metrics.jsonl"):
-                self._rows.write({"step": step} | ordered)
+            self._append(self._run.metrics, {"step": step} | ordered)
             with self.trying("TensorBoard"):
                 self._tensorboard.write_scalars(step, row)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """Write a uint8 image (H, W, 3) to TensorBoard."""
-        if self._active:
+        if self._run.writes:
             with self.trying("TensorBoard"):
                 self._tensorboard.write_images(step, {name: image[None]})
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """Write down that something happened."""
-        if self._active:
+        if self._run.writes:
             when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
             row = {"time": when, "step": step, "event": kind} | facts
-            with self.trying("events.jsonl"):
-                self._events.write(row)
+            self._append(self._run.events, row)
+
+    def _append(self, path: Any, row: dict[str, Any]) -> None:
+        with self.trying(path.name), path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
 
     @contextmanager
     def trying(self, writer: str) -> Iterator[None]:
@@ -139,10 +140,9 @@ class Log:
         except Exception as error:  # of TensorFlow, of the disk, of the network
             if writer not in self._failed:
                 self._failed.add(writer)
-                reason = " ".join(str(error).split())[:200]
                 self.message(
-                    f"{writer} cannot be written ({type(error).__name__}: {reason}): "
-                    "training goes on; this is said once"
+                    f"{writer} cannot be written ({one_line(error)}): training goes "
+                    "on; this is said once"
                 )
 
     def score(self, step: int) -> float:
@@ -158,7 +158,7 @@ class Log:
 
     def message(self, text: str) -> None:
         """One line for a person."""
-        if self._active:
+        if self._run.writes:
             tqdm.write(text, file=sys.stderr)
 
     @contextmanager
@@ -168,47 +168,20 @@ class Log:
         yield
         self._clock += time.perf_counter() - began
 
-    def close(self) -> None:
-        """Flush and close the writers."""
-        if self._active:
-            for lines in (self._rows, self._events):
-                with self.trying(lines.path.name):
-                    lines.write()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for close in self._closing:
             with self.trying("TensorBoard"):
-                self._tensorboard.flush()
-                self._tensorboard.close()
-            if self._bar is not None:
-                self._bar.close()
+                close()
+        if self._bar is not None:
+            self._bar.close()
 
 
-class Lines:
-    """JSON lines appended to a file, each whole: what failed is written later."""
-
-    def __init__(self, path: epath.Path) -> None:
-        self.path = path
-        text = path.read_bytes() if path.exists() else b""
-        self._size = len(text)
-        # A line torn by a crash stays alone.
-        self._waiting = b"\n" if text and not text.endswith(b"\n") else b""
-
-    def write(self, *rows: dict[str, Any]) -> None:
-        """Append rows, after those that could not be written before.
-
-        Raises:
-          OSError: not now; they are kept.
-        """
-        self._waiting += b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        if not self._waiting:
-            return
-        try:
-            with self.path.open("ab") as file:
-                file.write(self._waiting)
-        except OSError:
-            with contextlib.suppress(OSError):  # no torn line before the next try
-                os.truncate(self.path, self._size)
-            raise
-        self._size += len(self._waiting)
-        self._waiting = b""
+def _scores(row: dict[str, Any]) -> bool:
+    """Whether a row is of an evaluation."""
+    return any(key.startswith("eval/") for key in row)
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -225,14 +198,67 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return row
 
 
-def _rows_until(path: epath.Path, step: int) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl up to `step`; a torn last line is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and row.get("step", step + 1) <= step:
-            rows.append(row)
-    return rows
+class Guard:
+    """Finds updates that were skipped and losses that jump; writes them to the log's
+    events, with the ids of the batch's records.
+
+    Args:
+      most_skipped: skipped updates in a row that are borne.
+    """
+
+    def __init__(self, most_skipped: int, log: Log) -> None:
+        self._most, self._log = most_skipped, log
+        self._skipped: list[int] = []  # steps, in a row
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def check(
+        self, step: int, metrics: dict[str, float], records: Callable[[], list[int]]
+    ) -> None:
+        """Take a step's metrics, the same on all processes, which call it together.
+
+        records: gives the `index` of each record of the batch.
+
+        Raises:
+          UserError: more updates skipped in a row than are borne.
+        """
+        if metrics["skipped"]:
+            self._skipped.append(step)
+            bad = sorted(k for k, v in metrics.items() if not math.isfinite(v))
+            found = records()
+            self._log.event(step, "skipped", not_finite=bad, records=found)
+            self._log.message(
+                f"step {step}: {', '.join(bad)} not finite: the update was skipped"
+            )
+            if len(self._skipped) > self._most:
+                raise UserError(self._diagnosis(bad, found))
+            return
+        self._skipped = []
+        loss = metrics["loss"]
+        if len(self._losses) >= ENOUGH and (z := self._z(loss)) > SPIKE:
+            self._log.event(step, "spike", loss=loss, z=z, records=records())
+            self._log.message(
+                f"step {step}: loss {loss:.4g} is {z:.1f} standard deviations above "
+                f"that of the last {len(self._losses)} steps"
+            )
+        self._losses.append(loss)
+
+    def _z(self, loss: float) -> float:
+        mean = sum(self._losses) / len(self._losses)
+        variance = sum((x - mean) ** 2 for x in self._losses) / len(self._losses)
+        # The floor is for losses that are all alike.
+        return (loss - mean) / max(math.sqrt(variance), 1e-6 * abs(mean), 1e-30)
+
+    def _diagnosis(self, bad: list[str], records: list[int]) -> str:
+        first, last = self._skipped[0], self._skipped[-1]
+        terms = [k for k in bad if k not in ("loss", "grad_norm")]
+        if terms:
+            cause = f"{', '.join(terms)} not finite: look at that term and the records"
+        elif "loss" in bad:
+            cause = "the sum of the losses overflows: lower config.align.*.weight"
+        else:
+            cause = "finite losses with gradients that are not: lower the learning rate"
+        return (
+            f"the updates of steps {first} to {last} were all skipped, more than "
+            f"config.run.most_skipped={self._most} ({cause}; the last batch held "
+            f"records {', '.join(map(str, records[:8]))}, ..., events.jsonl lists all)"
+        )

@@ -1,43 +1,32 @@
 """What a person sees of a run while it trains: pictures, metrics, the report."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
-from jax.sharding import Mesh
 from jaxtyping import Array
-from ml_collections import ConfigDict
 from PIL import Image
 
 from sra2_jax.data.digits import load_digits
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
-from sra2_jax.generate import (
-    batch_size,
-    describe,
-    draw_labels,
-    grid,
-    make_generate,
-    to_uint8,
-)
+from sra2_jax.generate import Generator, batch_size, describe, draw_labels, grid
 from sra2_jax.log import Log
-from sra2_jax.metrics.archive import open_reference
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
+from sra2_jax.metrics.sets import open_reference
+from sra2_jax.models import apply
 from sra2_jax.report.page import write_report
+from sra2_jax.run import Run
+from sra2_jax.runtime import Stop, Watch, anywhere, versions
 from sra2_jax.sharding import replicated
-from sra2_jax.versions import versions
+from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
-from sra2_jax.workdir import write_whole
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
-RESULTS = "results.json"
-Alive = Callable[[], None]
 # what results.json says of the numbers
 NOTES = {
     "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits "
@@ -52,48 +41,44 @@ NOTES = {
 class Observer:
     """Samples, scores and reports with one set of compiled functions.
 
-    All processes call it together; process 0 writes.
+    All processes call it together; one writes. It raises `Stop` between batches of
+    samples where a signal has come.
+
+    Args:
+      dataset: folder of the latents.
 
     Raises:
-      UserError: config.vae cannot be loaded.
+      UserError: config.vae cannot be loaded, or nothing to score against.
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: epath.Path, mesh: Mesh, log: Log
+        self, program: Program, run: Run, log: Log, dataset: Any, watch: Watch
     ) -> None:
-        self.config, self.workdir, self.log = config, workdir, log
-        self.vae, vae_params = load_vae(config.vae)
-        self.vae_params = jax.device_put(vae_params, replicated(mesh))
-        self.generate = make_generate(config, mesh, self.vae, self.vae_params)
-        self.encode = jax.jit(self._encode)
-        self.decode = jax.jit(self._decode)
-        self.features, self.reference = None, None
-        if config.eval.features:
-            self.features, self.reference = self._scorer(mesh)
+        self.config, self.run, self.log = program.config, run, log
+        self._watch, self._anywhere = watch, anywhere(program.mesh)
+        self._flag: Any = False  # a signal came somewhere, before the batch before
+        vae, params = load_vae(self.config.vae)
+        params = jax.device_put(params, replicated(program.mesh))
+        self.generate = Generator(program, vae, params)
+        self.features: Features | None = None
+        if self.config.eval.features:
+            self.features, self.reference = self._scorer(program)
+        self._levels = self._references(dataset)
 
-    def _scorer(self, mesh: Mesh) -> tuple[Features, Summary]:
+    def _scorer(self, program: Program) -> tuple[Features, Summary]:
         """The network that scores samples, and what they are held against."""
-        e, batch = self.config.eval, batch_size(self.config, mesh)
-        features = make_features(e.features, e.inception, mesh, batch)
+        e, batch = self.config.eval, batch_size(self.config, program.mesh)
+        features = make_features(e.features, e.inception, program.mesh, batch)
         if e.features == "digits":
             real, _ = load_digits("test")
             return features, summarise(features, [real], "digits", total=len(real))
         reference = open_reference(e.reference, self.config.data.resolution)
         return features, summarise_reference(features, reference, batch, manifold=False)
 
-    def _encode(self, params: Any, images: Array) -> tuple[Array, Array]:
-        pixels = images.astype(jnp.float32) / 127.5 - 1
-        moments: Any = self.vae.apply({"params": params}, pixels, method="encode")
-        return moments
-
-    def _decode(self, params: Any, latents: Array) -> Array:
-        images: Any = self.vae.apply({"params": params}, latents, method="decode")
-        return to_uint8(images, self.config.sampling.rounding)
-
-    def picture(self, path: epath.Path, images: np.ndarray) -> np.ndarray:
+    def _picture(self, path: Any, images: np.ndarray) -> np.ndarray:
         """Write a grid of uint8 images as a PNG; return it."""
         picture = grid(images, self.config.run.grid_columns)
-        if jax.process_index() == 0:
+        if self.run.writes:
             factor = max(1, round(MIN_PICTURE / picture.shape[1]))
             large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
             with self.log.trying("pictures"):
@@ -102,36 +87,27 @@ class Observer:
                     Image.fromarray(large).save(file, format="PNG")
         return picture
 
-    def references(self, folder: epath.Path) -> dict[str, float]:
+    def _references(self, dataset: Any) -> dict[str, float]:
         """Pictures to hold the samples against; what real digits score.
 
         With the digits' proxy, held-out real images and the same through the VAE; else
         records of the dataset, decoded.
         """
-        columns, pictures = self.config.run.grid_columns, self.workdir / "images"
+        columns, pictures = self.config.run.grid_columns, self.run.images
         if self.config.eval.features != "digits":
-            records = batches(
-                folder,
-                split="train",
-                batch_size=self.config.run.grid_classes * columns,
-                seed=self.config.seed,
-                start_step=0,
-                streams=1,
-                shuffle_buffer=self.config.data.shuffle_buffer,
-                process_index=0,
-                process_count=1,
-            )
-            means = next(records)["mean"].astype(np.float32)
-            decoded = np.asarray(self.decode(self.vae_params, means))
-            self.picture(pictures / "reconstruction.png", decoded)
+            rows = self.config.run.grid_classes * columns
+            buffer = self.config.data.shuffle_buffer
+            order = Order(rows, self.config.seed, streams=1, shuffle_buffer=buffer)
+            means = next(batches(dataset, order))["mean"].astype(np.float32)
+            decoded = np.asarray(self.generate.decode(means))
+            self._picture(pictures / "reconstruction.png", decoded)
             return {}
         images, labels = load_digits("test")
-        means, _ = self.encode(self.vae_params, images)
-        decoded = np.asarray(self.decode(self.vae_params, means))
-        rows = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
-        chosen = np.concatenate(rows)
-        self.picture(pictures / "real.png", images[chosen])
-        self.picture(pictures / "reconstruction.png", decoded[chosen])
+        decoded = np.asarray(self.generate.decode(self._encode(images)))
+        rows_of = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
+        chosen = np.concatenate(rows_of)
+        self._picture(pictures / "real.png", images[chosen])
+        self._picture(pictures / "reconstruction.png", decoded[chosen])
         train = load_digits("train")
         return {
             # the training set's distance; the held-out set's is 0 by definition
@@ -143,14 +119,23 @@ class Observer:
             },
         }
 
+    def _encode(self, images: np.ndarray) -> Array:
+        vae, params = self.generate.vae, self.generate.vae_params
+
+        def means(params: Any, images: Array) -> Array:
+            pixels = images.astype(jnp.float32) / 127.5 - 1
+            return apply(vae, params, pixels, method="encode")[0]
+
+        return jax.jit(means)(params, images)
+
     def metrics(
         self, images: Iterable[np.ndarray], labels: np.ndarray
     ) -> dict[str, float]:
         """What batches of uint8 images score. UserError where they cannot be scored."""
         assert self.features is not None
-        assert self.reference is not None
+        total = len(labels)
         summary = summarise(
-            self.features, images, "samples", total=len(labels), labels=labels
+            self.features, images, "samples", total=total, labels=labels
         )
         return compare(self.features, summary, self.reference)
 
@@ -159,17 +144,27 @@ class Observer:
         last = self.config.data.num_classes - 1
         return np.linspace(0, last, self.config.run.grid_classes).round().astype(int)
 
-    def _sample_file(self, step: int) -> epath.Path:
-        return self.workdir / "samples" / f"step_{step:08d}.png"
+    def due(self, step: int) -> tuple[bool, bool]:
+        """Whether samples, and scores, are asked for at `step`."""
+        scoring = self.features is not None and step % self.config.eval.every == 0
+        return step % self.config.run.sample_every == 0, scoring
 
-    def sample(self, step: int, params: Any, alive: Alive) -> None:
+    def observe(self, step: int, params: Any, resumed: bool = False) -> None:
+        """What is due at `step`; of a run resumed there, what it had not got to."""
+        sampling, scoring = self.due(step)
+        if sampling and not (resumed and self.run.samples(step).exists()):
+            self._sample(step, params)
+        if scoring and not (resumed and step in self.log.scores):
+            self._score(step, params)
+
+    def _sample(self, step: int, params: Any) -> None:
         """Write samples/step_STEP.png: the same noise and labels at every step."""
         labels = self.grid_classes().repeat(self.config.run.grid_columns)
-        parts = between(self.generate(params, np.arange(len(labels)), labels), alive)
-        picture = self.picture(self._sample_file(step), np.concatenate([*parts]))
+        parts = self._between(self.generate(np.arange(len(labels)), labels, params))
+        picture = self._picture(self.run.samples(step), np.concatenate([*parts]))
         self.log.image(step, "samples", picture)
 
-    def score(self, step: int, params: Any, alive: Alive) -> dict[str, float]:
+    def _score(self, step: int, params: Any) -> dict[str, float]:
         """Metrics of samples, also written to the log; the same noise at every step.
 
         Samples that cannot be scored (all alike, say) are reported and score nothing:
@@ -178,7 +173,7 @@ class Observer:
         indices = np.arange(self.config.eval.num_samples)
         labels = draw_labels(self.config, indices)
         try:
-            images = between(self.generate(params, indices, labels), alive)
+            images = self._between(self.generate(indices, labels, params))
             scores = self.metrics(images, labels)
         except UserError as error:
             self.log.message(f"step {step}: not scored: {error}")
@@ -186,62 +181,34 @@ class Observer:
         self.log.scalars(step, {f"eval/{k}": v for k, v in scores.items()})
         return scores
 
-    def due(self, step: int) -> tuple[bool, bool]:
-        """Whether samples, and scores, are asked for at `step`."""
-        scoring = self.features is not None and step % self.config.eval.every == 0
-        return step % self.config.run.sample_every == 0, scoring
+    def _between(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same batches; after each, signs of life and a look for signals."""
+        for batch in batches:
+            yield batch
+            self._watch.progress("sample")
+            # The flag of the batch before: nobody waits for this one.
+            stop, self._flag = self._flag, self._anywhere(bool(self._watch.stopping))
+            if stop:
+                raise Stop
 
-    def observe(
-        self, step: int, params: Any, alive: Alive, resumed: bool = False
-    ) -> None:
-        """What is due at `step`; of a run resumed there, what it had not got to.
-
-        alive: called between batches of samples; what it raises ends them.
-        """
-        sampling, scoring = self.due(step)
-        if sampling and not (resumed and self._sample_file(step).exists()):
-            self.sample(step, params, alive)
-        if scoring and not (resumed and step in self.log.scores):
-            self.score(step, params, alive)
-
-    def finish(
-        self, step: int, params: Any, reference: dict[str, float], alive: Alive
-    ) -> None:
+    def finish(self, step: int, params: Any) -> None:
         """Last samples, results.json (the mark of a finished run) and the report."""
-        self.sample(step, params, alive)
+        self._sample(step, params)
         results: dict[str, Any] = {"step": step, "weights": "ema"}
         results |= describe(self.config)
         if self.features is not None:
             results |= {
                 "num_samples": self.config.eval.num_samples,
-                "metrics": self.score(step, params, alive),
-                "reference": reference,
+                "metrics": self._score(step, params),
+                "reference": self._levels,
                 **self.features.facts,
                 "note": NOTES[self.features.kind],
             }
-        results["versions"] = versions()
-        if jax.process_index() == 0:
-            text = json.dumps(results, indent=2) + "\n"
-            write_whole(self.workdir / RESULTS, text)
+        self.run.write("results", results | {"versions": versions()})
         self.report()
 
     def report(self) -> None:
         """Write report.html anew."""
-        if jax.process_index() == 0:
+        if self.run.writes:
             with self.log.trying("report.html"):
-                write_report(self.workdir)
-
-
-def between(batches: Iterator[np.ndarray], alive: Alive) -> Iterator[np.ndarray]:
-    """The same batches, with a call after each."""
-    for batch in batches:
-        yield batch
-        alive()
-
-
-def finished(workdir: epath.Path, step: int) -> bool:
-    """Whether a run of `step` steps has written its results in `workdir`."""
-    try:
-        return json.loads((workdir / RESULTS).read_text())["step"] == step
-    except (OSError, ValueError, KeyError):
-        return False
+                write_report(self.run.folder)

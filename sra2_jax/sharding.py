@@ -7,16 +7,19 @@ splits attention heads and hidden channels.
 import contextlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from sra2_jax import config
 from sra2_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+ALL = config.Mesh()  # copies of the state on all devices
 
 # Smaller arrays are copied to every device: sharding them costs more than it saves.
 MIN_SHARDED_SIZE = 2**16
@@ -34,37 +37,21 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(
-    data: int,
-    fsdp: int,
-    batch_size: int,
-    n: int = 1,
-    devices: Sequence[jax.Device] | None = None,
-    tensor: int = 1,
+    section: config.Mesh = ALL, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over `devices`, all of them by default.
 
-    Args:
-      data: devices that hold copies of the state, -1 for all that are left.
-      fsdp: devices that share one copy.
-      batch_size, n: the batch and its micro-batches, checked for divisibility.
-      tensor: devices that share one layer's heads and hidden channels.
-
     Raises:
-      UserError: the numbers do not fit the devices, the processes or the batch.
+      UserError: the numbers of the section do not fit the devices or the processes.
     """
     devices = devices or jax.devices()
-    count = len(devices)
+    data, fsdp, tensor = section.data, section.fsdp, section.tensor
     if data == -1:
-        data = max(count // (fsdp * tensor), 1)
-    if data * fsdp * tensor != count:
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if data * fsdp * tensor != len(devices):
         raise UserError(
             f"config.mesh.data={data} x config.mesh.fsdp={fsdp} x "
-            f"config.mesh.tensor={tensor} must be the number of devices, {count}"
-        )
-    if batch_size % (data * fsdp * n):
-        raise UserError(
-            f"config.batch_size={batch_size} is not divisible by {data * fsdp} devices "
-            f"x config.accumulate={n}"
+            f"config.mesh.tensor={tensor} must be the number of devices, {len(devices)}"
         )
     if jax.process_count() > 1 and jax.local_device_count() % tensor:
         raise UserError(
@@ -74,6 +61,16 @@ def make_mesh(
     # Auto: explicit axes, make_mesh's default, make FSDP parameters fail in Dense.
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh((data, fsdp, tensor), AXES, auto, devices=devices)
+
+
+def check_batch(config: config.Config, mesh: Mesh) -> None:
+    """Raise UserError where a batch does not divide over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % (parts * config.accumulate):
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not divisible by {parts} devices"
+            f" x config.accumulate={config.accumulate}"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -103,24 +100,31 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
-def state_shardings(state: object, mesh: Mesh) -> object:
-    """A sharding for each leaf of the abstract state (ShapeDtypeStructs), by RULES.
+def placed(state: Any, mesh: Mesh) -> Any:
+    """The abstract state (ShapeDtypeStructs) with a sharding for each leaf, by RULES.
 
     A dimension that its axis does not divide stays whole.
     """
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-        if np.prod(leaf.shape) < MIN_SHARDED_SIZE:
-            return replicated(mesh)
-        axes = _axes("/".join(names), leaf.shape, mesh)
+        axes: Sequence[str | None] = [None] * leaf.ndim
+        if np.prod(leaf.shape) >= MIN_SHARDED_SIZE:
+            axes = _axes("/".join(names), leaf.shape, mesh)
         fits = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, leaf.shape, strict=True)
         ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        return on(leaf, NamedSharding(mesh, PartitionSpec(*fits)))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def on(tree: Any, place: NamedSharding) -> Any:
+    """ShapeDtypeStructs of a tree, all placed alike."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
+    )
 
 
 def _axes(name: str, shape: tuple[int, ...], mesh: Mesh) -> Sequence[str | None]:

@@ -1,190 +1,263 @@
-"""The training step: denoising and alignment losses in one jitted function."""
+"""The training step: one object that knows the shapes, the loss and the update.
+
+L = mean((f(x_t, t, y) - target)^2) + sum_i weight_i(step) align_i(h_i(block), z_i)
+
+(SRA 2, arXiv 2601.17830, and with other targets z_i SRA and REPA.)
+"""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.stages import Wrapped
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
-from sra2_jax.alignment import EncoderAlignment, LatentAlignment, TeacherAlignment
-from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.sharding import batch_sharding, replicated, within
-from sra2_jax.state import TrainState, build_alignments, build_networks
-from sra2_jax.targets import make_targets
+from sra2_jax import sharding
+from sra2_jax.alignment import ALIGNMENTS, Alignment
+from sra2_jax.alignment.base import head_macs
+from sra2_jax.attention import implementation
+from sra2_jax.config import Config
+from sra2_jax.models import apply
+from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-# (params, frozen, draws, step) -> gradients of params, metrics
-Gradients = Callable[[Any, Any, Batch, Array], tuple[Any, Metrics]]
+# (params, ema, frozen, draws, step) -> gradients of params, metrics
+Gradients = Callable[..., tuple[Any, Metrics]]
 
 
-def make_loss(
-    config: ConfigDict, encoder: DINOv2 | None = None
-) -> Callable[..., tuple[Array, Metrics]]:
-    """The combined loss, (params, frozen, draws, step) -> (scalar, metrics).
+@flax.struct.dataclass
+class State:
+    """All that a run needs to go on; randomness and data order follow from `step`.
 
-    L = mean((f(x_t, t, y) - target)^2) + sum_i weight_i(step) align_i(h_i(block), z_i)
-    (SRA 2, arXiv 2601.17830, and with other targets z_i SRA and REPA). `draws` comes
-    from `make_draw`, `frozen` holds the parameters behind the targets, see
-    `make_targets`.
+    `params` and `ema` are {"network": DiT's tree, "heads": {name: head's tree}}.
     """
-    network, heads = build_networks(config)
-    alignments, targets = build_alignments(config), make_targets(config, encoder)
-    depths = tuple(sorted({a.depth for a in alignments.values()}))
-    apply: Any = network.apply
 
-    def loss(
-        params: Any, frozen: Any, draws: Batch, step: Array
-    ) -> tuple[Array, Metrics]:
-        inputs = draws["x_t"], draws["t"], draws["y"]
-        prediction, features, c = apply({"params": params["network"]}, *inputs, depths)
-        denoise = jnp.mean(jnp.square(prediction - draws["target"]))
-        total, metrics = denoise, {"loss_denoise": denoise}
-        for name, spec in alignments.items():
-            head: Any = heads[name].apply
-            variables = {"params": params["heads"][name]}
-            predicted = head(variables, features[spec.depth], c)
-            target = targets[name](frozen, draws).astype(jnp.float32)
-            value = spec.loss_value(predicted, target, draws["t"])
-            total = total + spec.weight_at(step) * value
-            metrics[f"loss_align_{name}"] = value
-        return total, metrics | {"loss": total}
-
-    return loss
+    step: Array
+    params: Any
+    ema: Any
+    opt_state: Any
 
 
-def make_draw(config: ConfigDict) -> Callable[[Batch, Array], Batch]:
-    """All of a step's randomness, (batch, step) -> what the loss needs.
+@dataclass(frozen=True)
+class Program:
+    """A config on a mesh: what everything that compiles a step or a sampler uses.
 
-    Draws have the shape of the global batch and depend on (seed, step) alone, so they
-    are the same on any number of devices and for any gradient accumulation.
+    Nothing is computed or allocated before it is asked for.
+
+    Args:
+      attention: implementation, where it is not to be tried on this machine's device.
     """
-    transport = Transport(**config.transport)
-    scale, shift = config.latents.scaling_factor, config.latents.shift_factor
-    alignments = build_alignments(config)
 
-    def draw(batch: Batch, step: Array) -> Batch:
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        names = ("latent", "time", "noise", "label", "teacher")
+    config: Config
+    mesh: Mesh
+    attention: Literal["", "xla", "cudnn"] = ""
+
+    @cached_property
+    def network(self) -> DiT:
+        """The backbone, for its shapes; `running` computes."""
+        c, m = self.config, self.config.model
+        return DiT(
+            size=c.latents.size,
+            channels=c.latents.channels,
+            patch_size=m.patch_size,
+            width=m.width,
+            depth=m.depth,
+            heads=m.heads,
+            num_classes=c.data.num_classes,
+            mlp_ratio=m.mlp_ratio,
+            time_scale=m.time_scale,
+            learn_sigma=m.learn_sigma,
+            scan=m.scan,
+            remat=m.remat,
+            dtype=jnp.dtype(m.dtype),
+        )
+
+    @cached_property
+    def running(self) -> DiT:
+        """The backbone with the attention that the device runs best."""
+        m, grid = self.config.model, self.config.grid
+        sizes = grid**2, m.heads, m.width // m.heads
+        chosen = self.attention or implementation(m.attention, m.dtype, *sizes)
+        return self.network.clone(attention=chosen)
+
+    @cached_property
+    def alignments(self) -> dict[str, Alignment]:
+        """Those that are on, by name, in the order of names: seeds follow it."""
+        sections = sorted(vars(self.config.align).items())
+        return {n: ALIGNMENTS[n](**vars(s)) for n, s in sections if s.enabled}
+
+    @cached_property
+    def heads(self) -> dict[str, nn.Module]:
+        return {n: a.head(self.network) for n, a in self.alignments.items()}
+
+    @cached_property
+    def transport(self) -> Transport:
+        return Transport(**vars(self.config.transport))
+
+    @cached_property
+    def schedule(self) -> optax.Schedule:
+        """The learning rate of a step."""
+        o = self.config.optim
+        if o.warmup_steps < 2:
+            return optax.constant_schedule(o.learning_rate)
+        first = o.learning_rate / o.warmup_steps  # step 0 already moves
+        return optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW behind a global-norm clip."""
+        o = self.config.optim
+        decay = o.weight_decay
+        adamw = optax.adamw(self.schedule, o.b1, o.b2, o.eps, weight_decay=decay)
+        return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
+
+    def init(self) -> State:
+        """Step 0; the EMA starts as a copy of the parameters."""
+        d = self.network.width
+        shapes = self.config.latent_shape, (self.network.grid**2, d), (d,)
+        x, tokens, c = (jnp.zeros((1, *shape)) for shape in shapes)
+        inputs = x, jnp.zeros(1), jnp.zeros(1, int)
+        key = jax.random.key(self.config.seed)
+        keys = jax.random.split(key, 1 + len(self.heads))
+        params = {
+            "network": self.network.init(keys[0], *inputs)["params"],
+            "heads": {
+                name: head.init(k, tokens, c)["params"]
+                for k, (name, head) in zip(keys[1:], self.heads.items(), strict=True)
+            },
+        }
+        ema = jax.tree.map(jnp.copy, params)
+        opt_state = self.optimizer.init(params)
+        return State(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+    @cached_property
+    def abstract(self) -> State:
+        """The state's shapes with their places; no array exists."""
+        return sharding.placed(jax.eval_shape(self.init), self.mesh)
+
+    @cached_property
+    def places(self) -> State:
+        """The sharding of each array of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def start(self) -> State:
+        """The state of step 0, each array made in its place."""
+        return jax.jit(self.init, out_shardings=self.places)()
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """What the step reads of a record besides latent and label."""
+        return tuple(f for a in self.alignments.values() for f in a.fields)
+
+    @cached_property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
+        label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
+        (B, T, d) float16.
+
+        Raises:
+          UserError: it does not divide.
+        """
+        c = self.config
+        sharding.check_batch(c, self.mesh)
+        side = c.data.resolution
+        rows: dict[str, tuple[tuple[int, ...], Any]] = {
+            "mean": (c.latent_shape, jnp.float16),
+            "std": (c.latent_shape, jnp.float16),
+            "label": ((), jnp.int32),
+            "image": ((side, side, 3), jnp.uint8),
+            "features": ((c.grid**2, c.align.encoder.width), jnp.float16),
+        }
+        place = sharding.batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=place)
+            for name, (shape, dtype) in rows.items()
+            if name in ("mean", "std", "label", *self.fields)
+        }
+
+    @cached_property
+    def frozen(self) -> dict[str, Any]:
+        """Shapes of the networks that targets run, by alignment."""
+        place = sharding.replicated(self.mesh)
+        found = {name: a.frozen for name, a in self.alignments.items()}
+        return {n: sharding.on(f.shapes(), place) for n, f in found.items() if f}
+
+    def load_frozen(self) -> dict[str, Any]:
+        """Their parameters on every device. Raises UserError where there are none."""
+        params = {name: self.alignments[name].load() for name in self.frozen}
+        return jax.device_put(params, sharding.replicated(self.mesh))
+
+    def draw(self, batch: Batch, step: Array) -> Batch:
+        """All of a step's randomness: what the loss needs of a batch.
+
+        Draws have the shape of the global batch and depend on (seed, step) alone, so
+        they are the same on any number of devices and for any gradient accumulation.
+        """
+        c = self.config
+        key = jax.random.fold_in(jax.random.key(c.seed), step)
+        names = ("latent", "time", "noise", "label", "align")
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        scale, shift = c.latents.scaling_factor, c.latents.shift_factor
         mean = scale * (batch["mean"].astype(jnp.float32) - shift)
         std = scale * batch["std"].astype(jnp.float32)
         z = mean + std * jax.random.normal(keys["latent"], mean.shape)
-        t = transport.sample_times(keys["time"], len(z))
+        t = self.transport.sample_times(keys["time"], len(z))
         noise = jax.random.normal(keys["noise"], z.shape)
-        x_t, target = transport.interpolate(z, noise, t)
-        dropped = jax.random.bernoulli(keys["label"], config.label_dropout, t.shape)
-        y = jnp.where(dropped, config.data.num_classes, batch["label"])
+        x_t, target = self.transport.interpolate(z, noise, t)
+        dropped = jax.random.bernoulli(keys["label"], c.label_dropout, t.shape)
+        y = jnp.where(dropped, c.data.num_classes, batch["label"])
         draws = {"x_t": x_t, "t": t, "y": y, "target": target}
-        if isinstance(spec := alignments.get("vae"), LatentAlignment):
-            latents = {"sample": z, "mean": mean}
-            draws[f"latent_{spec.target}"] = latents[spec.target]
-        if isinstance(spec := alignments.get("teacher"), TeacherAlignment):
-            u = jax.random.uniform(keys["teacher"], t.shape)
-            draws["t_teacher"] = spec.teacher_times(t, u)
-            draws["x_teacher"], _ = transport.interpolate(z, noise, draws["t_teacher"])
-        return draws | {k: batch[k] for k in record_fields(config)}
+        clean = {"z": z, "mean": mean, "noise": noise, "t": t}
+        for alignment in self.alignments.values():
+            draws |= alignment.draw(keys["align"], clean, self.transport)
+        return draws | {name: batch[name] for name in self.fields}
 
-    return draw
+    def loss(
+        self, params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
+    ) -> tuple[Array, Metrics]:
+        """The combined loss and its terms.
 
+        Args:
+          ema: the network's average; frozen: as `load_frozen`; draws: as `draw`.
+        """
+        depths = tuple(sorted({a.depth for a in self.alignments.values()}))
+        inputs = draws["x_t"], draws["t"], draws["y"]
+        network = params["network"]
+        prediction, features, c = apply(self.running, network, *inputs, depths)
+        denoise = jnp.mean(jnp.square(prediction - draws["target"]))
+        total, metrics = denoise, {"loss_denoise": denoise}
+        for name, align in self.alignments.items():
+            head = params["heads"][name]
+            predicted = apply(self.heads[name], head, features[align.depth], c)
+            target = align.compute_target(self.running, frozen.get(name), ema, draws)
+            value = align.loss_value(predicted, target.astype(jnp.float32), draws["t"])
+            total = total + align.weight_at(step) * value
+            metrics[f"loss_align_{name}"] = value
+        return total, metrics | {"loss": total}
 
-def record_fields(config: ConfigDict) -> tuple[str, ...]:
-    """What the step needs of a record besides its latent and label: () or one of
-    ("image",) and ("features",)."""
-    spec = build_alignments(config).get("encoder")
-    if not isinstance(spec, EncoderAlignment):
-        return ()
-    return ("image",) if spec.source == "images" else ("features",)
-
-
-def batch_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of the training step: mean, std (B, h, w, c) float16, label (B,) int32,
-    and with an encoder's alignment image (B, R, R, 3) uint8 or features (B, T, d)
-    float16, all split over the mesh."""
-    side, channels = config.latents.size, config.latents.channels
-    tokens = (side // config.model.patch_size) ** 2
-    fields: dict[str, tuple[tuple[int, ...], Any]] = {
-        "mean": ((side, side, channels), jnp.float16),
-        "std": ((side, side, channels), jnp.float16),
-        "label": ((), jnp.int32),
-    }
-    extra: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((config.data.resolution, config.data.resolution, 3), jnp.uint8),
-        "features": ((tokens, config.align.encoder.width), jnp.float16),
-    }
-    fields |= {name: extra[name] for name in record_fields(config)}
-    return {
-        name: jax.ShapeDtypeStruct(
-            (config.batch_size, *shape), dtype, sharding=batch_sharding(mesh)
-        )
-        for name, (shape, dtype) in fields.items()
-    }
-
-
-def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
-    """The mean of `gradients` over n micro-batches of every n-th row, one at a time."""
-    if n == 1:
-        return gradients
-    spec = jax.sharding.PartitionSpec(None, *batch_sharding(mesh).spec)
-    sharding = jax.sharding.NamedSharding(mesh, spec)
-
-    def split(x: Array) -> Array:
-        # Strided, so that each device's rows stay on it.
-        x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, sharding)
-
-    def accumulated(
-        params: Any, frozen: Any, draws: Batch, step: Array
-    ) -> tuple[Any, Metrics]:
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            value = gradients(params, frozen, part, step)
-            return jax.tree.map(lambda a, b: a + b / n, total, value), None
-
-        parts = jax.tree.map(split, draws)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, frozen, first, step)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    return accumulated
-
-
-def make_step(
-    config: ConfigDict,
-    transform: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    abstract: TrainState,
-    encoder: DINOv2 | None = None,
-) -> Wrapped:
-    """The jitted step, (state, batch, encoder_params) -> (state, metrics).
-
-    The state is donated; the new one lies where `abstract` says. The batch, see
-    `batch_shapes`, is sharded over the mesh. `encoder_params` are those of `encoder`,
-    None where no alignment runs one. Metrics are float32 scalars that stay on the
-    device. A loss or gradient that is not finite changes nothing but the step's number:
-    metrics["skipped"] is 1 then, else 0.
-    """
-    draw, loss = make_draw(config), make_loss(config, encoder)
-    alignments = build_alignments(config)
-    gradients = accumulate(jax.grad(loss, has_aux=True), config.accumulate, mesh)
-
-    def train_step(
-        state: TrainState, batch: Batch, encoder_params: Any = None
-    ) -> tuple[TrainState, Metrics]:
-        draws = draw(batch, state.step)
-        draws = jax.lax.with_sharding_constraint(draws, batch_sharding(mesh))
-        frozen = {"teacher": state.ema["network"], "encoder": encoder_params}
-        with within(mesh):
-            grads, metrics = gradients(state.params, frozen, draws, state.step)
+    def update(self, state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
+        """One step. A loss or gradient that is not finite changes nothing but the
+        step's number: metrics["skipped"] is 1 then, else 0."""
+        decay = self.config.ema_decay
+        draws = self.draw(batch, state.step)
+        place = sharding.batch_sharding(self.mesh)
+        draws = jax.lax.with_sharding_constraint(draws, place)
+        gradients = jax.grad(self.loss, has_aux=True)
+        gradients = accumulate(gradients, self.config.accumulate, self.mesh)
+        with sharding.within(self.mesh):
+            grads, metrics = gradients(
+                state.params, state.ema["network"], frozen, draws, state.step
+            )
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
         def kept(new: Any, old: Any) -> Any:
@@ -192,17 +265,65 @@ def make_step(
 
         params = kept(optax.apply_updates(state.params, updates), state.params)
         opt_state = kept(opt_state, state.opt_state)
-        keep = jnp.where(finite, config.ema_decay, 1.0)
-        rest = jnp.where(finite, 1 - config.ema_decay, 0.0)
+        keep, rest = jnp.where(finite, decay, 1.0), jnp.where(finite, 1 - decay, 0.0)
         ema = jax.tree.map(lambda e, p: keep * e + rest * p, state.ema, params)
-        for name, spec in alignments.items():
-            weighted = spec.weight_at(state.step) * metrics[f"loss_align_{name}"]
+        for name, align in self.alignments.items():
+            weighted = align.weight_at(state.step) * metrics[f"loss_align_{name}"]
             metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]
-        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        return State(state.step + 1, params, ema, opt_state), metrics
 
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(
-        train_step, donate_argnums=0, out_shardings=(placed, replicated(mesh))
-    )
+    def lower(self) -> jax.stages.Lowered:
+        """(state, batch, frozen) -> (state, metrics), float32 scalars; the state is
+        donated, the new one lies where `abstract` says."""
+        out = self.places, sharding.replicated(self.mesh)
+        step = jax.jit(self.update, donate_argnums=0, out_shardings=out)
+        return step.lower(self.abstract, self.batch, self.frozen)
+
+    def compile(self) -> Any:
+        """The compiled step of `lower`; it cannot recompile later."""
+        return self.lower().compile()
+
+    def flops(self) -> float:
+        """FLOPs of a step by formula: 2 a multiply-accumulate, network and heads 3 x
+        their forward pass, targets 1 x; what rematerialisation computes again does not
+        count."""
+        network, heads = self.network, self.abstract.params["heads"]
+        macs = 3 * network.macs(network.depth)
+        macs += 3 * sum(head_macs(h, network.grid**2) for h in heads.values())
+        macs += sum(a.macs(network) for a in self.alignments.values())
+        return 2.0 * macs * self.config.batch_size
+
+
+def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
+    """The mean of `gradients` over n micro-batches of every n-th row, one at a time."""
+    if n == 1:
+        return gradients
+    spec = jax.sharding.PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
+    place = jax.sharding.NamedSharding(mesh, spec)
+
+    def split(x: Array) -> Array:
+        # Strided, so that each device's rows stay on it.
+        x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, place)
+
+    def accumulated(
+        params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
+    ) -> tuple[Any, Metrics]:
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            value = gradients(params, ema, frozen, part, step)
+            return jax.tree.map(lambda a, b: a + b / n, total, value), None
+
+        parts = jax.tree.map(split, draws)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients, params, ema, frozen, first, step)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return accumulated
+
+
+def count_parameters(tree: Any) -> int:
+    """Numbers in a tree of arrays or ShapeDtypeStructs."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

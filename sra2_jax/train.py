@@ -1,174 +1,29 @@
-"""The training job: check, restore, loop."""
+"""The training job: open, restore, and the loop, on one screen each."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import jax
-import numpy as np
-from etils import epath
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from jax.experimental import multihost_utils
 
-from sra2_jax import config as configuration
+from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.data import records
-from sra2_jax.data.encode import encode
-from sra2_jax.data.pipeline import batches, check_fields
-from sra2_jax.errors import UserError
-from sra2_jax.log import Log
-from sra2_jax.loop import Loop
-from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.observe import Observer, finished
-from sra2_jax.optim import make_optimizer
-from sra2_jax.sharding import make_mesh, replicated
-from sra2_jax.state import count_parameters, create_sharded
-from sra2_jax.step import batch_shapes, make_step, record_fields
-from sra2_jax.watch import Watch
-from sra2_jax.weights import load_dinov2
-from sra2_jax.workdir import check_dataset, claim_workdir, write_whole
-
-SPLIT = "train"
+from sra2_jax.config import Config
+from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.prefetch import prefetch_to_device
+from sra2_jax.data.prepare import prepare
+from sra2_jax.errors import RESTART, Restart, UserError, one_line
+from sra2_jax.log import Guard, Log
+from sra2_jax.observe import Observer
+from sra2_jax.run import Run
+from sra2_jax.runtime import Stop, Watch
+from sra2_jax.sharding import batch_sharding, make_mesh
+from sra2_jax.step import Program, State
 
 
-def latents_folder(config: ConfigDict, workdir: epath.Path, watch: Watch) -> epath.Path:
-    """The dataset's folder; encodes config.data.images first where it is missing.
-
-    Raises:
-      UserError: no dataset and no images, or a dataset that contradicts the config.
-    """
-    folder = epath.Path(config.data.dir or workdir / "latents")
-    encoder = config.align.encoder
-    if not (folder / records.FILE).exists():
-        if not config.data.images:
-            raise configuration.no_latents(folder)
-        if jax.process_count() > 1:
-            raise UserError(
-                f"no latents dataset in {folder}: encode it on one machine first "
-                "(python -m sra2_jax encode)"
-            )
-        stored = record_fields(config)
-        encode(
-            config.data.images,
-            folder,
-            config.vae,
-            config.data.resolution,
-            split=SPLIT,
-            store_images="image" in stored,
-            encoder=encoder.model if "features" in stored else "",
-            grid=_grid(config) if "features" in stored else 0,
-            progress=lambda done, total: watch.progress("start"),
-        )
-    info = records.LatentsInfo.read(folder)
-    check_fields(info, folder, record_fields(config))
-    size = config.latents.size
-    records.check(
-        info,
-        folder=folder,
-        resolution=config.data.resolution,
-        latent_shape=(size, size, config.latents.channels),
-        num_classes=config.data.num_classes,
-        scaling_factor=config.latents.scaling_factor,
-        shift_factor=config.latents.shift_factor,
-        features=(
-            records.Features(encoder.model, _grid(config), encoder.width)
-            if "features" in record_fields(config)
-            else None
-        ),
-    )
-    return folder
-
-
-def _grid(config: ConfigDict) -> int:
-    """Tokens on a side."""
-    return config.latents.size // config.model.patch_size
-
-
-def load_encoder(config: ConfigDict, mesh: Mesh) -> tuple[DINOv2 | None, Any]:
-    """The encoder that an alignment runs in the step, with its parameters on every
-    device; (None, None) where none does.
-
-    Raises:
-      UserError: it cannot be loaded, or its tokens have another width.
-    """
-    if "image" not in record_fields(config):
-        return None, None
-    spec = config.align.encoder
-    encoder, params = load_dinov2(spec.model)
-    if encoder.config.hidden_size != spec.width:
-        raise UserError(
-            f"{spec.model} has tokens of width {encoder.config.hidden_size}: set "
-            "config.align.encoder.width to it"
-        )
-    return encoder, jax.device_put(params, replicated(mesh))
-
-
-def compile_step(
-    config: ConfigDict,
-    transform: Any,
-    schedule: Any,
-    mesh: Mesh,
-    abstract: Any,
-    encoder: DINOv2 | None,
-    encoder_params: Any,
-) -> tuple[Any, float]:
-    """The compiled step, (state, batch) -> (state, metrics), and the seconds it took;
-    it cannot recompile later."""
-    began = time.perf_counter()
-    step = make_step(config, transform, schedule, mesh, abstract, encoder)
-    batch = batch_shapes(config, mesh)
-    compiled = step.lower(abstract, batch, encoder_params).compile()
-    seconds = time.perf_counter() - began
-    return lambda state, batch: compiled(state, batch, encoder_params), seconds
-
-
-def write_facts(
-    workdir: epath.Path,
-    abstract: Any,
-    encoder_params: Any,
-    seconds: float,
-    folder: epath.Path,
-    dataset: str,
-) -> None:
-    """run.json: what the report says of the run besides its config.
-
-    folder, dataset: of the latents, and the SHA-256 of their description.
-    """
-    info = records.LatentsInfo.read(folder)
-    facts = {
-        "parameters": {
-            "network": count_parameters(abstract.params["network"]),
-            "heads": count_parameters(abstract.params["heads"]),
-            "encoder": count_parameters(encoder_params),
-        },
-        "compile_seconds": round(seconds, 2),
-        "latents": {
-            "folder": str(folder),
-            "sha256": dataset,
-            "num_examples": info.num_examples,
-            "scaling_factor": info.scaling_factor,
-            "mean": info.latent_mean,
-            "std": info.latent_std,
-        },
-    }
-    if jax.process_index() == 0:
-        write_whole(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
-
-
-def keep_compiled(folder: epath.Path) -> None:
-    """Compiled programs go to a folder, so that a resumed run starts at once.
-
-    On accelerators: a CPU's are compiled for the very machine. JAX's own setting
-    (JAX_COMPILATION_CACHE_DIR) wins.
-    """
-    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if jax.default_backend() != "cpu" and not chosen:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
+def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     """Run the whole job in `workdir`, from its newest checkpoint on if it has one.
 
     Args:
@@ -176,88 +31,179 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
 
     Raises:
       UserError: anything in the config, the data or the folder that a person must mend.
-      Restart: SIGTERM; the last finished step is saved.
+      Restart: SIGTERM, with the last finished step saved; a save that failed; another
+        process that is lost. KeyboardInterrupt: Ctrl-C, as SIGTERM.
     """
     watch = watch or Watch()
-    configuration.check(config)
-    mesh = make_mesh(**config.mesh, batch_size=config.batch_size, n=config.accumulate)
-    folder = epath.Path(workdir).absolute()
-    claim_workdir(config, folder)
-    keep_compiled(folder / "compiled")
-    data = latents_folder(config, folder, watch)
-    dataset = check_dataset(folder, data)
-
-    transform, schedule = make_optimizer(**config.optim)
-    abstract, init = create_sharded(config, transform, mesh)
+    program = Program(config, make_mesh(config.mesh))
+    run = Run(workdir, jax.process_index() == 0)
+    run.claim(config, runtime.versions())
+    runtime.keep_compiled(run.compiled)
+    dataset = prepare(config, run.latents(config), program.fields, watch.progress)
+    run.claim_dataset(dataset.folder, dataset.sha256)
     with ExitStack() as stack:
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            config.run.keep_checkpoints,
-            keep_every=config.run.keep_every,
-            keep_best=config.run.keep_best,
-        )
-        stack.callback(checkpoints.close)
+        log = stack.enter_context(Log(run, config))
+        checkpoints = Checkpoints(run, config.run, log.score, log.report)
+        stack.enter_context(checkpoints)
         latest = checkpoints.latest() or 0
         if latest > config.steps:
             raise UserError(
-                f"{checkpoints.folder} is at step {latest}, beyond config.steps="
+                f"{run.checkpoints} is at step {latest}, beyond config.steps="
                 f"{config.steps}: raise it or use another --workdir"
             )
-        if latest == config.steps and finished(folder, latest):
-            print(f"{folder}: finished at step {latest} already: nothing to do")
+        if latest == config.steps and run.finished(latest):
+            print(f"{run}: finished at step {latest} already: nothing to do")
             return
-        newest = checkpoints.restore_newest(abstract)
-        start, state, unlogged = newest or (0, init(), ())
-        log = Log(
-            folder,
-            start=start,
-            steps=config.steps,
-            batch_size=config.batch_size,
-            log_every=config.run.log_every,
-            unlogged=unlogged,
-        )
-        stack.callback(log.close)
+        newest = checkpoints.restore_newest(program.abstract)
+        start, state, unlogged = newest or (0, program.start(), ())
+        log.restart(start, unlogged)
         if start != latest:
             log.event(start, "restored", instead_of=latest)
-        checkpoints.score, checkpoints.report = log.score, log.report
         watch.progress("compile")
         with log.paused():
-            observer = Observer(config, folder, mesh, log)
-            reference = observer.references(data)
-            encoder = load_encoder(config, mesh)
-            step, seconds = compile_step(
-                config, transform, schedule, mesh, abstract, *encoder
-            )
-            write_facts(folder, abstract, encoder[1], seconds, data, dataset)
-        log.message(
-            f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
+            observer = Observer(program, run, log, dataset.folder, watch)
+            frozen = program.load_frozen()
+            began = time.perf_counter()
+            step = program.compile()
+            seconds = time.perf_counter() - began
+        run.write("run", facts(program, seconds) | {"latents": dataset.facts()})
+        log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
+        rows = batches(
+            dataset.folder,
+            Order.of(config),
+            start,
+            program.fields,
+            jax.process_index(),
+            jax.process_count(),
         )
-        loop = Loop(
-            config,
-            step,
-            mesh,
-            log=log,
-            checkpoints=checkpoints,
-            observer=observer,
-            watch=watch,
-        )
-        loop.run(state, start, read(config, data, start), reference)
-        log.message(f"done: {folder / 'report.html'}")
+        place = batch_sharding(program.mesh)
+        with prefetch_to_device(rows, place) as ready:
+            loop = Loop(program, step, frozen, state, log, checkpoints, observer, watch)
+            loop.run(ready)
+        log.message(f"done: {run.report}")
 
 
-def read(
-    config: ConfigDict, data: epath.Path, start: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the batches of steps start + 1, ..."""
-    return batches(
-        data,
-        split=SPLIT,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        streams=config.data.streams,
-        shuffle_buffer=config.data.shuffle_buffer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        fields=record_fields(config),
-    )
+def facts(program: Program, seconds: float) -> dict[str, Any]:
+    """What the report says of the run besides its config."""
+
+    def count(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    params = program.abstract.params
+    parameters = {"network": count(params["network"]), "heads": count(params["heads"])}
+    parameters["encoder"] = count(program.frozen)
+    return {"parameters": parameters, "compile_seconds": round(seconds, 2)}
+
+
+class Loop:
+    """Steps until config.steps; all processes run it alike.
+
+    Step k is dispatched before the metrics of k - 1 are read, so the device never waits
+    for the host, and all processes see a stop at the same step.
+
+    Args:
+      step: compiled, (state, batch, frozen) -> (state, metrics).
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        step: Any,
+        frozen: Any,
+        state: State,
+        log: Log,
+        checkpoints: Checkpoints,
+        observer: Observer,
+        watch: Watch,
+    ) -> None:
+        self._config, self._update, self._frozen = program.config, step, frozen
+        self._state, self._step = state, int(state.step)
+        self._log, self._checkpoints = log, checkpoints
+        self._observer, self._watch = observer, watch
+        self._guard = Guard(program.config.run.most_skipped, log)
+        self._anywhere = runtime.anywhere(program.mesh)
+        self._pending: Any = None  # step, metrics and record ids not read yet
+
+    def run(self, batches: Iterator[dict[str, jax.Array]]) -> None:
+        """All steps, then the last samples and the report. Raises as `train`."""
+        steps, resumed = self._config.steps, 0 < self._step < self._config.steps
+        try:
+            if resumed:
+                with self._log.paused():
+                    self._observer.observe(self._step, self._ema, resumed=True)
+            while self._step < steps:
+                with self._watch.interruptible("data"):
+                    batch = next(batches)
+                self._advance(batch)
+            self._observer.finish(steps, self._ema)
+        except Stop:
+            self._stop()
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            raise Restart(
+                f"another process is lost ({one_line(error)}): {runtime.AGAIN}"
+            ) from error
+
+    @property
+    def _ema(self) -> Any:
+        return self._state.ema["network"]
+
+    def _advance(self, batch: dict[str, jax.Array]) -> None:
+        """One step, and what is due after it. Raises Stop on all processes at once."""
+        config, observer = self._config, self._observer
+        self._watch.progress("step")
+        index = batch.pop("index")
+        self._state, metrics = self._update(self._state, batch, self._frozen)
+        self._step += 1
+        metrics["stop"] = self._anywhere(bool(self._watch.stopping))
+        stop = self._read()
+        self._pending = self._step, metrics, index
+
+        last = self._step == config.steps
+        if self._step % config.run.log_every == 0:
+            self._checkpoints.check()
+        saving = last or self._step % config.run.checkpoint_every == 0
+        observing = not last and any(observer.due(self._step))
+        if saving or observing:
+            stop = self._read() or stop
+            with self._log.paused():
+                if saving:  # first: scoring may take long, and be cut off
+                    self._save()
+                if observing:
+                    observer.observe(self._step, self._ema)
+                if saving:
+                    observer.report()
+        if stop:
+            raise Stop
+
+    def _read(self) -> bool:
+        """Take the metrics of the step before; whether SIGTERM had come by then."""
+        if self._pending is None:
+            return False
+        (step, metrics, index), self._pending = self._pending, None
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        stop = values.pop("stop")
+
+        def records() -> list[int]:
+            return list(map(int, multihost_utils.process_allgather(index, tiled=True)))
+
+        self._guard.check(step, values, records)
+        self._log.step(step, values)
+        return bool(stop)
+
+    def _save(self) -> None:
+        self._watch.progress("save")
+        self._checkpoints.save(self._step, self._state, self._log.unlogged)
+
+    def _stop(self) -> None:
+        """Save and end, all processes together."""
+        self._read()
+        self._save()
+        self._checkpoints.wait()
+        line = f"step {self._step} is saved: the same command goes on from there"
+        if self._watch.stopping == "Ctrl-C":
+            self._log.message(line)
+            raise KeyboardInterrupt
+        runtime.part(f"stopped: {line}", RESTART)
+        raise Restart(line)

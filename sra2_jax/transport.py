@@ -4,15 +4,11 @@ Here t = 0 is data and t = 1 noise: x_t = alpha(t) x + sigma(t) eps. The referen
 of SiT runs time the other way. Source: SiT (arXiv 2401.08740) `transport/path.py`.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-PATHS = ("linear", "gvp", "vp")
-PREDICTIONS = ("velocity", "noise", "data")
-TIMES = ("uniform", "lognormal")
+from sra2_jax import config
 
 # Noise schedule of the variance-preserving path, SiT's defaults.
 VP_MIN, VP_MAX = 0.1, 20.0
@@ -40,7 +36,7 @@ def coefficients(
         alpha = jnp.exp(log_alpha)
         sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
         return alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma
-    raise ValueError(f"unknown path {path!r}: one of {PATHS}")
+    raise ValueError(f"unknown path {path!r}")
 
 
 def _time_of_noise_ratio(path: str, ratio: Array) -> Array:
@@ -55,22 +51,8 @@ def _time_of_noise_ratio(path: str, ratio: Array) -> Array:
     return (root - VP_MIN) / spread
 
 
-@dataclass(frozen=True)
-class Transport:
-    """A path and what the network predicts on it.
-
-    Attributes:
-      path: "linear", "gvp" or "vp".
-      prediction: "velocity", "noise" or "data".
-      time: "uniform", or "lognormal": log(sigma/alpha) ~ N(time_mean, time_std), which
-        on the linear path is the logit-normal of SD3.
-    """
-
-    path: str = "linear"
-    prediction: str = "velocity"
-    time: str = "uniform"
-    time_mean: float = 0.0
-    time_std: float = 1.0
+class Transport(config.Transport):
+    """A path and what the network predicts on it."""
 
     @property
     def train_range(self) -> tuple[float, float]:

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from sra2_jax.state import build_networks
 
 from benchmarks import suite
 from benchmarks.sampling import network_rows
 from configs import quickstart
 from sra2_jax import config as configuration
 from sra2_jax import xla_flags
-from sra2_jax.state import build_networks
 from tools.cost import dit_macs, training_flops
 
 ROOT = Path(__file__).parents[1]

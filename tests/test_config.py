@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import build_networks, create_sharded
+from sra2_jax.workdir import check_dataset, claim_workdir
 
 from configs import default
 from sra2_jax import alignment, attention, config_checks, sampler, transport, workdir
@@ -18,11 +21,8 @@ from sra2_jax.alignment import TeacherAlignment
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.models.dit import REMAT_POLICIES
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import make_mesh
-from sra2_jax.state import build_networks, create_sharded
 from sra2_jax.step import batch_shapes, make_step
-from sra2_jax.workdir import check_dataset, claim_workdir
 
 ROOT = Path(__file__).parents[1]
 FILE = """

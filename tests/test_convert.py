@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from sra2_jax.restore import restore_run
 
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
 from sra2_jax.programs import convert
 from sra2_jax.programs.convert import export_run, import_file
-from sra2_jax.restore import restore_run
 from sra2_jax.train import train
 from sra2_jax.weights import statedict
 from sra2_jax.weights.statedict import read_file

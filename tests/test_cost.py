@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 from PIL import Image
+from sra2_jax.state import build_networks
 
 from configs import default
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from sra2_jax.state import build_networks
 from tools.cost import METHODS, counted, dit_macs, of_method
 
 ROOT = Path(__file__).parents[1]

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sra2_jax.models.heads import alignment_head
+from sra2_jax.state import count_parameters
 
 from configs.default import SIZES
 from sra2_jax.attention import implementation
 from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify
-from sra2_jax.models.heads import alignment_head
-from sra2_jax.state import count_parameters
 
 
 def make(**changes) -> DiT:

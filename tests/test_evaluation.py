@@ -2,15 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import create_sharded
 
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.generate import draw_labels, grid, make_generate, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.metrics.moments import frechet_distance, gaussian
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import make_mesh
-from sra2_jax.state import create_sharded
 from sra2_jax.weights import load_vae
 
 

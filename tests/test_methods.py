@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import build_networks, create_sharded
 
 from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import make_mesh
-from sra2_jax.state import build_networks, create_sharded
 from sra2_jax.step import make_draw, make_loss, make_step, record_fields
 from sra2_jax.train import train
 from sra2_jax.weights import load_dinov2

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sra2_jax.state import build_networks
 
 from sra2_jax.errors import UserError
 from sra2_jax.models.dit import DiT
-from sra2_jax.state import build_networks
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import build_networks, create_sharded
 
 from sra2_jax import config as configuration
 from sra2_jax.models.dit import patchify
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import batch_sharding, make_mesh, replicated
-from sra2_jax.state import build_networks, create_sharded
 from sra2_jax.step import make_draw, make_loss, make_step
 from sra2_jax.weights import load_dinov2
 

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import create_sharded
 
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.observe import Observer
-from sra2_jax.optim import make_optimizer
 from sra2_jax.programs import sample
 from sra2_jax.sharding import make_mesh
-from sra2_jax.state import create_sharded
 from sra2_jax.train import keep_compiled, train
 from tests.test_checkpoint import flip
 

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import count_parameters, create_sharded
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.command import run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import make_mesh, replicated
-from sra2_jax.state import count_parameters, create_sharded
 from sra2_jax.step import batch_shapes, make_step
 from tools import gpu_topology, hlo
 from tools.chips import (

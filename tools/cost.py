@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-
-from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program
-from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from sra2_jax.models.dit import DiT
 from sra2_jax.models.heads import MLPHead
 from sra2_jax.optim import make_optimizer
-from sra2_jax.sharding import make_mesh
 from sra2_jax.state import build_networks, count_parameters, create_sharded
+
+from sra2_jax import config as configuration
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
+from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
+from sra2_jax.models.dit import DiT
+from sra2_jax.sharding import make_mesh
 from sra2_jax.step import batch_shapes, make_draw, make_loss
 from sra2_jax.weights import load_dinov2
 from tools.measure import Timed, by_turns, prepare, ratio

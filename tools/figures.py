@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from sra2_jax.command import run_program
 from sra2_jax.config import flatten
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
 from sra2_jax.report.curves import MARKED, smooth
 from sra2_jax.report.page import CURVES
 from sra2_jax.report.quality import QUALITY

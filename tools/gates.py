@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from sra2_jax import config as configuration
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 from tools.aot import advice, compiler, describe
 from tools.chips import compile_only, find_devices
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import create_sharded
 
 from sra2_jax import config as configuration
 from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import batch_sharding, make_mesh, replicated
-from sra2_jax.state import create_sharded
 from sra2_jax.step import batch_shapes, make_step
 
 T = TypeVar("T")

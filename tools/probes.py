@@ -16,14 +16,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array
 from ml_collections import ConfigDict
+from sra2_jax.restore import read_config, restore_run
+from sra2_jax.state import build_alignments, build_networks
 
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
 from sra2_jax.generate import to_uint8
 from sra2_jax.models.dit import patchify
-from sra2_jax.restore import read_config, restore_run
-from sra2_jax.state import build_alignments, build_networks
 from sra2_jax.transport import Transport
 from sra2_jax.weights import load_vae
 

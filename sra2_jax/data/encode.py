@@ -20,6 +20,7 @@ from typing import Self
 
 import numpy as np
 
+from sra2_jax.command import run_program
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
 from sra2_jax.data.build import (
@@ -40,7 +41,7 @@ from sra2_jax.data.encoders import (
 )
 from sra2_jax.data.images import Readable
 from sra2_jax.data.shards import ShardWriter
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.weights import load_vae
 

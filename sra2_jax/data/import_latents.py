@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from sra2_jax.command import run_program
 from sra2_jax.data import records
 from sra2_jax.data.build import building, choose_shards, latent_shape, record_size
 from sra2_jax.data.images import positions
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
 
 Shape = tuple[int, int, int]

@@ -222,6 +222,20 @@ class DINOv2(nn.Module):
         x, _ = scan(Block(cfg, self.dtype, name="blocks"), x, None)
         return layer_norm(cfg, "norm")(x)
 
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of its parameters; none is allocated."""
+        side = self.config.patch_size
+        pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+        return jax.eval_shape(self.init, jax.random.key(0), pixels)["params"]
+
+    def macs(self, grid: int) -> int:
+        """Multiply-accumulates for one image of grid x grid patches."""
+        c = self.config
+        d, tokens = c.hidden_size, grid * grid + 1
+        dense = 4 * d * d + 2 * d * int(d * c.mlp_ratio)
+        block = tokens * dense + 2 * tokens * tokens * d
+        return grid * grid * 3 * c.patch_size**2 * d + c.num_hidden_layers * block
+
     def _positions(self, height: int, width: int) -> Array:
         """The table (1, 1 + height * width, D), resized where its grid differs."""
         side, d = self.config.grid, self.config.hidden_size

@@ -19,6 +19,7 @@ from sra2_jax.sharding import BATCH, constrain
 XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
 ZEROS = nn.initializers.zeros_init()
+TIME_FEATURES = 256
 
 
 def _keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -59,7 +60,9 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
-def timestep_features(t: Float[Array, " b"], size: int = 256) -> Float[Array, "b f"]:
+def timestep_features(
+    t: Float[Array, " b"], size: int = TIME_FEATURES
+) -> Float[Array, "b f"]:
     """Sinusoidal features ordered [cos, sin], largest period 10000."""
     frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(size // 2) / (size // 2))
     angles = t[:, None] * frequencies[None].astype(t.dtype)
@@ -208,6 +211,23 @@ class DiT(nn.Module):
     remat: str = "none"
     attention: Literal["xla", "cudnn"] = "xla"
     dtype: Any = jnp.float32
+
+    @property
+    def grid(self) -> int:
+        """Tokens on a side."""
+        return self.size // self.patch_size
+
+    def macs(self, depth: int, final: bool = True) -> int:
+        """Multiply-accumulates of the first `depth` blocks for one image."""
+        d, patch = self.width, self.patch_size**2 * self.channels
+        tokens, hidden = self.grid**2, int(d * self.mlp_ratio + 1e-6)
+        dense = d * 3 * d + d * d + 2 * d * hidden
+        block = tokens * dense + 2 * tokens * tokens * d + d * 6 * d
+        ends = tokens * patch * d + TIME_FEATURES * d + d * d
+        if final:
+            out = patch * (2 if self.learn_sigma else 1)
+            ends += d * 2 * d + tokens * d * out
+        return ends + depth * block
 
     @nn.compact
     def __call__(

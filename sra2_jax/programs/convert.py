@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 import sra2_jax
 from sra2_jax import config as configuration
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.errors import UserError, run_program
-from sra2_jax.flags import Parser
+from sra2_jax.command import Parser, run_program
+from sra2_jax.errors import UserError
 from sra2_jax.optim import make_optimizer
 from sra2_jax.restore import restore_run
 from sra2_jax.sharding import make_mesh

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 from sra2_jax.metrics.archive import open_images, open_reference, write_npz
 from sra2_jax.metrics.compare import (
     MANIFOLD,

@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sra2_jax import distributed
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 from sra2_jax.generate import batch_size, draw_labels
 from sra2_jax.metrics.archive import write_npz
 from sra2_jax.programs.shards import Shards

@@ -14,9 +14,9 @@ from typing import Any
 
 from etils import epath
 
+from sra2_jax.command import Parser, run_program
 from sra2_jax.config import read_json
-from sra2_jax.errors import MISTAKE, UserError, run_program
-from sra2_jax.flags import Parser
+from sra2_jax.errors import MISTAKE, UserError
 from sra2_jax.marks import ASIDE, STALE_SECONDS, digest
 
 TAIL = 2**18  # bytes of metrics.jsonl that are read, the last ones: 1,000 rows or so

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
+from sra2_jax.command import add_distributed
 from sra2_jax.errors import UserError
-from sra2_jax.flags import add_distributed
 from sra2_jax.generate import Generate, describe, make_generate
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.restore import read_config, restore_weights

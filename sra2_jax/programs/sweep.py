@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from sra2_jax import config as configuration
 from sra2_jax import distributed
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.command import run_program
+from sra2_jax.errors import UserError
 from sra2_jax.generate import batch_size, draw_labels
 from sra2_jax.metrics.archive import open_reference
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference

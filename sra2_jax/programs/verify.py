@@ -18,8 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from sra2_jax import alignment, sampler
+from sra2_jax.command import run_program
 from sra2_jax.data.images import center_crop
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
 from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.models.dit import DiT

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from sra2_jax.errors import run_program
+from sra2_jax.command import run_program
 from sra2_jax.report.curves import curve, short
 from sra2_jax.report.html import missing, pairs, section, text
 from sra2_jax.report.quality import quality_curves, quality_tiles, results

@@ -88,6 +88,14 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
     return module, traverse_util.unflatten_dict(flat)
 
 
+def describe_dinov2(source: str) -> DINOv2:
+    """The network of `load_dinov2` without its weights; of DINOv2-B without a file."""
+    if source == "facebook/dinov2-base":
+        return DINOv2(DINOv2Config())
+    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
+    return DINOv2(_read_config(folder / CONFIG))
+
+
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> None:
     """Write an encoder as transformers 5 does, for `load_dinov2` and for transformers.
 

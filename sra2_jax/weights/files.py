@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sra2_jax.config_checks import HUB_ID, shown
+from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError
+from sra2_jax.section import shown
 
 CONFIG = "config.json"
 ASSETS = Path(__file__).parents[1] / "assets"

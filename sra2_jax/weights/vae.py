@@ -9,9 +9,9 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from sra2_jax.config_checks import shown
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from sra2_jax.section import shown
 from sra2_jax.weights import files
 from sra2_jax.weights.files import CONFIG, Params, Shape
 

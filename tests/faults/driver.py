@@ -139,7 +139,7 @@ def child(command):
     os.dup2(out, 1)
     os.dup2(out, 2)
     import main
-    from sra2_jax.errors import run_program
+    from sra2_jax.command import run_program
 
     sys.argv = ["main.py", *command["arguments"]]
     for name, value in command["faults"].items():

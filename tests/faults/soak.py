@@ -20,12 +20,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sra2_jax.optim import make_optimizer
+from sra2_jax.state import create_sharded
 
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.errors import UserError
-from sra2_jax.optim import make_optimizer
 from sra2_jax.sharding import make_mesh
-from sra2_jax.state import create_sharded
 
 ROOT = Path(__file__).parents[2]
 KILLS, FLIPS, STEPS, ENCODE_KILLS = 50, 200, 2000, 20

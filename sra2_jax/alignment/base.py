@@ -1,0 +1,199 @@
+"""What every alignment is: a head on an early block, a target, a loss, a schedule.
+
+A method is a file beside this one: a subclass of its section of the config that says
+what it reads of a record, draws and aims at; docs/extending.md shows how.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sra2_jax import config
+from sra2_jax.models.dit import XAVIER, DiT, FinalLayer
+
+Arrays = Mapping[str, Array]
+
+
+class Frozen(Protocol):
+    """A network that a target runs and nothing trains."""
+
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of its parameters; none is allocated."""
+        ...
+
+
+class Alignment(config.Alignment):
+    """Targets are computed inside the jitted step, without gradient.
+
+    Attributes:
+      title: of the method, "REPA"; aim: what a block is aligned with, in words.
+      reference: name of the head in the method's published checkpoints.
+    """
+
+    title: ClassVar[str]
+    aim: ClassVar[str]
+    reference: ClassVar[str]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What it reads of a record besides latent and label: "image", "features"."""
+        return ()
+
+    @property
+    def frozen(self) -> Any:
+        """The network, a `Frozen`, that the target runs; None where it runs none."""
+        return None
+
+    def load(self) -> Any:
+        """Parameters of `frozen`. Raises UserError where they cannot be had."""
+        return None
+
+    def features(self, network: DiT) -> int:
+        """Numbers that the head predicts for each token."""
+        raise NotImplementedError
+
+    def head(self, network: DiT) -> nn.Module:
+        """(tokens (B, T, D), condition (B, D)) -> predictions (B, T, features).
+
+        `head_layers` linear layers, hidden ones of `head_width` (0: twice D). SRA 2: 5
+        to p*p*C; REPA: 3 with hidden 2048 to the encoder's width; SRA: 2 back to D.
+        With `head_final_layer` the last hidden layer returns to D, and a layer like
+        DiT's final one is the last.
+        """
+        sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
+        if self.head_final_layer and sizes:
+            sizes[-1] = network.width
+        features = self.features(network)
+        return MLPHead(tuple(sizes), features, self.head_final_layer, network.dtype)
+
+    def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
+        """What the target needs besides the record's fields.
+
+        Args:
+          key: shared by all alignments.
+          clean: z, the sampled latent, mean, noise and t of the step.
+        """
+        return {}
+
+    def compute_target(
+        self, network: DiT, frozen: Any, ema: Any, draws: Arrays
+    ) -> Array:
+        """Target tokens (B, T, features).
+
+        Args:
+          frozen: parameters as `load` gives them; ema: those of the network's average.
+          draws: x_t, t, y, the record's fields and what `draw` gave.
+        """
+        raise NotImplementedError
+
+    def macs(self, network: DiT) -> int:
+        """Multiply-accumulates of the target for one image."""
+        return 0
+
+    def weight_at(self, step: Array) -> Array:
+        """The weight at `step`: constant, or from `schedule_start` on a fall over
+        `schedule_steps` steps, to zero ("linear", "cosine"), or tenfold every so
+        many ("exponential", SRA's rule counted in steps).
+        """
+        x = (step - self.schedule_start) / self.schedule_steps
+        x = jnp.maximum(jnp.asarray(x, jnp.float32), 0.0)
+        factor = {
+            "constant": jnp.ones_like(x),
+            "linear": jnp.maximum(1 - x, 0.0),
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(x, 1.0))),
+            "exponential": 10.0**-x,
+        }[self.schedule]
+        return self.weight * factor
+
+    def loss_value(
+        self,
+        prediction: Float[Array, "b t d"],
+        target: Float[Array, "b t d"],
+        t: Float[Array, " b"],
+    ) -> Float[Array, ""]:
+        """Mean loss over the batch, unweighted.
+
+        Samples with t outside [t_min, t_max] count as zero and still count in the
+        mean, so that the expectation is that of 1[t in range] times the loss.
+        """
+        if self.zscore:
+            prediction, target = zscore(prediction), zscore(target)
+        losses = elementwise(self.loss, prediction, target, self.beta)
+        losses = losses.reshape(losses.shape[0], -1).mean(axis=1)
+        return jnp.mean(losses * ((t >= self.t_min) & (t <= self.t_max)))
+
+
+class MLPHead(nn.Module):
+    """Linear layers with SiLU between them.
+
+    Attributes:
+      widths: sizes of the hidden layers.
+      features: size of the output vector of each token.
+      final_layer: end in a layer of the design of DiT's final layer (LayerNorm and
+        adaLN by the condition vector) in place of a plain linear layer.
+      dtype: compute type of the matrix products.
+    """
+
+    widths: tuple[int, ...]
+    features: int
+    final_layer: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
+        """Tokens (B, T, D) and condition (B, D) -> predictions (B, T, features)."""
+
+        def dense(i: int, width: int, x: Array) -> Array:
+            layer = nn.Dense(
+                width, dtype=self.dtype, kernel_init=XAVIER, name=f"linear_{i}"
+            )
+            return layer(nn.silu(x) if i else x)
+
+        for i, width in enumerate(self.widths):
+            x = dense(i, width, x)
+        if self.final_layer:
+            x = FinalLayer(self.features, self.dtype, name="final")(x, c)
+        else:
+            x = dense(len(self.widths), self.features, x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def head_macs(shapes: Any, tokens: int) -> int:
+    """Multiply-accumulates of a head for one image, from its parameters' shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    kernels = {jax.tree_util.keystr(p): x for p, x in leaves if x.ndim > 1}
+    # The condition's layer runs once an image, the others for each token.
+    times = {path: 1 if "modulation" in path else tokens for path in kernels}
+    return sum(times[path] * x.size for path, x in kernels.items())
+
+
+def zscore(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Each sample to mean 0 and deviation 1 over all of its numbers."""
+    x = x - x.mean(axis=(1, 2), keepdims=True)
+    return x / jnp.sqrt(jnp.square(x).mean(axis=(1, 2), keepdims=True) + 1e-6)
+
+
+def elementwise(loss: str, a: Array, b: Array, beta: float) -> Array:
+    """Loss for each element; for "cosine" 1 - cos over the last axis, (B, T).
+
+    The last axis holds a token's channels. (SRA's cosine defaults to the token axis.)
+    smooth_l1(d; beta) = d^2 / (2 beta) if |d| < beta else |d| - beta / 2.
+    """
+    if loss == "cosine":
+        return 1 - jnp.sum(_unit(a) * _unit(b), axis=-1)
+    d = jnp.abs(a - b)
+    if loss == "l1":
+        return d
+    if loss == "l2":
+        return jnp.square(d)
+    return jnp.where(d < beta, jnp.square(d) / (2 * beta), d - beta / 2)
+
+
+def _unit(x: Array) -> Array:
+    # rsqrt of a floored square, not a floored norm: finite gradient at x = 0.
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(square, 1e-16))

@@ -1,0 +1,53 @@
+"""SRA (arXiv 2505.02831): a later block of the EMA network at a lower noise level."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sra2_jax import config
+from sra2_jax.alignment.base import Alignment, Arrays
+from sra2_jax.models import apply
+from sra2_jax.models.dit import DiT
+
+
+class TeacherAlignment(config.AlignTeacher, Alignment):
+    """Block `teacher_depth` of the EMA network; the blocks after it never run.
+
+    It sees the same sample, noise and dropped label at a time that lies up to
+    `interval` before the student's.
+    """
+
+    title = "SRA"
+    aim = "a later block of its moving average"
+    reference = "ap_head"
+
+    def features(self, network: DiT) -> int:
+        return network.width
+
+    def teacher_times(
+        self, t: Float[Array, " b"], u: Float[Array, " b"]
+    ) -> Float[Array, " b"]:
+        """clamp(t - interval * u, 0, 1), u uniform in [0, 1) for each sample."""
+        return jnp.clip(t - self.interval * u, 0.0, 1.0)
+
+    def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
+        t = self.teacher_times(clean["t"], jax.random.uniform(key, clean["t"].shape))
+        x, _ = transport.interpolate(clean["z"], clean["noise"], t)
+        return {"t_teacher": t, "x_teacher": x}
+
+    def compute_target(
+        self, network: DiT, frozen: Any, ema: Any, draws: Arrays
+    ) -> Array:
+        depth = self.teacher_depth
+        params = dict(ema)
+        params["blocks"] = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
+        inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
+        # Its final layer is not asked for and compiled away.
+        teacher = network.clone(depth=depth, remat="none")
+        _, kept, _ = apply(teacher, params, *inputs, (depth,))
+        return kept[depth]
+
+    def macs(self, network: DiT) -> int:
+        return network.macs(self.teacher_depth, final=False)

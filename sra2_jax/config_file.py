@@ -1,0 +1,168 @@
+"""Configs from files, flags and saved runs."""
+
+import re
+from collections.abc import Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sra2_jax.config import Config
+from sra2_jax.errors import UserError
+from sra2_jax.section import fields, flatten, parse, shown
+
+# size -> width, depth, heads of SiT
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+# size -> blocks of align.vae, align.encoder, align.teacher and of the teacher itself.
+# XL and SRA 2 are published; for the others see docs/decisions.md.
+BLOCKS = {
+    "S": (2, 4, 4, 8),
+    "B": (2, 4, 4, 8),
+    "L": (8, 8, 8, 16),
+    "XL": (8, 8, 8, 20),
+}
+# A model of the Hugging Face hub; no ".." may lead out of the folder of downloads.
+HUB_ID = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
+)
+
+
+def default() -> ConfigDict:
+    """All keys at their defaults, for a config file to change."""
+    return ConfigDict(Config().to_dict())
+
+
+def set_size(config: ConfigDict, size: str) -> None:
+    """Set the network to one of SiT's sizes, and the aligned blocks to its own."""
+    config.model.width, config.model.depth, config.model.heads = SIZES[size]
+    align = config.align
+    align.vae.depth, align.encoder.depth, align.teacher.depth, teacher = BLOCKS[size]
+    align.teacher.teacher_depth = teacher
+
+
+def load(config: str | Path, *overrides: str) -> Config:
+    """The config of a file, with overrides "section.key=value".
+
+    Args:
+      config: a path, or the name of one of the project's: "sra2_b".
+
+    Raises:
+      UserError: no such file, one that is no config, or as `Config.of`.
+    """
+    pairs = [(k, v) for k, _, v in (text.partition("=") for text in overrides)]
+    return override(read_file(config), pairs)
+
+
+def override(file: ConfigDict, pairs: Sequence[tuple[str, str | None]]) -> Config:
+    """The config of a file's values and, over them, those of flags.
+
+    What the file says alone need not go together.
+
+    Raises:
+      UserError: as `section.parse` and `Config.of`.
+    """
+    values = dict(flatten(file, Config)) | parse(Config, pairs)
+    return Config().override(values)
+
+
+def read_file(config: str | Path) -> ConfigDict:
+    """What a config file's get_config() returns, not checked. Raises UserError."""
+    spec = spec_from_file_location("config_file", _find(str(config)))
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={config}: must end in .py, as those in configs/")
+    module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        found = module.get_config()
+    except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"--config={config} is no config file ({reason})") from error
+    if not isinstance(found, ConfigDict):
+        raise UserError(f"--config={config}: its get_config() returns no ConfigDict")
+    return found
+
+
+def _find(config: str) -> Path:
+    """A config file by its path, or by its name: beside the package in a checkout, in
+    it where it is installed."""
+    here = Path(__file__).resolve().parent
+    named = (folder / "configs" / f"{config}.py" for folder in (here.parent, here))
+    for file in (Path(config), *named):
+        if file.is_file():
+            return file
+    raise UserError(f"--config={config} names no file: see configs/")
+
+
+def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
+    """Lines "config.KEY: old -> new" of what differs: in keys that a resumed run must
+    not change, and in the others. Of an alignment that is off in both or goes on only
+    that counts."""
+    before, now = old.flat(), new.flat()
+    off = tuple(
+        f"align.{name}."
+        for name, section in vars(new.align).items()
+        if not (section.enabled and getattr(old.align, name).enabled)
+    )
+    fixed: list[str] = []
+    others: list[str] = []
+    for name, f in sorted(fields(Config).items()):
+        counts = name.endswith(".enabled") or not name.startswith(off)
+        if counts and before[name] != now[name]:
+            line = f"config.{name}: {shown(before[name])} -> {shown(now[name])}"
+            (others if f.metadata["key"].free else fixed).append(line)
+    return fixed, others
+
+
+def check_paths(config: Config, workdir: str) -> None:
+    """Refuse a run in `workdir` that would not find what it reads. Only looks at
+    names, and not at remote ones (gs://).
+
+    Raises:
+      UserError: the first key that names nothing.
+    """
+    data = config.data.dir or f"{workdir}/latents"
+    if not exists(f"{data}/latents.json"):
+        if not config.data.images:
+            raise no_latents(data)
+        if not exists(config.data.images):
+            raise UserError(
+                f"config.data.images={config.data.images}: no such folder: give one "
+                "with a sub-folder for each class, tfds:NAME[:SPLIT] or digits"
+            )
+    if config.eval.features == "inception":
+        for name in ("inception", "reference"):
+            if not exists(file := getattr(config.eval, name)):
+                raise UserError(
+                    f"config.eval.{name}={file}: no such file: docs/evaluation.md says "
+                    "how to get it"
+                )
+    networks = {"vae": config.vae}
+    for name, section in vars(config.align).items():
+        if section.enabled and getattr(section, "source", "") == "images":
+            networks[f"align.{name}.model"] = section.model
+    for name, source in networks.items():
+        if not (exists(source) or HUB_ID.fullmatch(source)):
+            raise UserError(
+                f"config.{name}={source}: no such folder, and no owner/name[@revision] "
+                "of the Hugging Face hub either"
+            )
+
+
+def no_latents(folder: Any) -> UserError:
+    """The error for a run with neither a dataset nor images to make one."""
+    return UserError(
+        f"no latents dataset in {folder}: set --config.data.dir=FOLDER, or "
+        "--config.data.images=SOURCE to encode it first"
+    )
+
+
+def exists(source: str) -> bool:
+    """Whether a local file or folder is there; what is not local is not looked at."""
+    apart = source == "digits" or source.startswith("tfds:") or "://" in source
+    return apart or (bool(source) and Path(source).expanduser().exists())

@@ -1,0 +1,49 @@
+"""Train a config, from the newest checkpoint in its workdir on."""
+
+from sra2_jax import config_file
+from sra2_jax.command import Parser, add_distributed
+from sra2_jax.errors import UserError
+
+
+def main() -> None:
+    """Check the command line, become one of the job's processes, train."""
+    parser = Parser(description=(__doc__ or "").strip())
+    parser.add_argument(
+        "--workdir", help="folder of the run, local or gs:// (runs/CONFIG_NAME)"
+    )
+    add_distributed(parser)
+    arguments, config = parser.parse_config("quickstart")
+    if arguments.workdir == "":
+        raise UserError("--workdir= is empty: name a folder")
+    workdir = arguments.workdir or f"runs/{config.name}"
+    config_file.check_paths(config, workdir)
+
+    # Only now what takes seconds to import: mistakes in the config are found before.
+    import jax
+    from absl import flags, logging
+
+    from sra2_jax import runtime
+    from sra2_jax.lock import Lock
+    from sra2_jax.run import Run
+    from sra2_jax.sharding import check_batch, make_mesh
+
+    flags.FLAGS.mark_as_parsed()  # absl warns before its first line otherwise
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    # Our own rows of metrics and errors; not the progress notes of the libraries, nor
+    # what Orbax says of a failed save: that is reported, in a line.
+    logging.get_absl_handler().addFilter(
+        lambda r: (
+            r.filename == "logging_writer.py"
+            or (r.levelname == "ERROR" and "orbax" not in r.pathname)
+        )
+    )
+    runtime.join(arguments)
+    # Refuses a mesh that does not fit the devices, before the workdir is made.
+    check_batch(config, make_mesh(config.mesh))
+    run = Run(workdir, jax.process_index() == 0)
+    with runtime.Watch(config.run.stall_seconds) as watch, Lock(run):
+        from sra2_jax.train import train
+
+        train(config, workdir, watch)
+    runtime.part()

@@ -1,0 +1,238 @@
+"""A run's folder: every name and format in it, and what a resumed run may change.
+
+Readers of a run that still trains, or was cut off, get what is there; nothing missing
+or half written is fatal to them. No jax here: `status` and the report open runs copied
+from elsewhere at once.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from sra2_jax.config import Config
+from sra2_jax.config_file import changes
+from sra2_jax.errors import UserError, one_line
+
+MEGABYTE = 2**20
+ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
+TRIES = (0.5, 1, 2)  # seconds between them
+
+
+class Run:
+    """The folder of a run, local or remote; making the object touches nothing.
+
+    Args:
+      writes: whether this process writes; of several the first does.
+    """
+
+    def __init__(self, folder: Any, writes: bool = True) -> None:
+        self.folder, self.writes = epath.Path(folder), writes
+        self.metrics = self.folder / "metrics.jsonl"
+        self.events = self.folder / "events.jsonl"
+        self.tensorboard = self.folder / "tensorboard"
+        self.checkpoints = self.folder / "checkpoints"
+        self.images = self.folder / "images"
+        self.report = self.folder / "report.html"
+        self.compiled = self.folder / "compiled"
+        self.lock = self.folder / "lock.json"
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def exists(self) -> bool:
+        """Whether anything of a run is there."""
+        parts = (self.folder / "config.json", self.metrics, self.checkpoints, self.lock)
+        return any(part.exists() for part in parts)
+
+    def latents(self, config: Config) -> epath.Path:
+        """The folder of its dataset."""
+        return epath.Path(config.data.dir or self.folder / "latents")
+
+    def samples(self, step: int) -> epath.Path:
+        """The picture of a step's samples."""
+        return self.folder / "samples" / f"step_{step:08d}.png"
+
+    def sample_grids(self) -> list[tuple[int, epath.Path]]:
+        """(step, picture) of all that are there."""
+        paths = (self.folder / "samples").glob("step_*.png")
+        found = ((re.fullmatch(r"step_(\d+)\.png", path.name), path) for path in paths)
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    # JSON files: config, versions, run (facts), results (the mark of a finished run)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """The object in NAME.json; empty where there is none that can be read."""
+        with contextlib.suppress(UserError):
+            return read_json(self.folder / f"{name}.json")
+        return {}
+
+    def write(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Write NAME.json, all of it or nothing."""
+        if self.writes:
+            write_whole(self.folder / f"{name}.json", as_json(facts))
+
+    def config(self) -> Config:
+        """The config that it was started with.
+
+        Raises:
+          UserError: no config.json, or one that this version cannot use.
+        """
+        path = self.folder / "config.json"
+        found = read_json(path)
+        try:
+            return Config.of(found)
+        except (UserError, RecursionError) as error:
+            raise UserError(
+                f"{path}: {error}: written by another version, or not by this program"
+            ) from error
+
+    def finished(self, step: int) -> bool:
+        """Whether it has written its results at `step`."""
+        return number(self.read("results"), "step") == step
+
+    def steps(self) -> list[int]:
+        """Those with a checkpoint, falling; whole or not."""
+        try:
+            names = [path.name for path in self.checkpoints.iterdir()]
+        except OSError:
+            return []
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def rows(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
+        """The whole rows of metrics.jsonl that have a step, in the order written.
+
+        last_bytes: of the file's end alone.
+        """
+        try:
+            with self.metrics.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                start = max(size - last_bytes, 0) if last_bytes else 0
+                file.seek(start)
+                lines = file.read().splitlines()
+        except OSError:
+            return []
+        rows = []
+        for line in lines[1 if start else 0 :]:
+            # The line being written, or one torn by a crash, is left out.
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if number(row, "step") is not None:
+                    rows.append(row)
+        return rows
+
+    def claim(self, config: Config, versions: Mapping[str, Any]) -> None:
+        """Make the folder and write config.json and versions.json.
+
+        Of a run that goes on it prints each key of the config that has changed.
+
+        Raises:
+          UserError: its run has another value of a key that a resumed run must not
+            change, or its config cannot be read. Nothing is changed then.
+        """
+        if self.steps():
+            try:
+                before = self.config()
+            except UserError as error:
+                raise UserError(
+                    f"{self} holds checkpoints, but {error}: put the run's own "
+                    "config.json back or use another --workdir"
+                ) from error
+            fixed, free = changes(before, config)
+            if fixed:
+                more = f" (and {len(fixed) - 3} more)" if len(fixed) > 3 else ""
+                raise UserError(
+                    f"{self} holds a run of another config: {'; '.join(fixed[:3])}"
+                    f"{more}: set them back or use another --workdir"
+                )
+            for line in free if self.writes else ():
+                print(f"resumed with {line}", file=sys.stderr, flush=True)
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.write("config", config.to_dict())
+        self.write("versions", versions)
+
+    def claim_dataset(self, folder: Any, sha256: str) -> None:
+        """See that a run goes on with its dataset, by the digest of its description.
+
+        It may move, but not become another one. run.json keeps latents.sha256.
+
+        Raises:
+          UserError: the run has checkpoints and was trained on another one.
+        """
+        before = lookup(self.read("run"), "latents", "sha256")
+        if self.steps() and before not in (None, sha256):
+            raise UserError(
+                f"{folder} is not the dataset that {self} was trained on (SHA-256 of "
+                f"its latents.json: {str(before)[:12]} -> {sha256[:12]}): give that "
+                "one or use another --workdir"
+            )
+
+
+def as_json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def read_json(path: Any, limit: int = MEGABYTE) -> dict[str, Any]:
+    """The object in a JSON file of at most `limit` bytes.
+
+    Raises:
+      UserError: it cannot be read, is too large, or is not a JSON object.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"it has more than {limit:,} bytes")
+        found = json.loads(data)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error, 100)})") from error
+
+
+def write_whole(path: Any, text: str) -> None:
+    """Write a small file, all of it or nothing; a passing error is tried again.
+
+    Raises:
+      OSError: still not possible after three and a half seconds.
+    """
+    temporary = path.parent / f"{path.name}.tmp"
+    for pause in (*TRIES, None):
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+            return
+        except OSError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of what is saved beside a checkpoint's arrays."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """value[key][key]..., None where anything on the way is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def number(value: Any, *keys: str) -> Any:
+    """`lookup` for a finite number, None for anything else."""
+    found = lookup(value, *keys)
+    if type(found) is int:
+        return found if abs(found) < 2**53 else None
+    return found if type(found) is float and math.isfinite(found) else None

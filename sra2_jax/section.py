@@ -1,0 +1,233 @@
+"""What a section of the config is: a frozen dataclass whose keys know their range.
+
+No jax here: a mistake is found before anything slow is imported.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, get_args
+
+from ml_collections import ConfigDict
+
+from sra2_jax.errors import UserError
+
+Field = dataclasses.Field
+Pairs = Sequence[tuple[str, str | None]]  # a key, its value as a text
+SOME = r"[^\0\n]+", "must not be empty"
+ANY = r"[^\0\n]*", "must be one line"
+NAME = r"\w[\w.+-]*", "must be a name of letters, digits, '_', '.', '+' and '-'"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is known of a key besides its type and default.
+
+    low, high: of numbers; pattern: of texts, with what is said of another.
+    free: a resumed run may change it.
+    """
+
+    about: str
+    low: float = -math.inf
+    high: float = math.inf
+    pattern: tuple[str, str] = ANY
+    free: bool = False
+
+
+def key(default: Any, about: str, *limits: float, **more: Any) -> Any:
+    """A key that a run keeps for life: another value would make it another run."""
+    known: dict[str, Any] = dict(zip(("low", "high"), limits, strict=False))
+    return field(default=default, metadata={"key": Key(about, **known, **more)})
+
+
+def free(default: Any, about: str, *limits: float, **more: Any) -> Any:
+    """A key that a resumed run may change."""
+    return key(default, about, *limits, free=True, **more)
+
+
+def other(section: Any, name: str, default: Any) -> Any:
+    """The key of another section, with another default."""
+    (f,) = (f for f in dataclasses.fields(section) if f.name == name)
+    return field(default=default, metadata=f.metadata)
+
+
+def allowed(f: Field) -> str:
+    """What the value of a key must be, in words."""
+    known: Key = f.metadata["key"]
+    if choices := get_args(f.type):
+        return f"must be one of {', '.join(map(repr, choices))}"
+    if f.type in (int, float):
+        whole = "a whole number" if f.type is int else "a number"
+        return f"must lie between {known.low:.10g} and {known.high:.10g}, {whole}"
+    return "must be true or false" if f.type is bool else known.pattern[1]
+
+
+def fits(f: Field, value: Any) -> bool:
+    """Whether a key may have a value, others aside."""
+    known: Key = f.metadata["key"]
+    if choices := get_args(f.type):
+        return type(value) is str and value in choices
+    if type(value) is not f.type:
+        return False
+    if f.type in (int, float):
+        return known.low <= value <= known.high  # also refuses NaN
+    return f.type is bool or bool(re.fullmatch(known.pattern[0], value))
+
+
+def shown(value: Any) -> str:
+    """A value, not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class Section:
+    """What all sections have: keys checked by type, choice and range, then together.
+
+    where: "model" of config.model, "" of the whole.
+
+    Raises:
+      UserError: the first key that is wrong, its value and what is allowed.
+    """
+
+    where: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if "key" not in f.metadata:  # a section in it
+                continue
+            if f.type is float and type(value) is int:
+                value = float(value) if abs(value) < 1e300 else math.inf
+                object.__setattr__(self, f.name, value)
+            if not fits(f, value):
+                raise UserError(f"{self._name(f.name)}={shown(value)}: {allowed(f)}")
+        for line in self.conflicts():
+            raise UserError(line)
+
+    def _name(self, key: str) -> str:
+        return ".".join(filter(None, ("config", self.where, key)))
+
+    def conflicts(self) -> Iterator[str]:
+        """What cannot go together, a line each."""
+        yield from ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | ConfigDict) -> Self:
+        """From nested mappings, as a config file or a saved config.json has them.
+
+        A key that is missing has its default: it is younger than the mapping.
+
+        Raises:
+          UserError: an unknown key, or a value that it may not have.
+        """
+        flat = dict(flatten(values, cls))
+        for name in flat:
+            find(cls, name)
+        return _make(cls, flat, "")
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """A copy with {"section.key": value}. Raises UserError as `of`."""
+        for name in values:
+            find(type(self), name)
+        return _make(type(self), self.flat() | dict(values), "")
+
+    def flat(self) -> dict[str, Any]:
+        """{"section.key": value} of every key."""
+        return dict(flatten(self.to_dict(), type(self)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested dicts, for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
+def _make(cls: Any, flat: Mapping[str, Any], prefix: str) -> Any:
+    values = {}
+    for f in dataclasses.fields(cls):
+        if "key" not in f.metadata:
+            values[f.name] = _make(f.type, flat, f"{prefix}{f.name}.")
+        elif prefix + f.name in flat:
+            values[f.name] = flat[prefix + f.name]
+    return cls(**values)
+
+
+@functools.cache
+def fields(cls: Any) -> dict[str, Field]:
+    """The field of every key, by "section.key"."""
+    found: dict[str, Field] = {}
+    for f in dataclasses.fields(cls):
+        kind: Any = f.type
+        inside = {} if "key" in f.metadata else fields(kind)
+        found |= {f"{f.name}.{name}": g for name, g in inside.items()} or {f.name: f}
+    return found
+
+
+def flatten(
+    values: Mapping[str, Any] | ConfigDict, cls: Any, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of nested mappings, down to the keys of `cls`."""
+    for name, value in values.items():
+        whole = f"{prefix}{name}"
+        if isinstance(value, Mapping | ConfigDict) and whole not in fields(cls):
+            yield from flatten(value, cls, f"{whole}.")
+        else:
+            yield whole, value
+
+
+def find(cls: Any, name: str) -> Field:
+    """The field of a key.
+
+    Raises:
+      UserError: there is none; the nearest one that exists is named.
+    """
+    names = list(fields(cls))
+    if name in names:
+        return fields(cls)[name]
+    name = name if len(name) <= 80 else f"{name[:77]}..."
+    if inside := [k for k in names if k.startswith(f"{name}.")]:
+        raise UserError(
+            f"config.{name} is a section: set its keys, as config.{inside[0]}"
+        )
+    last = {k.rsplit(".", 1)[-1]: k for k in names}
+    near = difflib.get_close_matches(name, names, 1) or [
+        last[m]
+        for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), 1, 0.5)
+    ]
+    hint = f"did you mean config.{near[0]}?" if near else "--keys lists them"
+    raise UserError(f"unknown key config.{name}: {hint}")
+
+
+def parse(cls: Any, pairs: Pairs) -> dict[str, Any]:
+    """{"section.key": value} of keys with their values as texts.
+
+    Raises:
+      UserError: no such key, one given twice, no text, or a value it may not have.
+    """
+    values: dict[str, Any] = {}
+    for name, text in pairs:
+        f = find(cls, name)
+        if text is None:
+            raise UserError(f"--config.{name} has no value: {allowed(f)}")
+        if name in values:
+            raise UserError(f"--config.{name} is given twice: leave one out")
+        value = _parse(f, text)
+        if value is None or not fits(f, value):
+            given = shown(text if value is None else value)
+            raise UserError(f"config.{name}={given}: {allowed(f)}")
+        values[name] = value
+    return values
+
+
+def _parse(f: Field, text: str) -> Any:
+    """None where the text is none of the key's type."""
+    if f.type is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    if f.type is int and not re.fullmatch(r"[+-]?[0-9][0-9_]{,99}", text):
+        return None
+    try:
+        return f.type(text) if f.type in (int, float) else text
+    except ValueError:
+        return None
