@@ -28,15 +28,15 @@ from sra2_jax.optim import make_optimizer
 from sra2_jax.restore import restore_run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.state import TrainState, count_parameters, create_sharded
-from sra2_jax.weights.inception import convert_inception
-from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
-from sra2_jax.weights.statedict import (
+from sra2_jax.weights.files import (
     REVERSED,
     check_writable,
     first_line,
     read_file,
     write_file,
 )
+from sra2_jax.weights.inception import convert_inception
+from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
 # what a file says of its network -> where the config says it
 KEYS = {
