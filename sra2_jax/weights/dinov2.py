@@ -59,9 +59,8 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
             kind of model, or tensors that do not fit the config.
     """
     folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    fields = NEWER_KEYS | files.read_json(folder / files.CONFIG)
-    files.check_values(folder, fields, ONLY_VALUE)
-    module = DINOv2(files.config(folder, fields, DINOv2Config))
+    fields = files.read_fields(folder, NEWER_KEYS, ONLY_VALUE)
+    module = DINOv2(files.config_of(folder, fields, DINOv2Config))
     tensors = files.read_weights(folder, WEIGHTS)
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {

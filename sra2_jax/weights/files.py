@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -91,22 +91,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a folder of save_pretrained")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON object ({error}); fetch it again") from error
+    return content
 
 
-def check_values(path: Path, fields: Mapping[str, Any], only: Mapping) -> None:
+def read_fields(
+    folder: Path, newer: Mapping[str, Any], only: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A config.json, with the values of `newer` where they are missing or null.
+
+    Raises:
+        UserError: as `read_json` and `check_values`.
+    """
+    found = read_json(folder / CONFIG)
+    fields = {**newer, **{k: v for k, v in found.items() if v is not None}}
+    check_values(folder, fields, only)
+    return fields
+
+
+def check_values(
+    folder: Path, fields: Mapping[str, Any], only: Mapping[str, Any]
+) -> None:
     """Refuse a key of `only` that is there with another value."""
     for key, value in only.items():
         if fields.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {fields[key]!r:.80}; only {value!r} is supported, "
-                "choose another model"
+                f"{folder / CONFIG}: {key} is {fields[key]!r:.80}; only {value!r} is "
+                "supported, choose another model"
             )
 
 
-def config(path: Path, fields: Mapping[str, Any], kind: type[Config]) -> Config:
+def config_of(folder: Path, fields: Mapping[str, Any], kind: type[Config]) -> Config:
     """The dataclass `kind` of a config.json's fields; other fields are left out.
 
     Raises:
@@ -118,14 +137,14 @@ def config(path: Path, fields: Mapping[str, Any], kind: type[Config]) -> Config:
         value = fields.get(key)
         if not _is(value, of):
             raise UserError(
-                f"{path}: {key} is {value!r:.80}; {getattr(of, '__name__', of)} "
-                f"expected, at most {LARGEST}"
+                f"{folder / CONFIG}: {key} is {value!r:.80}; "
+                f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
             )
         values[key] = (get_origin(of) or of)(value)
     try:
         return kind(**values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -141,12 +160,13 @@ def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
     if not index.is_file():
         return _read(folder / weights)
     shards = read_json(index).get("weight_map")
+    names = {str(name) for name in shards.values()} if type(shards) is dict else {""}
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted(set(map(str, dict(shards or {}).values()))) or [""]:
+    for name in sorted(names):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index}: its weight_map has {name!r:.80}, no plain file name; fetch "
-                "it again"
+                f"{index}: its weight_map has {name!r:.80}, not the plain name of a "
+                ".safetensors file; fetch it again"
             )
         tensors |= _read(folder / name)
     return tensors
@@ -172,7 +192,7 @@ class Contents:
     """What a file holds.
 
     Attributes:
-      sets: "raw" and "ema", either, or "one" where the file does not say which it is;
+      sets: "raw" and "ema", either, or "unnamed" where the file does not say which;
         reference names -> arrays.
       step: training steps done; heads: of the attention. None where it does not say.
       reverse: it says that its time runs from noise to data.
@@ -208,7 +228,7 @@ def read_file(path: Path) -> Contents:
             sets[ours] = part
     if not sets:
         one = {k: v for k, v in tree.items() if k.split(".")[0] not in BESIDES}
-        sets["one"] = one
+        sets["unnamed"] = one
     for name, value in ((n, v) for part in sets.values() for n, v in part.items()):
         if not isinstance(value, np.ndarray):
             raise UserError(
@@ -233,12 +253,13 @@ def _read(path: Path) -> dict[str, Any]:
     Raises:
       UserError: as `read_file`.
     """
+    readers: dict[str, Callable[[Path], dict[str, Any]]]
     readers = {".npz": _read_npz, ".safetensors": load_file}
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
     if path.suffix not in readers or not path.is_file():
         raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
     try:
-        return dict(readers[path.suffix](path))
+        return readers[path.suffix](path)
     except ImportError as error:
         raise UserError(
             f"{path}: needs PyTorch: pip install -e '.[torch]', or save the state dict "
@@ -257,7 +278,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path) -> dict[str, Any]:
     """What torch.save wrote, with arrays for tensors, without optimizer state.
 
     Nothing but tensors, plain values and the reference's argparse.Namespace is made.
@@ -282,8 +303,10 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
     """
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if key == "opt":
+            continue
         if isinstance(value, Mapping):
-            yield from () if key == "opt" else _flat(value, f"{name}.")
+            yield from _flat(value, f"{name}.")
         elif not hasattr(value, "detach"):
             yield name, value
         elif value.is_floating_point() and value.itemsize <= 4:

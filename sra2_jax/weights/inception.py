@@ -57,7 +57,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             f"{path}: damaged, its SHA-256 does not begin with {promised[1]}: "
             "download it again"
         )
-    return _without_counters(files.read_file(path).sets.get("one", {}))
+    return _without_counters(files.read_file(path).sets.get("unnamed", {}))
 
 
 def sha256(path: str | Path) -> str:

@@ -194,7 +194,8 @@ def _grid(positions: np.ndarray, tokens: int, width: int) -> int:
 
 def _head(head: str, own: Mapping[str, Any]) -> MLPHead:
     """The module that a head's tensors are of."""
-    name, sizes = _head_names(head), []
+    name = _head_names(head)
+    sizes: list[int] = []
     while (bias := own.get(f"{name(f'linear_{len(sizes)}')}.bias")) is not None:
         sizes.append(np.size(bias))
     last = own.get(f"{name('final.linear')}.bias")

@@ -30,6 +30,7 @@ ONLY_VALUE = {
 NEWER_KEYS = {
     "_class_name": "missing",  # not a file of diffusers
     "scaling_factor": 0.18215,
+    "shift_factor": 0.0,
     "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
@@ -52,10 +53,8 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
             kind of model, or tensors that do not fit the config.
     """
     folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    fields = NEWER_KEYS | files.read_json(folder / files.CONFIG)
-    fields["shift_factor"] = fields.get("shift_factor") or 0.0
-    files.check_values(folder, fields, ONLY_VALUE)
-    config = files.config(folder, fields, VAEConfig)
+    fields = files.read_fields(folder, NEWER_KEYS, ONLY_VALUE)
+    config = files.config_of(folder, fields, VAEConfig)
     files.check_values(folder, fields, _block_types(config))
     tensors = _current_names(files.read_weights(folder, WEIGHTS))
     model = AutoencoderKL(config)
