@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
@@ -59,8 +60,8 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
             kind of model, or tensors that do not fit the config.
     """
     folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    fields = files.read_fields(folder, NEWER_KEYS, ONLY_VALUE)
-    module = DINOv2(files.config_of(folder, fields, DINOv2Config))
+    config, _ = files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)
+    module = DINOv2(config)
     tensors = files.read_weights(folder, WEIGHTS)
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {
@@ -68,8 +69,8 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
             for name, tensor in tensors.items()
             if name not in CLASSIFIER
         }
-    p = module.config.patch_size
-    wanted = tree.shapes(module, np.zeros((1, p, p, 3), np.float32))
+    p = config.patch_size
+    wanted = tree.shapes(module, jax.ShapeDtypeStruct((1, p, p, 3), np.float32))
     complaint = f"{folder}: {files.MISFIT}"
     return module, tree.read(tensors, wanted, NAMES.__getitem__, complaint, p)
 

@@ -23,6 +23,7 @@ from sra2_jax.config_checks import HUB_ID
 from sra2_jax.errors import UserError
 
 CONFIG = "config.json"
+INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
 MISFIT = f"weights of another network than that of {CONFIG}"
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
@@ -34,11 +35,6 @@ WRITTEN = (".safetensors", ".npz")
 REVERSED = "noise to data"  # note of a network that runs so
 
 Config = TypeVar("Config")
-
-
-def index_of(weights: str) -> str:
-    """Name of the index of a sharded `weights` file."""
-    return weights + ".index.json"
 
 
 def fetch(source: str, weights: str) -> Path:
@@ -70,7 +66,7 @@ def fetch(source: str, weights: str) -> Path:
             snapshot_download(
                 hub_id["repo"],
                 revision=hub_id["revision"],
-                allow_patterns=[CONFIG, weights, index_of(weights), shards],
+                allow_patterns=[CONFIG, weights, weights + INDEX, shards],
             )
         )
     # The client lets errors of several libraries through; the way out is the same.
@@ -99,18 +95,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_fields(
-    folder: Path, newer: Mapping[str, Any], only: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A config.json, with the values of `newer` where they are missing or null.
+def read_config(
+    folder: Path,
+    kind: type[Config],
+    newer: Mapping[str, Any],
+    only: Mapping[str, Any],
+) -> tuple[Config, dict[str, Any]]:
+    """A folder's config.json as the dataclass `kind`, and all of its fields.
+
+    newer: what stands for a key that is missing or null; only: see `check_values`.
 
     Raises:
-        UserError: as `read_json` and `check_values`.
+        UserError: a field that is missing, of another type, an absurd number, or one
+            that `kind` refuses; otherwise as `read_json` and `check_values`.
     """
     found = read_json(folder / CONFIG)
     fields = {**newer, **{k: v for k, v in found.items() if v is not None}}
     check_values(folder, fields, only)
-    return fields
+    values = {}
+    for key, of in get_type_hints(kind).items():
+        value = fields.get(key)
+        if not _is(value, of):
+            raise UserError(
+                f"{folder / CONFIG}: {key} is {value!r:.80}; "
+                f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
+            )
+        values[key] = (get_origin(of) or of)(value)
+    try:
+        return kind(**values), fields
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 def check_values(
@@ -125,28 +139,6 @@ def check_values(
             )
 
 
-def config_of(folder: Path, fields: Mapping[str, Any], kind: type[Config]) -> Config:
-    """The dataclass `kind` of a config.json's fields; other fields are left out.
-
-    Raises:
-        UserError: a field that is missing, of another type, an absurd number, or one
-            that `kind` refuses.
-    """
-    values = {}
-    for key, of in get_type_hints(kind).items():
-        value = fields.get(key)
-        if not _is(value, of):
-            raise UserError(
-                f"{folder / CONFIG}: {key} is {value!r:.80}; "
-                f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
-            )
-        values[key] = (get_origin(of) or of)(value)
-    try:
-        return kind(**values)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
-
-
 def _is(value: Any, kind: Any) -> bool:
     if kind == tuple[int, ...]:
         return isinstance(value, list) and all(_is(part, int) for part in value)
@@ -156,7 +148,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
     """All tensors of a folder by their name."""
-    index = folder / index_of(weights)
+    index = folder / (weights + INDEX)
     if not index.is_file():
         return _read(folder / weights)
     shards = read_json(index).get("weight_map")
@@ -181,7 +173,7 @@ def write_folder(
     """Write config.json and weights as `save_pretrained` of the libraries does."""
     folder.mkdir(parents=True, exist_ok=True)
     # A stale index would win over the new file, here and in the libraries.
-    (folder / index_of(weights)).unlink(missing_ok=True)
+    (folder / (weights + INDEX)).unlink(missing_ok=True)
     save_file(dict(tensors), folder / weights, metadata={"format": "pt"})
     text = json.dumps(fields, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")

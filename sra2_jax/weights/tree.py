@@ -44,7 +44,7 @@ def file_shapes(
 def _views(
     flat: Mapping[Path, Any], name: Name, patch: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor's name in the file, and its numbers as they lie there."""
+    """Each tensor's name in the file, and a view of its numbers as they lie there."""
     for path, leaf in flat.items():
         *modules, last = path
         if last in LEAVES:

@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
@@ -53,13 +54,12 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
             kind of model, or tensors that do not fit the config.
     """
     folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    fields = files.read_fields(folder, NEWER_KEYS, ONLY_VALUE)
-    config = files.config_of(folder, fields, VAEConfig)
+    config, fields = files.read_config(folder, VAEConfig, NEWER_KEYS, ONLY_VALUE)
     files.check_values(folder, fields, _block_types(config))
     tensors = _current_names(files.read_weights(folder, WEIGHTS))
     model = AutoencoderKL(config)
-    image = np.zeros((1, config.downsample, config.downsample, config.in_channels))
-    wanted = tree.shapes(model, image)
+    image = (1, config.downsample, config.downsample, config.in_channels)
+    wanted = tree.shapes(model, jax.ShapeDtypeStruct(image, np.float32))
     return model, tree.read(tensors, wanted, _name, f"{folder}: {files.MISFIT}")
 
 
