@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.data.prefetch import prefetch_to_device
+from sra2_jax.data.pipeline import prefetch_to_device
 from sra2_jax.distributed import anywhere
 from sra2_jax.errors import Restart
 from sra2_jax.guard import Guard

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from sra2_jax.data.digits import load_digits
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
 from sra2_jax.generate import (
     batch_size,
@@ -110,17 +110,13 @@ class Observer:
         """
         columns, pictures = self.config.run.grid_columns, self.workdir / "images"
         if self.config.eval.features != "digits":
-            records = batches(
-                folder,
-                split="train",
-                batch_size=self.config.run.grid_classes * columns,
-                seed=self.config.seed,
-                start_step=0,
+            order = Order(
+                self.config.run.grid_classes * columns,
+                self.config.seed,
                 streams=1,
                 shuffle_buffer=self.config.data.shuffle_buffer,
-                process_index=0,
-                process_count=1,
             )
+            records = batches(folder, order)
             means = next(records)["mean"].astype(np.float32)
             decoded = np.asarray(self.decode(self.vae_params, means))
             self.picture(pictures / "reconstruction.png", decoded)

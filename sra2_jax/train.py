@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.data import records
-from sra2_jax.data.encode import encode
-from sra2_jax.data.pipeline import batches, check_fields
+from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.prepare import prepare
+from sra2_jax.data.records import LatentsInfo
 from sra2_jax.errors import UserError
 from sra2_jax.log import Log
 from sra2_jax.loop import Loop
@@ -29,61 +29,6 @@ from sra2_jax.step import batch_shapes, make_step, record_fields
 from sra2_jax.watch import Watch
 from sra2_jax.weights import load_dinov2
 from sra2_jax.workdir import check_dataset, claim_workdir, write_whole
-
-SPLIT = "train"
-
-
-def latents_folder(config: ConfigDict, workdir: epath.Path, watch: Watch) -> epath.Path:
-    """The dataset's folder; encodes config.data.images first where it is missing.
-
-    Raises:
-      UserError: no dataset and no images, or a dataset that contradicts the config.
-    """
-    folder = epath.Path(config.data.dir or workdir / "latents")
-    encoder = config.align.encoder
-    if not (folder / records.FILE).exists():
-        if not config.data.images:
-            raise configuration.no_latents(folder)
-        if jax.process_count() > 1:
-            raise UserError(
-                f"no latents dataset in {folder}: encode it on one machine first "
-                "(python -m sra2_jax encode)"
-            )
-        stored = record_fields(config)
-        encode(
-            config.data.images,
-            folder,
-            config.vae,
-            config.data.resolution,
-            split=SPLIT,
-            store_images="image" in stored,
-            encoder=encoder.model if "features" in stored else "",
-            grid=_grid(config) if "features" in stored else 0,
-            progress=lambda done, total: watch.progress("start"),
-        )
-    info = records.LatentsInfo.read(folder)
-    check_fields(info, folder, record_fields(config))
-    size = config.latents.size
-    records.check(
-        info,
-        folder=folder,
-        resolution=config.data.resolution,
-        latent_shape=(size, size, config.latents.channels),
-        num_classes=config.data.num_classes,
-        scaling_factor=config.latents.scaling_factor,
-        shift_factor=config.latents.shift_factor,
-        features=(
-            records.Features(encoder.model, _grid(config), encoder.width)
-            if "features" in record_fields(config)
-            else None
-        ),
-    )
-    return folder
-
-
-def _grid(config: ConfigDict) -> int:
-    """Tokens on a side."""
-    return config.latents.size // config.model.patch_size
 
 
 def load_encoder(config: ConfigDict, mesh: Mesh) -> tuple[DINOv2 | None, Any]:
@@ -130,13 +75,13 @@ def write_facts(
     encoder_params: Any,
     seconds: float,
     folder: epath.Path,
+    info: LatentsInfo,
     dataset: str,
 ) -> None:
     """run.json: what the report says of the run besides its config.
 
-    folder, dataset: of the latents, and the SHA-256 of their description.
+    folder, info, dataset: of the latents, and the SHA-256 of their description.
     """
-    info = records.LatentsInfo.read(folder)
     facts = {
         "parameters": {
             "network": count_parameters(abstract.params["network"]),
@@ -184,7 +129,12 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
     folder = epath.Path(workdir).absolute()
     claim_workdir(config, folder)
     keep_compiled(folder / "compiled")
-    data = latents_folder(config, folder, watch)
+    data, info = prepare(
+        config,
+        folder,
+        record_fields(config),
+        lambda done, total: watch.progress("start"),
+    )
     dataset = check_dataset(folder, data)
 
     transform, schedule = make_optimizer(**config.optim)
@@ -228,7 +178,7 @@ def train(config: ConfigDict, workdir: str, watch: Watch | None = None) -> None:
             step, seconds = compile_step(
                 config, transform, schedule, mesh, abstract, *encoder
             )
-            write_facts(folder, abstract, encoder[1], seconds, data, dataset)
+            write_facts(folder, abstract, encoder[1], seconds, data, info, dataset)
         log.message(
             f"{folder}: step {start} of {config.steps}, compile {seconds:.1f} s"
         )
@@ -251,13 +201,9 @@ def read(
     """This process's rows of the batches of steps start + 1, ..."""
     return batches(
         data,
-        split=SPLIT,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        streams=config.data.streams,
-        shuffle_buffer=config.data.shuffle_buffer,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        fields=record_fields(config),
+        Order.of(config),
+        start,
+        record_fields(config),
+        jax.process_index(),
+        jax.process_count(),
     )

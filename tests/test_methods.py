@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.optim import make_optimizer
@@ -47,18 +47,8 @@ def start(config):
 @pytest.fixture(scope="module")
 def digits(latents):
     """The first 20 batches of 64 real digits with their images and features."""
-    stream = batches(
-        latents,
-        split="train",
-        batch_size=64,
-        seed=0,
-        start_step=0,
-        streams=1,
-        shuffle_buffer=2048,
-        process_index=0,
-        process_count=1,
-        fields=("image", "features"),
-    )
+    order = Order(64, seed=0, streams=1, shuffle_buffer=2048)
+    stream = batches(latents, order, fields=("image", "features"))
     rows = [next(stream) for _ in range(20)]
     for row in rows:
         row.pop("index")
