@@ -20,7 +20,7 @@ from sra2_jax.restore import read_config, restore_run
 from sra2_jax.state import build_alignments, build_networks
 
 from sra2_jax.data import records
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
 from sra2_jax.generate import to_uint8
 from sra2_jax.models.dit import patchify
@@ -153,31 +153,14 @@ def _read(run: Subject, data: str, least: int, most: int) -> Images:
     config, latents = run.config, run.config.latents
     folder = data or config.data.dir or epath.Path(run.workdir) / "latents"
     info = records.LatentsInfo.read(folder)
-    records.check(
-        info,
-        folder=folder,
-        resolution=config.data.resolution,
-        latent_shape=(latents.size, latents.size, latents.channels),
-        num_classes=config.data.num_classes,
-        scaling_factor=latents.scaling_factor,
-        shift_factor=latents.shift_factor,
-    )
+    records.check(info, folder, config)
     split = "train" if "train" in info.splits else min(info.splits)
     total = sum(info.splits[split].records)
     if total < least:
         raise UserError(f"{folder}: has {total} records, {least} are asked for")
-    stream = batches(
-        folder,
-        split=split,
-        batch_size=min(most, total),  # one batch: no record comes twice
-        seed=SEED,
-        start_step=0,
-        streams=1,
-        shuffle_buffer=SHUFFLE,
-        process_index=0,
-        process_count=1,
-    )
-    rows = next(stream)
+    # one batch: no record comes twice
+    order = Order(min(most, total), SEED, 1, SHUFFLE, split)
+    rows = next(batches(folder, order))
     raw = rows["mean"].astype(np.float32)
     z = latents.scaling_factor * (raw - latents.shift_factor)
     return Images(raw, z, rows["label"], rows["index"], str(folder), split)
