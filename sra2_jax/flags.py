@@ -44,6 +44,18 @@ def parse_known(
     return arguments, rest
 
 
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parser's own flags, of a program that has no config.
+
+    Raises:
+      UserError: as `parse_known`, and for an argument that is left over.
+    """
+    arguments, rest = parse_known(parser)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def pairs(arguments: Sequence[str]) -> list[tuple[str, str | None]]:
     """(flag without dashes, value) of "--flag=value" and "--flag", "value".
 

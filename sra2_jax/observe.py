@@ -17,17 +17,17 @@ from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
 from sra2_jax.generate import (
+    Generator,
     batch_size,
     describe,
     draw_labels,
     grid,
-    make_generate,
     to_uint8,
 )
 from sra2_jax.log import Log
-from sra2_jax.metrics.archive import open_reference
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
+from sra2_jax.metrics.sets import open_reference
 from sra2_jax.report.page import write_report
 from sra2_jax.sharding import replicated
 from sra2_jax.versions import versions
@@ -64,7 +64,7 @@ class Observer:
         self.config, self.workdir, self.log = config, workdir, log
         self.vae, vae_params = load_vae(config.vae)
         self.vae_params = jax.device_put(vae_params, replicated(mesh))
-        self.generate = make_generate(config, mesh, self.vae, self.vae_params)
+        self.generate = Generator(config, mesh, self.vae, self.vae_params)
         self.encode = jax.jit(self._encode)
         self.decode = jax.jit(self._decode)
         self.features, self.reference = None, None
@@ -165,7 +165,7 @@ class Observer:
     def sample(self, step: int, params: Any, alive: Alive) -> None:
         """Write samples/step_STEP.png: the same noise and labels at every step."""
         labels = self.grid_classes().repeat(self.config.run.grid_columns)
-        parts = between(self.generate(params, np.arange(len(labels)), labels), alive)
+        parts = between(self.generate(np.arange(len(labels)), labels, params), alive)
         picture = self.picture(self._sample_file(step), np.concatenate([*parts]))
         self.log.image(step, "samples", picture)
 
@@ -178,7 +178,7 @@ class Observer:
         indices = np.arange(self.config.eval.num_samples)
         labels = draw_labels(self.config, indices)
         try:
-            images = between(self.generate(params, indices, labels), alive)
+            images = between(self.generate(indices, labels, params), alive)
             scores = self.metrics(images, labels)
         except UserError as error:
             self.log.message(f"step {step}: not scored: {error}")

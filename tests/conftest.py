@@ -38,8 +38,8 @@ TYPED = (
     "transport",
     "alignment",
     "sampler",
-    "evaluation.generate",
-    "evaluation.neighbours",
+    "generate",
+    "metrics.neighbours",
 )
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 

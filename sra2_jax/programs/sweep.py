@@ -7,37 +7,55 @@ cell; run again, it goes on with the cells that are missing. Runs without Tensor
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
+from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
 from sra2_jax import distributed
-from sra2_jax.errors import UserError, run_program
-from sra2_jax.generate import batch_size, draw_labels
-from sra2_jax.metrics.archive import open_reference
-from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
-from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.programs.evaluate import SHOWN, add_feature_arguments
-from sra2_jax.programs.subject import (
-    Subject,
-    add_arguments,
-    open_subject,
+from sra2_jax.errors import UserError
+from sra2_jax.flags import Parser, parse_known
+from sra2_jax.generate import (
+    Generator,
+    batch_size,
+    draw_labels,
+    open_run,
     read_settings,
+    refuse_others,
 )
-from tools import plots
+from sra2_jax.metrics import METRICS
+from sra2_jax.metrics.compare import (
+    Summary,
+    compare,
+    summarise,
+    summarise_reference,
+    watched,
+)
+from sra2_jax.metrics.features import Features, make_features
+from sra2_jax.metrics.sets import open_reference
+from sra2_jax.programs.evaluate import add_feature_arguments
+from sra2_jax.programs.sample import add_run_arguments
+from sra2_jax.workdir import write_whole
 
 Interval = tuple[float, float]
 Cell = dict[str, Any]
 FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")
+GREY, BEST = "#666666", "#d55e00"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+}
 
 
 def parse_scales(text: str) -> list[float]:
@@ -85,10 +103,16 @@ def cells_of(scales: Sequence[float], intervals: Sequence[Interval]) -> list[Cel
 
 def find(cells: Sequence[Cell], wanted: Cell) -> Cell | None:
     """The finished cell of a guidance."""
-    for cell in cells:
-        if all(cell[name] == wanted[name] for name in NAMES):
-            return cell
-    return None
+    same = (c for c in cells if all(c[name] == wanted[name] for name in NAMES))
+    return next(same, None)
+
+
+def with_guidance(config: ConfigDict, cell: Cell) -> ConfigDict:
+    """The config of a cell. Raises UserError where it cannot have that guidance."""
+    flags = [f"--config.sampling.{name}={cell[name]!r}" for name in NAMES]
+    changed = configuration.override(config, flags)
+    configuration.check(changed)
+    return changed
 
 
 def read_finished(path: epath.Path, settings: dict[str, Any]) -> list[Cell]:
@@ -99,44 +123,22 @@ def read_finished(path: epath.Path, settings: dict[str, Any]) -> list[Cell]:
     """
     if not path.exists():
         return []
-    try:
-        saved = json.loads(path.read_text())
-        cells: list[Cell] = saved["cells"]
-        before = saved["settings"]
-        assert all(isinstance(cell["metrics"], dict) for cell in cells)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be read: move it or use another --out") from (
-            error
-        )
-    now = json.loads(json.dumps(settings))
-    for key in sorted((now.keys() | before.keys()) - {"versions", "batch_size"}):
-        if now.get(key) != before.get(key):
-            raise UserError(
-                f"{path} is a sweep with other settings: {key} is "
-                f"{before.get(key)!r} there, {now.get(key)!r} now: use another --out"
-            )
-    return cells
+    saved = configuration.read_json(path)
+    refuse_others(path, saved["settings"], settings)
+    return saved["cells"]
 
 
 def run_cell(
-    subject: Subject, features: Features, reference: Summary, cell: Cell, count: int
+    generate: Generator, features: Features, reference: Summary, cell: Cell, count: int
 ) -> dict[str, float]:
     """The metrics of `count` samples with a guidance."""
-    config = subject.config.copy_and_resolve_references()
-    config.sampling.update(cell)
-    generate = subject.make(config)
+    generate = replace(generate, config=with_guidance(generate.config, cell))
     indices = np.arange(count)
-    labels = draw_labels(config, indices)
+    labels = draw_labels(generate.config, indices)
     name = "guidance {:g} in [{:g}, {:g}]".format(*(cell[n] for n in NAMES))
-    batches = tqdm(
-        generate(subject.params, indices, labels),
-        total=-(-count // batch_size(config, subject.mesh)),
-        unit="batch",
-        desc=name,
-        disable=jax.process_index() > 0,
-    )
+    images = watched(generate(indices, labels), count, name)
     keep = count if reference.kept is not None else 0
-    summary = summarise(features, batches, name, total=count, keep=keep, labels=labels)
+    summary = summarise(features, images, name, total=count, keep=keep, labels=labels)
     return compare(features, summary, reference)
 
 
@@ -150,7 +152,7 @@ def table(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
         f"steps, {settings['labels']} labels, {settings['weights']} weights of step "
         f"{settings['step']:,}; {settings['features']}.",
         "",
-        f"| guidance | interval | {' | '.join(SHOWN[name] for name in names)} |",
+        f"| guidance | interval | {' | '.join(METRICS[name][0] for name in names)} |",
         "|" + "---|" * (2 + len(names)),
     ]
     for cell in sorted(cells, key=lambda c: [c[name] for name in NAMES]):
@@ -176,9 +178,7 @@ def write(
 ) -> None:
     """sweep.json, sweep.md and sweep.png of the finished cells."""
     text = json.dumps({"settings": settings, "cells": cells}, indent=2) + "\n"
-    fresh = out / f"{FILE}.tmp"
-    fresh.write_text(text)
-    fresh.replace(out / FILE)
+    write_whole(out / FILE, text)
     (out / "sweep.md").write_text(table(cells, settings))
     metric = next(iter(cells[0]["metrics"]))
     values = np.full((len(intervals), len(scales)), np.nan)
@@ -187,49 +187,74 @@ def write(
             (wanted,) = cells_of([scale], [(low, high)])
             if done := find(cells, wanted):
                 values[i, j] = done["metrics"][metric]
-    name = f"{SHOWN[metric]}, {settings['num_samples']:,} samples"
-    with plots.style():
-        figure = plots.heat_map(values, scales, intervals, name)
-        with (out / "sweep.png").open("wb") as file:
-            figure.savefig(file, dpi=150)
+    name = f"{METRICS[metric][0]}, {settings['num_samples']:,} samples"
+    draw(out / "sweep.png", values, scales, intervals, name)
 
 
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
-    add_arguments(parser)
+def draw(
+    path: epath.Path,
+    values: np.ndarray,
+    scales: Sequence[float],
+    intervals: Sequence[Interval],
+    title: str,
+) -> None:
+    """Write a heat map as a PNG: a distance (rows: intervals, columns: guidance
+    scales), darker is better, the best one framed; NaN: not measured yet."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows, columns = values.shape
+    with matplotlib.rc_context(STYLE):
+        size = 1.9 + 0.95 * columns, 1.3 + 0.6 * rows
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        # steps of equal ratio look equal: distances span powers of ten
+        logs = np.log(np.maximum(values, 1e-12))
+        axis.imshow(logs, cmap="viridis", aspect="auto")
+        bright = np.nanmin(logs) + 0.6 * (np.nanmax(logs) - np.nanmin(logs))
+        best = divmod(int(np.nanargmin(values)), columns)
+        for i, j in np.argwhere(np.isfinite(values)).tolist():
+            look: Any = {"color": "black" if logs[i, j] > bright else "white"}
+            look["weight"] = "bold" if (i, j) == best else "normal"
+            axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", **look)
+        corner = best[1] - 0.48, best[0] - 0.48
+        frame: Any = {"fill": False, "edgecolor": BEST, "linewidth": 2}
+        axis.add_patch(Rectangle(corner, 0.96, 0.96, **frame))
+        names = [f"{s:g}" if s != 1 else "1 (none)" for s in scales]
+        axis.set_xticks(range(columns), names)
+        axis.set_yticks(range(rows), [f"{a:g} to {b:g}" for a, b in intervals])
+        axis.tick_params(length=0)
+        axis.set_xlabel("guidance scale")
+        axis.set_ylabel("interval of t, 0 = data")
+        axis.set_title(title)
+        with path.open("wb") as file:
+            figure.savefig(file, format="png", dpi=150)
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add_run_arguments(parser)
     add = parser.add_argument
-    add(
-        "--reference",
-        required=True,
-        metavar="REF",
-        help="as of sra2_jax.programs.evaluate",
-    )
+    add("--reference", required=True, metavar="REF", help="as that of evaluate")
     add("--out", required=True, metavar="FOLDER", help="for table, picture and JSON")
     add("--guidance", default="1,1.4,1.8,2.2", help="scales (%(default)s)")
     add("--interval", default="0:1,0:0.7", help="low:high, t = 0 is data (%(default)s)")
     add("--num", type=int, default=5000, help="samples a cell (%(default)s)")
     add_feature_arguments(parser)
-    return parser.parse_known_args()
-
-
-def main() -> None:
-    a, overrides = parse()
+    a, overrides = parse_known(parser)
     scales, intervals = parse_scales(a.guidance), parse_intervals(a.interval)
     if a.num < 2:
         raise UserError(f"--num={a.num}: must be at least 2")
     config = read_settings(a.workdir, overrides)
     for cell in cells_of(scales, intervals):  # fails before anything is loaded
-        changed = config.copy_and_resolve_references()
-        changed.sampling.update(cell)
-        configuration.check(changed)
+        with_guidance(config, cell)
     distributed.initialize(a)
     held = open_reference(a.reference, a.resolution, a.split)
-    subject = open_subject(config, a.workdir, a.weights, a.step)
-    batch = batch_size(config, subject.mesh)
-    features = make_features(a.features, a.inception, subject.mesh, batch)
-    settings = {k: v for k, v in subject.settings.items() if k not in NAMES}
+    generate = open_run(a.workdir, config, a.weights, a.step)
+    batch = batch_size(config, generate.mesh)
+    features = make_features(a.features, a.inception, generate.mesh, batch)
+    settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
     out = epath.Path(a.out)
     cells = read_finished(out / FILE, settings)
@@ -237,7 +262,7 @@ def main() -> None:
     reference = summarise_reference(features, held, batch, manifold=True)
     for cell in cells_of(scales, intervals):
         if not find(cells, cell):
-            metrics = run_cell(subject, features, reference, cell, a.num)
+            metrics = run_cell(generate, features, reference, cell, a.num)
             cells.append({**cell, "metrics": metrics})
         if jax.process_index() == 0:
             write(out, cells, settings, scales, intervals)
@@ -245,7 +270,3 @@ def main() -> None:
         print(table(cells, settings))
         print(f"wrote {out / 'sweep.md'}, sweep.png, {FILE}")
     distributed.finish()
-
-
-if __name__ == "__main__":
-    run_program(main)
