@@ -27,7 +27,7 @@ from sra2_jax.generate import (
 from sra2_jax.log import Log
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_reference
+from sra2_jax.metrics.sets import open_images
 from sra2_jax.report.page import write_report
 from sra2_jax.sharding import replicated
 from sra2_jax.versions import versions
@@ -78,7 +78,7 @@ class Observer:
         if e.features == "digits":
             real, _ = load_digits("test")
             return features, summarise(features, [real], "digits", total=len(real))
-        reference = open_reference(e.reference, self.config.data.resolution)
+        reference = open_images(e.reference, self.config.data.resolution)
         return features, summarise_reference(features, reference, batch, manifold=False)
 
     def _encode(self, params: Any, images: Array) -> tuple[Array, Array]:

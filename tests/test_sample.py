@@ -177,8 +177,11 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
     )
     small = tmp_path / "small.npz"
     np.savez(small, arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64))
     for arguments, message in (
-        ([small, *DIGITS], r"small.npz has images \(16, 16, 3\), digits \(32, 32"),
+        ([small, *DIGITS], r"small.npz has images \(9, 16, 16, 3\), digits \(360, 32"),
+        ([stats, *DIGITS], "stats.npz: has statistics alone"),
         ([small], "give one of --reference and --make_reference"),
         ([small, *DIGITS, "--splitt=a"], "did you mean --split"),
         ([small, *DIGITS, "--config.seed=1"], "unrecognized arguments: --config"),
@@ -203,7 +206,7 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
         if len(cells) == 2:
             cells.append("killed")
             raise KeyboardInterrupt
-        cells.append(tuple(cell.values()))
+        cells.append(cell)
         return run_cell(generate, features, reference, cell, count)
 
     monkeypatch.setattr(sweep, "run_cell", counted)

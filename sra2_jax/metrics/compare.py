@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from sra2_jax.metrics.moments import (
     frechet_distance,
 )
 from sra2_jax.metrics.neighbours import precision_recall
-from sra2_jax.metrics.sets import ImageSet, Reference
+from sra2_jax.metrics.sets import ImageSet
 
 MANIFOLD = 10_000  # reference images whose features precision and recall use, as ADM
 
@@ -108,15 +107,15 @@ def summarise_set(
     features: Features, images: ImageSet, batch: int, keep: int = 0
 ) -> Summary:
     """`summarise` of a set, with a progress bar."""
-    batches = watched(images.batches(batch), images.count, Path(images.name).name)
-    total, labels = images.count, images.labels
+    total, name = len(images), images.name
+    batches = watched(images.batches(batch), total, Path(name).name)
     return summarise(
-        features, batches, images.name, total=total, keep=keep, labels=labels
+        features, batches, name, total=total, keep=keep, labels=images.labels
     )
 
 
 def summarise_reference(
-    features: Features, reference: Reference, batch: int, manifold: bool
+    features: Features, reference: ImageSet, batch: int, manifold: bool
 ) -> Summary:
     """The reference's own statistics where it brings them, else those of its images.
 
@@ -133,11 +132,10 @@ def summarise_reference(
             f"{features.kind}: give --features={made_with} or another reference"
         )
     own = Summary(reference.name, None, reference.gaussians)
-    images = reference.images
-    if images is None or (own.gaussians and not manifold):
+    if own.gaussians and not (manifold and len(reference)):
         return own
-    found = summarise_set(features, images, batch, keep=MANIFOLD if manifold else 0)
-    return dataclasses.replace(own, kept=found.kept) if own.gaussians else found
+    found = summarise_set(features, reference, batch, MANIFOLD if manifold else 0)
+    return replace(own, kept=found.kept) if own.gaussians else found
 
 
 def compare(

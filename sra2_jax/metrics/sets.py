@@ -12,7 +12,7 @@ import json
 import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,38 +32,27 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, not in memory.
+    """Images of one size, not in memory, or statistics of them, or both.
 
     Attributes:
-      name: as given, for messages; count, shape (H, W, 3).
-      labels: (count,) integers, where the set has them.
-      settings: what made them, where the file says so.
+      name: as given, for messages.
+      shape: (N, H, W, 3); N = 0 where there are statistics alone.
       batches: batch size -> uint8 (n, H, W, 3), in order; the last one may be shorter.
+      labels: (N,) integers, where the set has them.
+      settings: what made them, where the file says so.
+      gaussians: "pool" and "spatial" -> mean and covariance, as far as known; the
+        images may then be some of those that they are of.
     """
 
     name: str
-    count: int
     shape: Shape
-    labels: np.ndarray | None
-    settings: dict[str, Any] | None
     batches: Callable[[int], Iterator[np.ndarray]]
+    labels: np.ndarray | None = None
+    settings: dict[str, Any] | None = None
+    gaussians: dict[str, Gaussian] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class Reference:
-    """Statistics to compare with, or images to take them from, or both.
-
-    Attributes:
-      name: as the user gave it.
-      gaussians: "pool" and "spatial" -> mean and covariance, as far as known.
-      images: some of the images, or all.
-      settings: how the file was made, where it says so.
-    """
-
-    name: str
-    gaussians: dict[str, Gaussian]
-    images: ImageSet | None
-    settings: dict[str, Any] | None
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 def open_images(
@@ -72,9 +61,10 @@ def open_images(
     """Open a set of images without reading it whole.
 
     Args:
-      spec: an .npz with uint8 NHWC images as arr_0 (ADM's sample files) and perhaps
-        labels as arr_1 and settings (a JSON text); a folder with images at any depth,
-        in the order of their paths; tfds:NAME[:SPLIT]; or digits.
+      spec: an .npz in ADM's format: uint8 NHWC images as arr_0 (sample files), mu and
+        sigma, mu_s and sigma_s (reference files), or both, and perhaps labels as arr_1
+        and settings (a JSON text); a folder with images at any depth, in the order of
+        their paths; tfds:NAME[:SPLIT]; or digits.
       resolution: side to which folders and datasets are cropped by ADM's rule. Datasets
         need it, folders unless all their images are squares of one size.
       split: of a dataset, where `spec` names none.
@@ -84,58 +74,24 @@ def open_images(
     """
     if resolution is not None and resolution < 1:
         raise UserError(f"resolution is {resolution}: give pixels, at least 1")
-    if _is_source(spec):
-        return _source_images(spec, resolution, split)
-    with _opened(spec) as archive:
-        return _npz_images(archive, spec)
-
-
-def open_reference(
-    spec: str, resolution: int | None = None, split: str = "train"
-) -> Reference:
-    """Open what samples are compared with.
-
-    Args:
-      spec: an .npz with mu and sigma, perhaps mu_s and sigma_s (ADM's reference files,
-        VIRTUAL_imagenet256_labeled.npz), or arr_0, or both; else as `open_images`.
-      resolution, split: as `open_images`.
-
-    Raises:
-      UserError: nothing there, or nothing that can be used.
-    """
-    if _is_source(spec):
-        return Reference(spec, {}, open_images(spec, resolution, split), None)
-    with _opened(spec) as archive:
-        gaussians = {
-            kind: _gaussian(archive, *pair)
-            for kind, pair in STATISTICS.items()
-            if any(_has(archive, key) for key in pair)
-        }
-        # A file with neither is told that it lacks images.
-        with_images = _has(archive, IMAGES) or not gaussians
-        images = _npz_images(archive, spec) if with_images else None
-        return Reference(spec, gaussians, images, _settings(archive))
+    if epath.Path(spec).is_dir():
+        return _source_images(spec, *_folder(Path(spec), resolution))
+    if spec == "digits":
+        source = sources.open_source(spec, split)
+        images = _source_images(spec, source, resolution or DIGITS_SIDE)
+        labels = np.array([entry.label for entry in source.entries()])
+        return replace(images, labels=labels)
+    if not spec.startswith("tfds:"):
+        return _npz_images(spec)
+    if resolution is None:
+        raise UserError(f"{spec}: images of many sizes: give --resolution")
+    return _source_images(spec, sources.open_source(spec, split), resolution)
 
 
 # Folders and datasets
 
 
-def _is_source(spec: str) -> bool:
-    return spec == "digits" or spec.startswith("tfds:") or epath.Path(spec).is_dir()
-
-
-def _source_images(spec: str, resolution: int | None, split: str) -> ImageSet:
-    labels = None
-    if epath.Path(spec).is_dir():
-        source, side = _folder(Path(spec), resolution)
-    elif spec == "digits":
-        source, side = sources.open_source(spec, split), resolution or DIGITS_SIDE
-        labels = np.array([entry.label for entry in source.entries()])
-    elif resolution is None:
-        raise UserError(f"{spec}: images of many sizes: give --resolution")
-    else:
-        source, side = sources.open_source(spec, split), resolution
-
+def _source_images(spec: str, source: sources.ImageSource, side: int) -> ImageSet:
     def batches(size: int) -> Iterator[np.ndarray]:
         images = map(whole, sources.read(source, side))
         while parts := list(itertools.islice(images, size)):
@@ -147,7 +103,7 @@ def _source_images(spec: str, resolution: int | None, split: str) -> ImageSet:
             raise UserError(f"{spec}: {name} cannot be used ({_reason(image)})")
         return image
 
-    return ImageSet(spec, source.length, (side, side, 3), labels, None, batches)
+    return ImageSet(spec, (source.length, side, side, 3), batches)
 
 
 def _folder(folder: Path, resolution: int | None) -> tuple[sources.ImageSource, int]:
@@ -226,17 +182,27 @@ def _image_shape(member: IO[bytes]) -> Shape:
     return shape
 
 
-def _npz_images(archive: zipfile.ZipFile, spec: str) -> ImageSet:
+def _npz_images(spec: str) -> ImageSet:
+    shape: Shape = (0,)
     labels = None
-    with archive.open(f"{IMAGES}.npy") as member:
-        shape = _image_shape(member)
-    if _has(archive, LABELS):
-        labels = _array(archive, LABELS)
-        if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
-            raise ValueError(
-                f"{LABELS} is {labels.dtype} {labels.shape}, not an integer for each "
-                f"of {shape[0]} images"
-            )
+    with _opened(spec) as archive:
+        gaussians = {
+            kind: _gaussian(archive, *pair)
+            for kind, pair in STATISTICS.items()
+            if any(_has(archive, key) for key in pair)
+        }
+        # A file with neither is told that it lacks images.
+        if _has(archive, IMAGES) or not gaussians:
+            with archive.open(f"{IMAGES}.npy") as member:
+                shape = _image_shape(member)
+        if _has(archive, LABELS):
+            labels = _array(archive, LABELS)
+            if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
+                raise ValueError(
+                    f"{LABELS} is {labels.dtype} {labels.shape}, not an integer for "
+                    f"each of {shape[0]} images"
+                )
+        settings = _settings(archive)
 
     def batches(size: int) -> Iterator[np.ndarray]:
         with _opened(spec) as archive, archive.open(f"{IMAGES}.npy") as member:
@@ -247,8 +213,7 @@ def _npz_images(archive: zipfile.ZipFile, spec: str) -> ImageSet:
                 data = member.read(math.prod(part))
                 yield np.frombuffer(data, np.uint8).reshape(part)
 
-    settings = _settings(archive)
-    return ImageSet(spec, shape[0], shape[1:], labels, settings, batches)
+    return ImageSet(spec, shape, batches, labels, settings, gaussians)
 
 
 def _settings(archive: zipfile.ZipFile) -> dict[str, Any] | None:

@@ -31,9 +31,7 @@ from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import (
     STATISTICS,
     ImageSet,
-    Reference,
     open_images,
-    open_reference,
     write_npz,
 )
 from sra2_jax.programs.sample import new_file
@@ -58,7 +56,7 @@ def note_if_few(summary: Summary) -> list[str]:
 def evaluate(
     features: Features,
     samples: ImageSet,
-    reference: Reference,
+    reference: ImageSet,
     out: epath.Path,
     batch: int,
 ) -> None:
@@ -67,14 +65,13 @@ def evaluate(
     Raises:
       UserError: unusable samples or reference.
     """
-    held = reference.images
-    if held is not None and held.shape != samples.shape:
+    if len(reference) and reference.shape[1:] != samples.shape[1:]:
         raise UserError(
             f"{samples.name} has images {samples.shape}, {reference.name} "
-            f"{held.shape}: compare images of one size"
+            f"{reference.shape}: compare images of one size"
         )
     against = summarise_reference(features, reference, batch, manifold=True)
-    keep = samples.count if against.kept is not None else 0
+    keep = len(samples) if against.kept is not None else 0
     summary = summarise_set(features, samples, batch, keep)
     metrics = compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
@@ -111,14 +108,14 @@ def make_reference(
     summary = summarise_set(features, images, batch)
     for note in note_if_few(summary):
         print(f"note: {note}")
-    count = min(MANIFOLD, images.count)
-    chosen = np.linspace(0, images.count - 1, count).round().astype(int)
+    count = min(MANIFOLD, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
     arrays: dict[str, np.ndarray] = {}
     for kind, gaussian in summary.gaussians.items():
         arrays |= dict(zip(STATISTICS[kind], gaussian, strict=True))
     settings = {
         "source": images.name,
-        "count": images.count,
+        "count": len(images),
         "kind": features.kind,
         **features.facts,
         "versions": versions(),
@@ -133,8 +130,8 @@ def make_reference(
             if len(rows):
                 yield part[rows]
 
-    write_npz(out, arrays, selected(), (count, *images.shape))
-    print(f"{out}: statistics of {images.count:,} images, {count:,} of them inside")
+    write_npz(out, arrays, selected(), (count, *images.shape[1:]))
+    print(f"{out}: statistics of {len(images):,} images, {count:,} of them inside")
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +170,8 @@ def main() -> None:
         beside = Path(a.samples.rstrip("/")).with_suffix(".json")
         out = new_file("out", a.out or str(beside), ".json")
     samples = open_images(a.samples, a.resolution, a.split)
+    if not len(samples):
+        raise UserError(f"{a.samples}: has statistics alone: give a set with images")
     devices = jax.device_count()
     batch = -(-max(a.batch_size, 1) // devices) * devices
     mesh = make_mesh(-1, 1, batch_size=devices)
@@ -180,5 +179,5 @@ def main() -> None:
     if a.make_reference:
         make_reference(features, samples, out, batch)
     else:
-        reference = open_reference(a.reference, a.resolution, a.split)
+        reference = open_images(a.reference, a.resolution, a.split)
         evaluate(features, samples, reference, out, batch)

@@ -39,15 +39,16 @@ from sra2_jax.metrics.compare import (
     watched,
 )
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_reference
+from sra2_jax.metrics.sets import open_images
 from sra2_jax.programs.evaluate import add_feature_arguments
 from sra2_jax.programs.sample import add_run_arguments
 from sra2_jax.workdir import write_whole
 
 Interval = tuple[float, float]
-Cell = dict[str, Any]
 FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")
+Cell = tuple[float, float, float]  # of those
+Results = dict[Cell, dict[str, float]]  # metrics of the finished cells
 GREY, BEST = "#666666", "#d55e00"
 STYLE: Any = {
     "font.size": 9,
@@ -88,44 +89,31 @@ def parse_intervals(text: str) -> list[Interval]:
     return pairs
 
 
-def cells_of(scales: Sequence[float], intervals: Sequence[Interval]) -> list[Cell]:
-    """One cell a pair; scale 1 is no guidance, whatever the interval: one cell."""
-    found: list[Cell] = []
-    for scale in scales:
-        for low, high in intervals:
-            if scale == 1:
-                low, high = 0.0, 1.0
-            cell = dict(zip(NAMES, (scale, low, high), strict=True))
-            if cell not in found:
-                found.append(cell)
-    return found
-
-
-def find(cells: Sequence[Cell], wanted: Cell) -> Cell | None:
-    """The finished cell of a guidance."""
-    same = (c for c in cells if all(c[name] == wanted[name] for name in NAMES))
-    return next(same, None)
+def cell_of(scale: float, interval: Interval) -> Cell:
+    """Scale 1 is no guidance, whatever the interval: one cell."""
+    return (scale, 0.0, 1.0) if scale == 1 else (scale, *interval)
 
 
 def with_guidance(config: ConfigDict, cell: Cell) -> ConfigDict:
     """The config of a cell. Raises UserError where it cannot have that guidance."""
-    flags = [f"--config.sampling.{name}={cell[name]!r}" for name in NAMES]
+    values = zip(NAMES, cell, strict=True)
+    flags = [f"--config.sampling.{name}={value}" for name, value in values]
     changed = configuration.override(config, flags)
     configuration.check(changed)
     return changed
 
 
-def read_finished(path: epath.Path, settings: dict[str, Any]) -> list[Cell]:
+def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
     """The cells of an earlier call.
 
     Raises:
       UserError: it had other settings, or its file cannot be read.
     """
     if not path.exists():
-        return []
+        return {}
     saved = configuration.read_json(path)
     refuse_others(path, saved["settings"], settings)
-    return saved["cells"]
+    return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
 
 
 def run_cell(
@@ -135,60 +123,61 @@ def run_cell(
     generate = replace(generate, config=with_guidance(generate.config, cell))
     indices = np.arange(count)
     labels = draw_labels(generate.config, indices)
-    name = "guidance {:g} in [{:g}, {:g}]".format(*(cell[n] for n in NAMES))
+    name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
     images = watched(generate(indices, labels), count, name)
     keep = count if reference.kept is not None else 0
     summary = summarise(features, images, name, total=count, keep=keep, labels=labels)
     return compare(features, summary, reference)
 
 
-def table(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
+def table(results: Results, settings: dict[str, Any]) -> str:
     """The cells as a Markdown table, the smallest distance in bold."""
-    names = list(cells[0]["metrics"])
-    best = min(cells, key=lambda cell: cell["metrics"][names[0]])
+    names = list(next(iter(results.values())))
+    best = min(results, key=lambda cell: results[cell][names[0]])
     lines = [
         f"{settings['num_samples']:,} samples a cell, the same noise and labels in "
         f"each; seed {settings['seed']}, {settings['method']}, {settings['steps']} "
         f"steps, {settings['labels']} labels, {settings['weights']} weights of step "
         f"{settings['step']:,}; {settings['features']}.",
         "",
-        f"| guidance | interval | {' | '.join(METRICS[name][0] for name in names)} |",
+        f"| guidance | interval | {' | '.join(METRICS[n][0] for n in names)} |",
         "|" + "---|" * (2 + len(names)),
     ]
-    for cell in sorted(cells, key=lambda c: [c[name] for name in NAMES]):
-        values = [f"{cell['metrics'][name]:.4g}" for name in names]
-        if cell is best:
+    for cell in sorted(results):
+        scale, low, high = cell
+        values = [f"{results[cell][name]:.4g}" for name in names]
+        if cell == best:
             values[0] = f"**{values[0]}**"
-        interval = (
-            "none"
-            if cell["guidance"] == 1
-            else "{:g} to {:g}".format(*(cell[name] for name in NAMES[1:]))
-        )
-        row = [f"{cell['guidance']:g}", interval, *values]
-        lines.append(f"| {' | '.join(row)} |")
+        interval = "none" if scale == 1 else f"{low:g} to {high:g}"
+        lines.append(f"| {' | '.join([f'{scale:g}', interval, *values])} |")
     return "\n".join(lines) + "\n"
 
 
 def write(
     out: epath.Path,
-    cells: Sequence[Cell],
+    results: Results,
     settings: dict[str, Any],
     scales: Sequence[float],
     intervals: Sequence[Interval],
 ) -> None:
     """sweep.json, sweep.md and sweep.png of the finished cells."""
+    cells = [
+        dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
+        for cell, metrics in results.items()
+    ]
     text = json.dumps({"settings": settings, "cells": cells}, indent=2) + "\n"
     write_whole(out / FILE, text)
-    (out / "sweep.md").write_text(table(cells, settings))
-    metric = next(iter(cells[0]["metrics"]))
-    values = np.full((len(intervals), len(scales)), np.nan)
-    for i, (low, high) in enumerate(intervals):
-        for j, scale in enumerate(scales):
-            (wanted,) = cells_of([scale], [(low, high)])
-            if done := find(cells, wanted):
-                values[i, j] = done["metrics"][metric]
-    name = f"{METRICS[metric][0]}, {settings['num_samples']:,} samples"
-    draw(out / "sweep.png", values, scales, intervals, name)
+    (out / "sweep.md").write_text(table(results, settings))
+    metric = next(iter(next(iter(results.values()))))
+    unknown = {metric: math.nan}
+    values = np.array(
+        [
+            [results.get(cell_of(s, interval), unknown)[metric] for s in scales]
+            for interval in intervals
+        ]
+    )
+    title = f"{METRICS[metric][0]}, {settings['num_samples']:,} samples"
+    draw(out / "sweep.png", values, scales, intervals, title)
 
 
 def draw(
@@ -247,26 +236,26 @@ def main() -> None:
     if a.num < 2:
         raise UserError(f"--num={a.num}: must be at least 2")
     config = read_settings(a.workdir, overrides)
-    for cell in cells_of(scales, intervals):  # fails before anything is loaded
+    cells = {cell_of(s, i): None for s in scales for i in intervals}  # each once
+    for cell in cells:  # fails before anything is loaded
         with_guidance(config, cell)
     distributed.initialize(a)
-    held = open_reference(a.reference, a.resolution, a.split)
+    held = open_images(a.reference, a.resolution, a.split)
     generate = open_run(a.workdir, config, a.weights, a.step)
     batch = batch_size(config, generate.mesh)
     features = make_features(a.features, a.inception, generate.mesh, batch)
     settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
     out = epath.Path(a.out)
-    cells = read_finished(out / FILE, settings)
+    results = read_finished(out / FILE, settings)
     out.mkdir(parents=True, exist_ok=True)
     reference = summarise_reference(features, held, batch, manifold=True)
-    for cell in cells_of(scales, intervals):
-        if not find(cells, cell):
-            metrics = run_cell(generate, features, reference, cell, a.num)
-            cells.append({**cell, "metrics": metrics})
+    for cell in cells:
+        if cell not in results:
+            results[cell] = run_cell(generate, features, reference, cell, a.num)
         if jax.process_index() == 0:
-            write(out, cells, settings, scales, intervals)
+            write(out, results, settings, scales, intervals)
     if jax.process_index() == 0:
-        print(table(cells, settings))
+        print(table(results, settings))
         print(f"wrote {out / 'sweep.md'}, sweep.png, {FILE}")
     distributed.finish()
