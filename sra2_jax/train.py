@@ -39,7 +39,7 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     run = Run(workdir, jax.process_index() == 0)
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
-    dataset = prepare(config, run.latents(config), program.fields, watch.progress)
+    dataset = prepare(config, run.latents(config), program.fields, watch)
     run.claim_dataset(dataset.folder, dataset.sha256)
     with ExitStack() as stack:
         log = stack.enter_context(Log(run, config))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sra2_jax.data.shards import ShardWriter
 
 from sra2_jax.data import records
 from sra2_jax.data.check import faults, run_check
 from sra2_jax.data.encode import encode
-from sra2_jax.data.shards import ShardWriter
 from tests.test_pipeline import damage, swap, write_dataset
 
 NAME = "latents-train.tfrecord-{:05d}-of-00008"

@@ -71,7 +71,7 @@ def test_two_processes_train_checkpoint_and_sample_as_one(finished, as_file, tmp
     assert scores[0]["eval/frechet"] == pytest.approx(scores[1]["eval/frechet"], 0.01)
 
     samples = [tmp_path / "two.npz", tmp_path / "one.npz"]
-    program = ["-m", "sra2_jax.programs.sample", run, "--num=20", f"--out={samples[0]}"]
+    program = ["-m", "sra2_jax", "sample", run, "--num=20", f"--out={samples[0]}"]
     said = together(*program)
     assert sum("20 images in" in text for text in said) == 1
     program[-1] = f"--out={samples[1]}"

@@ -10,7 +10,7 @@ from PIL import Image
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import encode
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.archive import open_images
+from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.weights import load_dinov2, load_vae
 from tests.test_pipeline import BATCH, read_with_tfds, take

@@ -6,7 +6,7 @@ from sra2_jax.optim import make_optimizer
 from sra2_jax.state import create_sharded
 
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.generate import draw_labels, grid, make_generate, to_uint8
+from sra2_jax.generate import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.metrics.moments import frechet_distance, gaussian
@@ -54,9 +54,9 @@ def make(tiny):
         tiny.sampling.batch_size = batch_size
         tiny.sampling.update(sampling)
         mesh = make_mesh(-1, 1, 8, devices=jax.devices()[:devices])
-        generate = make_generate(tiny, mesh, vae, vae_params)
+        generate = Generator(tiny, mesh, vae, vae_params, params)
         labels = np.full(len(indices), label)
-        return np.concatenate([*generate(params, np.array(indices), labels)])
+        return np.concatenate([*generate(np.array(indices), labels)])
 
     return images
 
@@ -82,9 +82,8 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
     monkeypatch.setattr("sra2_jax.generate.make_sampler", lambda *_: run)
     tiny.sampling.batch_size = 2
     mesh = make_mesh(1, 1, 8, devices=jax.devices()[:1])
-    batches = make_generate(tiny, mesh, *load_vae("digits"))(
-        None, np.arange(10, 15), np.zeros(5)
-    )
+    generate = Generator(tiny, mesh, *load_vae("digits"))
+    batches = generate(np.arange(10, 15), np.zeros(5))
     first = next(batches)
     assert sent == [[10, 11], [12, 13]]
     rest = list(batches)

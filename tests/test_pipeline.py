@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from sra2_jax.data import pipeline, prefetch, records
 from sra2_jax.data.shards import ShardWriter
 from sra2_jax.data.tfds_metadata import write_tfds_metadata
+
+from sra2_jax.data import pipeline, prefetch, records
 from sra2_jax.errors import UserError
 
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
