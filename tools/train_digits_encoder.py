@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
 from sra2_jax.weights.dinov2 import load_dinov2, save_dinov2
-from sra2_jax.weights.files import Params
+from sra2_jax.weights.tree import Params
 
 CONFIG = DINOv2Config(
     hidden_size=64,

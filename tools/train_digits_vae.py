@@ -23,7 +23,7 @@ from sklearn.svm import SVC
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae, save_vae
-from sra2_jax.weights.files import Params
+from sra2_jax.weights.tree import Params
 
 CONFIG = VAEConfig(
     block_out_channels=(16, 16, 32, 64),
