@@ -92,7 +92,12 @@ def facts(program: Program, seconds: float) -> dict[str, Any]:
     params = program.abstract.params
     parameters = {"network": count(params["network"]), "heads": count(params["heads"])}
     parameters["encoder"] = count(program.frozen)
-    return {"parameters": parameters, "compile_seconds": round(seconds, 2)}
+    methods = [
+        {"name": name, "title": a.title, "aim": a.aim, "depth": a.depth}
+        for name, a in program.alignments.items()
+    ]
+    seconds = round(seconds, 2)
+    return {"methods": methods, "parameters": parameters, "compile_seconds": seconds}
 
 
 class Loop:

@@ -138,7 +138,8 @@ def _folder(folder: Path, resolution: int | None) -> tuple[sources.ImageSource, 
             name = str(path.relative_to(folder))
             yield sources.Entry(i, name, 0, functools.partial(load, path))
 
-    return sources.ImageSource(len(paths), 1, ("",), entries, ""), side
+    name = str(folder)
+    return sources.ImageSource(name, len(paths), 1, ("",), entries, ""), side
 
 
 # .npz files
