@@ -139,7 +139,9 @@ def advice(facts: dict[str, Any]) -> str:
     peak, memory = facts["peak_bytes"], facts["memory_bytes"]
     need = f"needs {peak / 1e9:.2f} GB a device" if peak else "needs more"
     if facts["fits"] is None:
-        return f"{need}; whether it fits is not known, as the memory is not: --memory_gb"
+        return (
+            f"{need}; whether it fits is not known, as the memory is not: --memory_gb"
+        )
     if memory:
         need += f" of {memory / 1e9:.2f} GB, {RESERVE:.0%} of them in reserve"
     if facts["fits"]:
