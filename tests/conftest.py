@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ TYPED = (
     "transport",
     "alignment",
     "sampler",
-    "evaluation.generate",
-    "evaluation.neighbours",
+    "generate",
+    "metrics.neighbours",
 )
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
@@ -120,12 +121,12 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(
     latents: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ConfigDict, Path]:
+) -> tuple[Any, Path]:
     """(config, workdir) of a run of 4 steps that nothing interrupted; not to change."""
+    from sra2_jax.config import Config
     from sra2_jax.train import train
 
-    config = tiny.__wrapped__()
-    config.data.dir = str(latents)
+    config = Config.of(tiny.__wrapped__()).override({"data.dir": str(latents)})
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     train(config, str(workdir))
     return config, workdir

@@ -9,14 +9,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sra2_jax import config
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.errors import UserError
+from sra2_jax.errors import Restart, UserError
 from sra2_jax.fingerprint import fingerprints
+from sra2_jax.run import Run
 
 ROOT = Path(__file__).parents[1]
+KEEP = config.Run(keep_checkpoints=3, keep_best=0)
+
+
+def opened(folder, keep=KEEP, **named):
+    """The checkpoints in FOLDER/checkpoints."""
+    return Checkpoints(Run(folder), keep, **named)
 
 
 def some_state(seed=0):
@@ -84,20 +93,20 @@ def test_what_is_kept(tmp_path):
     """The newest two, every tenth step, and the two best of those with a score, which
     comes after the save."""
     scores, known = {}, {4: 3.0, 7: 1.0, 13: 2.0, 16: 5.0}
-    checkpoints = Checkpoints(
-        tmp_path / "c",
-        2,
+    keep = config.Run(
+        log_every=1,
+        checkpoint_every=1,
+        keep_checkpoints=2,
         keep_every=10,
         keep_best=2,
-        score=lambda step: scores.get(step, float("inf")),
     )
-    for step in range(4, 26, 3):
-        assert checkpoints.save(step, some_state(), [{"loss": 0.1}])
-        checkpoints.wait()
-        scores |= {step: known[step]} if step in known else {}
-    assert checkpoints.save(30, some_state())
-    checkpoints.close()
-    kept = {int(p.name) for p in (tmp_path / "c").iterdir()}
+    with opened(tmp_path, keep, score=lambda s: scores.get(s, float("inf"))) as saver:
+        for step in range(4, 26, 3):
+            saver.save(step, some_state(), [{"loss": 0.1}])
+            saver.wait()
+            scores |= {step: known[step]} if step in known else {}
+        saver.save(30, some_state())
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
     assert kept == {7, 10, 13, 25, 30}
 
 
@@ -122,22 +131,22 @@ def changed_targets(state):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Checkpoints of steps 1 and 2, to copy."""
-    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    checkpoints = Checkpoints(folder, 3)
-    for step in (1, 2):
-        checkpoints.save(step, some_state(step), [{"loss": 0.1 * step}])
-    checkpoints.close()
+    folder = tmp_path_factory.mktemp("saved")
+    with opened(folder) as saver:
+        for step in (1, 2):
+            saver.save(step, some_state(step), [{"loss": 0.1 * step}])
     return folder
 
 
 @pytest.mark.parametrize("kind", changed_targets(some_state()))
 def test_another_model_is_refused_and_nothing_is_renamed(saved, kind):
     wanted, name = changed_targets(some_state())[kind]
-    checkpoints = Checkpoints(saved, 3)
-    with pytest.raises(UserError, match=f"is of another model: .*{name}"):
+    with (
+        opened(saved) as checkpoints,
+        pytest.raises(UserError, match=f"is of another model: .*{name}"),
+    ):
         checkpoints.restore_newest(abstract(some_state() | wanted))
-    checkpoints.close()
-    assert {p.name for p in saved.iterdir()} == {"1", "2"}
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2"}
 
 
 def content(folder):
@@ -160,7 +169,7 @@ def flip(path):
 )
 def test_damage_is_set_aside(saved, tmp_path, damage):
     """A run goes on from the checkpoint before; a reader only refuses."""
-    folder = shutil.copytree(saved, tmp_path / "c")
+    folder = shutil.copytree(saved, tmp_path / "c") / "checkpoints"
     newest, heard = folder / "2", []
     files = [p for p in newest.glob("state/**/*") if p.is_file()]
     if damage == "flip":
@@ -178,113 +187,119 @@ def test_damage_is_set_aside(saved, tmp_path, damage):
     if damage == "only it":
         shutil.rmtree(folder / "1")
 
-    reader = Checkpoints(folder, read_only=True)
     before = content(folder)
-    with pytest.raises(UserError, match=r"checkpoint .*2 is damaged"):
+    with (
+        opened(folder.parent, None) as reader,
+        pytest.raises(UserError, match=r"checkpoint .*2 is damaged"),
+    ):
         reader.restore(abstract(some_state()))
-    reader.close()
     assert content(folder) == before
 
-    checkpoints = Checkpoints(folder, 3, report=heard.append)
-    if damage == "only it":
-        with pytest.raises(UserError, match="all checkpoints are damaged"):
-            checkpoints.restore_newest(abstract(some_state()))
-        assert (folder / "damaged-2").exists()
-        return checkpoints.close()
-    step, state, unlogged = checkpoints.restore_newest(abstract(some_state()))
-    assert (step, unlogged) == (1, [{"loss": 0.1}])
-    jax.tree.map(np.testing.assert_array_equal, state, some_state(1))
-    assert "2 is damaged (" in heard[0]
-    assert checkpoints.save(2, some_state(9))  # the same step again
-    checkpoints.close()
+    with opened(folder.parent, report=heard.append) as checkpoints:
+        if damage == "only it":
+            with pytest.raises(UserError, match="all checkpoints are damaged"):
+                checkpoints.restore_newest(abstract(some_state()))
+            assert (folder / "damaged-2").exists()
+            return
+        step, state, unlogged = checkpoints.restore_newest(abstract(some_state()))
+        assert (step, unlogged) == (1, [{"loss": 0.1}])
+        jax.tree.map(np.testing.assert_array_equal, state, some_state(1))
+        assert "2 is damaged (" in heard[0]
+        checkpoints.save(2, some_state(9))  # the same step again
     assert {p.name for p in folder.iterdir()} == {"1", "2", "damaged-2"}
-    reader = Checkpoints(folder, read_only=True)
     part = {"params": {"kernel": abstract(some_state())["params"]["kernel"]}}
-    found = reader.restore(part, partial=True)["params"]["kernel"]
+    with opened(folder.parent, None) as reader:
+        found = reader.restore(part)["params"]["kernel"]
     np.testing.assert_array_equal(found, some_state(9)["params"]["kernel"])
-    reader.close()
 
 
 def test_what_is_not_finite_is_not_saved(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "c")
     state = some_state()
     state["params"]["half"] = state["params"]["half"].at[3].set(jnp.nan)
-    checkpoints = Checkpoints(folder, 3)
-    with pytest.raises(UserError, match="step 3 is not saved: params/half is not fin"):
+    with (
+        opened(folder) as checkpoints,
+        pytest.raises(UserError, match="step 3 is not saved: params/half is not fin"),
+    ):
         checkpoints.save(3, state)
-    checkpoints.close()
-    assert {p.name for p in folder.iterdir()} == {"1", "2"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"1", "2"}
 
 
 def test_what_is_not_damage_is_not_set_aside(saved, tmp_path, monkeypatch):
     """A login that has run out, a folder of something else that looks like a step."""
     folder = shutil.copytree(saved, tmp_path / "c")
-    checkpoints = Checkpoints(folder, 3)
 
     def refuse(*args, **options):
         raise ValueError("opening the state") from PermissionError(13, "denied")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints._manager, "restore", refuse)
+    with opened(folder) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", refuse)
         with pytest.raises(
             UserError, match=r"PermissionError.* denied: mend it and run"
         ):
             checkpoints.restore_newest(abstract(some_state()))
-    checkpoints.close()
-    (folder / "5").mkdir()
-    (folder / "5" / "photo.png").write_bytes(b"")
-    checkpoints = Checkpoints(folder, 3)
-    with pytest.raises(UserError, match=r"5 is no checkpoint of a run: move it"):
+    foreign = folder / "checkpoints" / "5"
+    foreign.mkdir()
+    (foreign / "photo.png").write_bytes(b"")
+    with (
+        opened(folder) as checkpoints,
+        pytest.raises(UserError, match=r"5 is no checkpoint of a run: move it"),
+    ):
         checkpoints.restore_newest(abstract(some_state()))
-    checkpoints.close()
-    assert {p.name for p in folder.iterdir()} == {"1", "2", "5"}
+    assert {p.name for p in foreign.parent.iterdir()} == {"1", "2", "5"}
 
 
 def test_foreign_folders(tmp_path):
-    folder = tmp_path / "c"
+    folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "notes").mkdir()
     (folder / "5").write_bytes(b"\x80\x04.")  # a file
-    checkpoints = Checkpoints(folder, read_only=True)
-    with pytest.raises(UserError, match=r"no checkpoint: it has none"):
+    with (
+        opened(tmp_path, None) as checkpoints,
+        pytest.raises(UserError, match=r"no checkpoint: it has none"),
+    ):
         checkpoints.restore(abstract(some_state()))
-    checkpoints.close()
     assert {p.name for p in folder.iterdir()} == {"notes", "5"}
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is no folder that can be written"):
-        Checkpoints(tmp_path / "file")
+    with pytest.raises(UserError, match="no such folder: give the workdir of a run"):
+        opened(tmp_path / "nothing", None)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "checkpoints").touch()
+    with pytest.raises(UserError, match="is no folder that can be written"):
+        opened(tmp_path / "x")
 
 
 def full_disk(folder, limit):
     """Saves, from a process that may write `limit` bytes a file, then any."""
-    heard = []
-    checkpoints = Checkpoints(Path(folder), 3, report=heard.append)
+    checkpoints = opened(folder)
     state = {"x": jnp.asarray(np.random.default_rng(0).normal(size=100_000))}
-    assert checkpoints.save(1, state)
-    assert checkpoints.wait()
+    checkpoints.save(1, state)
+    checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    checkpoints.save(2, state)
-    assert not checkpoints.wait()
-    assert "step 2 could not be saved" in heard[0], heard
-    assert {p.name for p in Path(folder).iterdir()} == {"1"}
-    assert not checkpoints.failed()
+    try:
+        checkpoints.save(2, state)
+        checkpoints.wait()
+        raise AssertionError("saved")
+    except Restart as error:
+        assert "a step could not be saved (" in str(error), error
+        assert str(error).endswith("to go on from the last checkpoint"), error
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    assert checkpoints.save(3, state)
-    assert checkpoints.wait()
-    step, restored, _ = checkpoints.restore_newest(abstract(state))
-    assert step == 3
+    again = opened(folder)  # as the same command does
+    step, restored, _ = again.restore_newest(abstract(state))
+    assert step == 1
     np.testing.assert_array_equal(restored["x"], state["x"])
+    again.save(3, state)
+    again.wait()
     shutil.move(folder, f"{folder}.moved")
     with pytest.raises(UserError, match="is gone or cannot be written: step 4"):
-        checkpoints.save(4, state)
+        again.save(4, state)
     print("fine")
 
 
 def test_a_full_disk_and_a_lost_folder(tmp_path):
-    """Writes fail half-way: reported, removed, tried again; a folder that is gone ends
-    the run. (A process of its own: the limit is the process's.)"""
+    """A save that fails ends the run, which goes on from the one before; a folder that
+    is gone, too. (A process of its own: the limit is the process's.)"""
     program = (
-        "import sys, os; sys.path.insert(0, 'tests'); import test_checkpoint as t; "
+        "import sys, os; sys.path.insert(0, '.'); import tests.test_checkpoint as t; "
         f"t.full_disk({str(tmp_path / 'c')!r}, 20_000); sys.stdout.flush(); os._exit(0)"
     )
     done = subprocess.run(

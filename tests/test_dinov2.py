@@ -1,23 +1,22 @@
-"""models/dinov2.py, pretrained/dinov2.py and the shipped encoder of digits."""
+"""The DINOv2 encoder, its files and the one shipped for the digits."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from sra2_jax.data.digits import load_digits
-from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, preprocess
 from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_dinov2
-from sra2_jax.weights.dinov2 import DIGITS, INDEX, WEIGHTS, save_dinov2
-from sra2_jax.weights.files import CONFIG, read_safetensors
+from sra2_jax.weights.dinov2 import DIGITS, WEIGHTS, save_dinov2
+from sra2_jax.weights.files import CONFIG
+from tests.test_weights import assert_same_tree, edit_config, refused, shard
 from tools.train_digits_encoder import pooled_features
 
 # Channel 7 of the second golden image's tokens, cut to 42x56 pixels, so that the 4x4
@@ -71,18 +70,6 @@ def folder(source, tmp_path):
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(source / name, tmp_path / name)
     return tmp_path
-
-
-def edit_config(folder, **changes):
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def assert_same_tree(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 # The network
@@ -147,43 +134,12 @@ def test_partial_patches_are_refused(case):
 # Reading and writing folders
 
 
-def test_saved_files_equal_those_of_transformers(source, tmp_path):
-    module, params = load_dinov2(str(source))
-    save_dinov2(tmp_path, module.config, params)
-    ours, theirs = load_file(tmp_path / WEIGHTS), load_file(source / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
-    assert json.loads((tmp_path / CONFIG).read_text()) == json.loads(
-        (source / CONFIG).read_text()
-    )
-
-
 def test_shards_of_an_early_image_classifier(folder, source):
-    fields = json.loads((folder / CONFIG).read_text())
-    del fields["use_mask_token"]  # newer than the published files
-    (folder / CONFIG).write_text(json.dumps(fields))
+    edit_config(folder, use_mask_token=None)  # newer than the published files
     tensors = {f"dinov2.{k}": v for k, v in load_file(folder / WEIGHTS).items()}
     tensors |= {"classifier.weight": np.zeros((5, 96)), "classifier.bias": np.zeros(5)}
-    names = sorted(tensors)
-    weight_map = {}
-    for i, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / WEIGHTS).unlink()
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    shard(folder, WEIGHTS, tensors)
     assert_same_tree(load_dinov2(str(folder))[1], load_dinov2(str(source))[1])
-
-
-def test_half_precision_files_load_as_float32(tmp_path, case):
-    module, params, *_ = case
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    save_dinov2(tmp_path, module.config, half)
-    stored = read_safetensors(tmp_path / WEIGHTS)
-    assert {tensor.dtype for tensor in stored.values()} == {np.dtype(jnp.bfloat16)}
-    wanted = jax.tree.map(lambda leaf: leaf.astype(np.float32), half)
-    assert_same_tree(load_dinov2(str(tmp_path))[1], wanted)
 
 
 def test_without_optional_parts(tmp_path):
@@ -198,19 +154,6 @@ def test_without_optional_parts(tmp_path):
     assert_same_tree(loaded, jax.tree.map(np.asarray, params))
 
 
-# What a user may get wrong
-
-
-def refused(source, *words):
-    """load_dinov2(source) must fail with one line that holds all the words."""
-    with pytest.raises(UserError) as caught:
-        load_dinov2(str(source))
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -219,6 +162,7 @@ def refused(source, *words):
         ({"hidden_act": "gelu_new"}, ["hidden_act", "'gelu_new'"]),
         ({"num_channels": 1}, ["num_channels is 1"]),
         ({"image_size": [56, 56]}, ["image_size", "int expected"]),
+        ({"model_type": None}, ["model_type is 'missing'"]),
         ({"num_attention_heads": 5}, ["num_attention_heads 5", "48"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
         ({"image_size": 13}, ["image_size 13", "14"]),
@@ -226,43 +170,7 @@ def refused(source, *words):
 )
 def test_unsupported_config(folder, changes, words):
     edit_config(folder, **changes)
-    refused(folder, str(folder / CONFIG), *words)
-
-
-def test_missing_folder_file_and_key(folder):
-    refused(folder / "nowhere", "no such folder", "owner/name", WEIGHTS)
-    (folder / WEIGHTS).unlink()
-    refused(folder, str(folder / WEIGHTS), "no such file")
-    (folder / CONFIG).write_text("{}")
-    refused(folder, str(folder / CONFIG), "model_type is missing")
-
-
-def test_missing_surplus_and_misshaped_tensors(folder):
-    path = folder / WEIGHTS
-    tensors = load_file(path)
-    name = "encoder.layer.1.mlp.fc1.weight"
-    save_file({key: t for key, t in tensors.items() if key != name}, path)
-    refused(folder, str(path), "1 tensors missing", name)
-    save_file(tensors | {"classifier.bias": np.zeros(3, np.float32)}, path)
-    refused(folder, str(path), "1 tensors unexpected", "classifier.bias")
-    save_file(tensors | {name: tensors[name][:9]}, path)
-    refused(folder, str(path), name, "(9, 48)", "(192, 48)")
-    save_file(tensors, path)
-    edit_config(folder, image_size=70)
-    refused(folder, "position_embeddings", "(1, 17, 48)", "(1, 26, 48)")
-
-
-def test_hub_id_is_downloaded(monkeypatch, source):
-    asked = {}
-
-    def snapshot_download(repo, **arguments):
-        asked.update(repo=repo, **arguments)
-        return str(source)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    load_dinov2("facebook/dinov2-base")
-    assert asked["repo"] == "facebook/dinov2-base"
-    assert {CONFIG, WEIGHTS, INDEX} < set(asked["allow_patterns"])
+    refused(load_dinov2, folder, str(folder / CONFIG), *words)
 
 
 # The encoder shipped for the digits

@@ -2,12 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sra2_jax.models.heads import alignment_head
-from sra2_jax.state import count_parameters
 
-from configs.default import SIZES
+from sra2_jax.alignment.vae import LatentAlignment
 from sra2_jax.attention import implementation
+from sra2_jax.config import AlignVAE
+from sra2_jax.config_file import SIZES
 from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify
+
+
+def count_parameters(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def make(**changes) -> DiT:
@@ -75,9 +79,9 @@ def test_parameter_counts(size, millions, patch):
 def test_head_parameter_counts(size, layers, final, millions):
     """The paper's 8M (B), 18M (XL) and 1M (two layers), as method.md derives them."""
     width = SIZES[size][0]
-    head = alignment_head(
-        width, 16, layers=layers, hidden=0, final_layer=final, dtype=jnp.float32
-    )
+    section = AlignVAE(head_layers=layers, head_final_layer=final)
+    network = DiT(32, 4, 2, width, 12, 12, 1000)
+    head = LatentAlignment(**vars(section)).head(network)
     tokens = jax.ShapeDtypeStruct((1, 4, width), jnp.float32)
     c = jax.ShapeDtypeStruct((1, width), jnp.float32)
     count = count_parameters(jax.eval_shape(head.init, jax.random.key(0), tokens, c))

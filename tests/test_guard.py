@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from sra2_jax.guard import Guard
 
 from sra2_jax.errors import UserError
-from sra2_jax.log import mean
+from sra2_jax.log import Guard, mean
 
 
 class Heard:

@@ -81,7 +81,7 @@ BAD = {
     "--config.mesh.fsdp=3": "batch_size=64 is not divisible by config.mesh.fsdp=3",
     "--config.mesh.data=0": "config.mesh.data=0: must be -1 or at least 1",
     "--config.mesh.tensor=3": "config.mesh.tensor=3 does not divide config.model.heads",
-    "--config.mesh.data=32 --config.mesh.fsdp=4": "is not divisible by 128, config.mes",
+    "--config.mesh.data=32 --config.mesh.fsdp=4": "config.accumulate = 128",
     "--config.align.vae.depth=7": "the network has config.model.depth=6 blocks",
     "--config.align.teacher.enabled=true --config.align.teacher.teacher_depth=9": (
         "config.align.teacher.teacher_depth=9: the network has config.model.depth=6"
@@ -175,7 +175,7 @@ def test_mesh_is_refused_before_tensorflow_and_the_workdir(tmp_path):
     """The number of devices is known to jax alone."""
     script = (
         "import sys; sys.modules['tensorflow'] = None\n"
-        "import main; from sra2_jax.errors import run_program\n"
+        "import main; from sra2_jax.command import run_program\n"
         f"sys.argv = ['main.py', '--config.mesh.fsdp=16', '--workdir={tmp_path}/run']\n"
         "run_program(main.main)"
     )
@@ -195,8 +195,8 @@ def test_help_and_keys():
     for flag in ("--workdir", "--config", "--keys", "--distributed", "--config.KEY="):
         assert flag in done.stdout
     done = python("main.py", "--keys", "--config.steps=7")
-    assert "--config.steps=7  (must lie between 1 and" in done.stdout
-    assert "--config.align.teacher.loss=smooth_l1  (must be one of" in done.stdout
+    assert "--config.steps=7  optimizer steps of the whole run (must lie between 1 and" in done.stdout
+    assert "--config.align.teacher.loss=smooth_l1  between prediction and target (must" in done.stdout
 
 
 def test_nobody_listens():

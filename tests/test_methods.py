@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import build_networks, create_sharded
 
-from sra2_jax.data.pipeline import batches
+from sra2_jax.config import Config
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
-from sra2_jax.sharding import make_mesh
-from sra2_jax.step import make_draw, make_loss, make_step, record_fields
 from sra2_jax.train import train
 from sra2_jax.weights import load_dinov2
+from tests.test_step import program_of
 
 METHODS = {
     "vanilla": (),
@@ -32,33 +30,19 @@ def switch(config, on):
     return config
 
 
-def start(config):
-    """One device: mesh, abstract state, parameters moved away from their zeros."""
-    mesh = make_mesh(1, 1, config.batch_size, devices=jax.devices()[:1])
-    transform, schedule = make_optimizer(**config.optim)
-    abstract, init = create_sharded(config, transform, mesh)
-    state = init()
-    moved = jax.tree.map(
-        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+def moved_parameters(program):
+    """Those of step 0, moved away from their zeros."""
+    return jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
+        program.start().params,
     )
-    return mesh, transform, schedule, abstract, state, moved
 
 
 @pytest.fixture(scope="module")
 def digits(latents):
     """The first 20 batches of 64 real digits with their images and features."""
-    stream = batches(
-        latents,
-        split="train",
-        batch_size=64,
-        seed=0,
-        start_step=0,
-        streams=1,
-        shuffle_buffer=2048,
-        process_index=0,
-        process_count=1,
-        fields=("image", "features"),
-    )
+    order = Order(64, seed=0, streams=1, shuffle_buffer=2048)
+    stream = batches(latents, order, fields=("image", "features"))
     rows = [next(stream) for _ in range(20)]
     for row in rows:
         row.pop("index")
@@ -71,16 +55,14 @@ def test_trains_on_digits(tiny, digits, name):
     on = METHODS[name]
     config = switch(tiny, on)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
-    mesh, transform, schedule, abstract, state, _ = start(config)
+    program = program_of(config)
+    state, frozen, step = program.start(), program.load_frozen(), program.compile()
     first = jax.device_get(state.params["heads"])
     assert set(first) == set(on)
-    encoder, params = load_dinov2("digits")
-    step = make_step(config, transform, schedule, mesh, abstract, encoder)
-    wanted = ("mean", "std", "label", *record_fields(config))
     rows = []
     for number in range(60):
-        batch = {k: digits[number % len(digits)][k] for k in wanted}
-        state, metrics = step(state, batch, params if "encoder" in on else None)
+        batch = {k: digits[number % len(digits)][k] for k in program.batch}
+        state, metrics = step(state, batch, frozen)
         rows.append({k: float(v) for k, v in metrics.items()})
     assert {k[11:] for k in rows[0] if k.startswith("loss_align_")} == set(on)
     for key in ("loss", "loss_denoise", *(f"loss_align_{n}" for n in on)):
@@ -100,11 +82,11 @@ def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
     """SRA's loss and its gradient from a full forward pass of the EMA network."""
     switch(tiny, ("teacher",))
     tiny.model.depth, tiny.align.teacher.interval = 3, 0.3
-    network, heads = build_networks(tiny)
-    params = start(tiny)[5]
+    program = program_of(tiny)
+    network, heads, params = program.network, program.heads, moved_parameters(program)
     ema = jax.tree.map(lambda p: 0.9 * p, params["network"])
     step = jnp.asarray(7)
-    draws = jax.jit(make_draw(tiny))(batch, step)
+    draws = jax.jit(program.draw)(batch, step)
 
     t, t_teacher = np.asarray(draws["t"]), np.asarray(draws["t_teacher"])
     assert (t_teacher <= t).all()
@@ -131,9 +113,8 @@ def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
         align = jnp.mean(jnp.where(d < 0.05, d**2 / 0.1, d - 0.025))
         return jnp.mean((out - v) ** 2) + 0.2 * align
 
-    frozen = {"teacher": ema, "encoder": None}
-    gradient_of = jax.jit(jax.value_and_grad(make_loss(tiny), has_aux=True))
-    ours = gradient_of(params, frozen, draws, step)
+    gradient_of = jax.jit(jax.value_and_grad(program.loss, has_aux=True))
+    ours = gradient_of(params, ema, {}, draws, step)
     value, gradient = jax.jit(jax.value_and_grad(formula))(params)
     assert float(ours[0][0]) == pytest.approx(float(value), rel=1e-5)
     jax.tree.map(
@@ -146,12 +127,15 @@ def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
 def test_teacher_is_the_ema_of_the_state_before_the_step(tiny, batch):
     """The step hands over state.ema, not the raw parameters."""
     switch(tiny, ("teacher",))
-    mesh, transform, schedule, abstract, state, moved = start(tiny)
-    draws = jax.jit(make_draw(tiny))(batch, state.step)
-    frozen = {"teacher": moved["network"]}
-    _, expected = jax.jit(make_loss(tiny))(state.params, frozen, draws, state.step)
-    step = make_step(tiny, transform, schedule, mesh, abstract)
-    _, metrics = step(state.replace(ema=moved), batch)
+    program = program_of(tiny)
+    state, moved, batch = program.start(), moved_parameters(program), dict(batch)
+    del batch["image"]
+    draws = jax.jit(program.draw)(batch, state.step)
+    _, expected = jax.jit(program.loss)(
+        state.params, moved["network"], {}, draws, state.step
+    )
+    expected = jax.device_get(expected)
+    _, metrics = program.compile()(state.replace(ema=moved), batch, {})
     for name in ("loss", "loss_align_teacher"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
     assert float(metrics["loss_align_teacher"]) > 0.1
@@ -162,15 +146,15 @@ def test_repa_is_minus_the_cosine_over_channels(tiny, digits, source):
     """1 - mean cos(head(h), encoder(image)); weight 0.5. Stored features do as well."""
     switch(tiny, ("encoder",))
     tiny.align.encoder.source = source
-    encoder, encoder_params = load_dinov2("digits")
-    network, heads = build_networks(tiny)
-    params = start(tiny)[5]
+    program = program_of(tiny)
+    network, heads, params = program.network, program.heads, moved_parameters(program)
     batch = {k: jnp.asarray(v[:16]) for k, v in digits[0].items()}
-    draws = jax.jit(make_draw(tiny))(batch, jnp.asarray(0))
-    assert {"image", "features"} & draws.keys() == set(record_fields(tiny))
-    total, metrics = jax.jit(make_loss(tiny, encoder))(
-        params, {"encoder": encoder_params}, draws, jnp.asarray(0)
+    draws = jax.jit(program.draw)(batch, jnp.asarray(0))
+    assert {"image", "features"} & draws.keys() == set(program.fields)
+    total, metrics = jax.jit(program.loss)(
+        params, None, program.load_frozen(), draws, jnp.asarray(0)
     )
+    encoder, encoder_params = load_dinov2("digits")
     z = jax.jit(patch_features, static_argnums=(0, 3))(
         encoder, encoder_params, batch["image"], 4
     )
@@ -193,12 +177,13 @@ def test_what_is_off_costs_nothing(tiny, batch):
     def flops(on, teacher_depth=1):
         switch(tiny, on)
         tiny.align.teacher.teacher_depth = teacher_depth
-        params = start(tiny)[5]
-        loss = make_loss(tiny)
+        program = program_of(tiny)
+        params = program.start().params
 
         def forward(params, batch):
-            draws = make_draw(tiny)(batch, jnp.asarray(0))
-            return loss(params, {"teacher": params["network"]}, draws, jnp.asarray(0))
+            draws = program.draw(batch, jnp.asarray(0))
+            ema = params["network"]
+            return program.loss(params, ema, {}, draws, jnp.asarray(0))
 
         return jax.jit(forward).lower(params, batch).cost_analysis()["flops"]
 
@@ -215,7 +200,7 @@ def test_whole_job_with_an_encoder(tiny, tmp_path):
     """The job encodes what the method needs by itself, and trains on it."""
     switch(tiny, ("encoder", "vae"))
     tiny.steps = 2
-    train(tiny, str(tmp_path / "run"))
+    train(Config.of(tiny), str(tmp_path / "run"))
     assert '"loss_align_encoder"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "REPA + SRA 2" in (tmp_path / "run" / "report.html").read_text()
 
@@ -242,7 +227,7 @@ def test_refusals(tiny, latents, tmp_path, changes, message):
     switch(tiny, ("encoder",)).data.dir = str(latents)
     tiny.update_from_flattened_dict(changes)
     with pytest.raises(UserError) as error:
-        train(tiny, str(tmp_path / "run"))
+        train(Config.of(tiny), str(tmp_path / "run"))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -258,4 +243,4 @@ def test_a_dataset_of_latents_alone(tiny, latents, tmp_path, source, flag):
     switch(tiny, ("encoder",)).data.dir = str(tmp_path)
     tiny.align.encoder.source = source
     with pytest.raises(UserError, match=f"encode again with {flag}"):
-        train(tiny, str(tmp_path / "run"))
+        train(Config.of(tiny), str(tmp_path / "run"))

@@ -103,29 +103,36 @@ SIX = np.zeros(6, np.float32)
     [
         (
             lambda w: {"conv1.weight": SIX},
-            r"lacks y_embedder\S+, pos_embed, .* and \d+",
+            "not a SiT checkpoint: x_embedder.proj.weight is missing",
         ),
         (
             lambda w: changed(w, pos_embed=None, extra=SIX),
-            "lacks pos_embed; it has the foreign extra",
+            "pos_embed is missing",
+        ),
+        (
+            lambda w: changed(w, **{"t_embedder.mlp.0.bias": None}, extra=SIX),
+            r"extra is \(6,\), no such tensor expected; 2 do not fit",
         ),
         (
             lambda w: w | {"blocks.7.attn.qkv.bias": SIX},
-            "lacks .*blocks.2.attn.qkv.weight.* more",
+            "blocks.2.adaLN_modulation.1.bias is missing",
         ),
         (
             lambda w: w | {"blocks.1.attn.qkv.bias": SIX},
-            r"blocks.1.attn.qkv.bias has shape \(6,\), expected \(48,\)",
+            r"blocks.1.attn.qkv.bias is \(6,\), \(48,\) expected",
         ),
-        (lambda w: w | {"final_layer.linear.bias": SIX}, "has 6 outputs, expected 4"),
+        (
+            lambda w: w | {"final_layer.linear.bias": SIX},
+            r"final_layer.linear.bias is \(6,\), \(4,\) expected",
+        ),
         (lambda w: w | {"pos_embed": w["pos_embed"][:, :5]}, "not the fixed sine"),
         (
             lambda w: {k: v.astype(float) for k, v in w.items()},
-            "x_embedder.proj.weight is float64",
+            "pos_embed is float64",
         ),
         (
             lambda w: w | {"sra2_head.2.weight": SIX[:, None]},
-            r"sra2_head.2.weight has shape \(6, 1\), expected \(4, 32\)",
+            r"sra2_head.2.weight is \(6, 1\), \(4, 32\) expected",
         ),
         (lambda w: w | {"module.pos_embed": SIX}, "same tensor under several"),
     ],

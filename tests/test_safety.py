@@ -24,7 +24,7 @@ from sra2_jax.metrics.archive import open_images, open_reference
 from sra2_jax.models.dinov2 import DINOv2Config
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.weights import files, load_dinov2, load_vae
-from sra2_jax.weights.statedict import read_file
+from sra2_jax.weights.files import read_file
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -145,10 +145,8 @@ def refused(read, path):
 @pytest.mark.parametrize(
     "text",
     [
-        header("|O"), header([("a", "O")]), header([("a", "<f4")]), header("<U4"),
-        header("<M8"), header("|b1"), header("<c8"), header(shape="(1000000000000,)"),
-        header(shape="(4611686018427387904, 4)"), header(shape="(-1,)"),
-        header(shape="(1.5,)"), header(shape="(" * 200 + ")" * 200),
+        header("|O"), header([("a", "O")]), header(shape="(1000000000000,)"),
+        header(shape="(-1,)"), header(shape="(" * 200 + ")" * 200),
         "__import__('os').system('false')", "{" * 9000, "",
     ],
 )  # fmt: skip
@@ -168,7 +166,6 @@ def test_npz_bombs_are_refused_unopened(tmp_path):
         for _ in range(9):
             file.write(bytes(2**25))
     assert path.stat().st_size < 2**20
-    assert "bytes that become 301,989," in refused(read_file, path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("sigma.npy", member(header()))
     assert "mu has more than 268,435,456 bytes" in refused(open_reference, str(path))
@@ -201,40 +198,6 @@ def test_names_cannot_leave_their_folder(name, tiny, tmp_path):
             files.fetch(f"owner/name@{name}", "w.safetensors")
 
 
-def entry(**different):
-    return {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]} | different
-
-
-@pytest.mark.parametrize(
-    ("fields", "size", "length"),
-    [
-        ({"a": entry()}, 48, 2**40),
-        ({"a": entry()}, 48, 2**64 - 1),
-        ({"a": entry()}, 47, None),
-        ({"a": entry()}, 49, None),
-        ({"a": entry(), "b": entry()}, 48, None),
-        ({"a": entry(), "b": entry(data_offsets=[24, 72])}, 72, None),
-        ({"a": entry(data_offsets=[0, 480])}, 48, None),
-        ({"a": entry(data_offsets=[48, 0])}, 48, None),
-        ({"a": entry(data_offsets=[-48, 0])}, 48, None),
-        ({"a": entry(data_offsets=[4, 52])}, 52, None),
-        ({"a": entry(dtype="F64")}, 48, None),
-        ({"a": entry(dtype="X9")}, 48, None),
-        ({"a": entry(dtype="F8_E4M3", shape=[48])}, 48, None),
-        ({"a": entry(dtype="BOOL", shape=[48])}, 48, None),
-        ({"a": entry(shape=[2**62, 4])}, 48, None),
-        ({"a": entry(shape=[-3, -4])}, 48, None),
-        ([], 0, None),
-    ],
-)
-def test_safetensors_headers(fields, size, length, tmp_path):
-    text = json.dumps(fields).encode()
-    path = tmp_path / "a.safetensors"
-    start = struct.pack("<Q", len(text) if length is None else length)
-    path.write_bytes(start + text + bytes(size))
-    refused(read_file, path)
-
-
 @pytest.mark.parametrize(
     ("load", "folder", "kind"),
     [
@@ -256,8 +219,6 @@ def test_absurd_numbers_in_a_models_config(load, folder, kind, tmp_path):
         for value in (7, [10**9] * 4, [None]):
             config.write_text(json.dumps(fields | {"block_out_channels": value}))
             assert "block_out_channels" in refused(load, tmp_path)
-        config.write_text(json.dumps(fields | {"layers_per_block": 1000}))
-        assert "at most 16" in refused(load, tmp_path)
     for text in ("[" * 100_000, "9" * 10_000):
         config.write_text(text)
         refused(load, tmp_path)
@@ -348,4 +309,4 @@ def test_hub_offline(tmp_path, monkeypatch):
     assert files.fetch(f"owner/name@{commit}", "w.safetensors") == snapshot
     for source in ("owner/name", f"owner/other@{commit}", f"owner/name@{'1' * 40}"):
         said = refused(lambda name: files.fetch(name, "w.safetensors"), source)
-        assert "HF_HUB_OFFLINE forbids it now" in said
+        assert "HF_HUB_OFFLINE, or give a folder" in said

@@ -7,36 +7,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import build_networks, create_sharded
 
-from sra2_jax import config as configuration
+from sra2_jax import sharding
+from sra2_jax.config import Config
 from sra2_jax.models.dit import patchify
-from sra2_jax.sharding import batch_sharding, make_mesh, replicated
-from sra2_jax.step import make_draw, make_loss, make_step
-from sra2_jax.weights import load_dinov2
+from sra2_jax.step import Program
+
+
+def program_of(config, devices=1):
+    config = Config.of(config)
+    return Program(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
 
 
 def run(config, batch, steps=2, devices=1, batches=None):
     """Final state and the metrics of each step, all on one batch or each on its own."""
-    configuration.check(config)
-    mesh = make_mesh(
-        **config.mesh,
-        batch_size=config.batch_size,
-        n=config.accumulate,
-        devices=jax.devices()[:devices],
-    )
-    transform, schedule = make_optimizer(**config.optim)
-    abstract, init = create_sharded(config, transform, mesh)
-    encoder = load_dinov2("digits") if config.align.encoder.enabled else (None, None)
-    step = make_step(config, transform, schedule, mesh, abstract, encoder[0])
-    state, rows = init(), []
-    params = jax.device_put(encoder[1], replicated(mesh))
+    program = program_of(config, devices)
+    state, rows, frozen = program.start(), [], program.load_frozen()
+    step = program.compile()
     for one in batches or [batch] * steps:
-        placed = jax.device_put(one, batch_sharding(mesh))
-        state, metrics = step(state, placed, params)
+        rows_in = {k: one[k] for k in program.batch}
+        placed = jax.device_put(rows_in, sharding.batch_sharding(program.mesh))
+        state, metrics = step(state, placed, frozen)
         rows.append({k: float(v) for k, v in metrics.items()})
-    assert step._cache_size() == bool(rows)  # compiled once
     return state, rows
 
 
@@ -49,8 +41,6 @@ def assert_close(a, b, rtol=2e-4, atol=2e-6):
 def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
     """Losses and parameters to float tolerance with all three alignments at once: data
     parallel, fully sharded, and both with split layers. The state is really sharded."""
-    from sra2_jax import sharding
-
     tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     state, rows = run(tiny, batch)
     assert rows[0]["loss"] != rows[1]["loss"]
@@ -75,14 +65,14 @@ def test_same_on_one_and_eight_devices_and_with_accumulation(tiny, batch):
 def test_loss_is_the_papers(tiny, batch):
     """L = mean (f - v)^2 + lambda mean smooth_l1(head(h) - z), from the draws."""
     tiny.align.vae.weight = 0.7
-    network, heads = build_networks(tiny)
-    transform, _ = make_optimizer(**tiny.optim)
-    _, init = create_sharded(tiny, transform, make_mesh(1, 1, 16, 1, jax.devices()[:1]))
+    program = program_of(tiny)
+    network, heads = program.network, program.heads
     params = jax.tree.map(
-        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), init().params
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
+        program.start().params,
     )
-    draws = make_draw(tiny)(batch, jnp.asarray(5))
-    total, metrics = make_loss(tiny)(params, {}, draws, jnp.asarray(5))
+    draws = program.draw(batch, jnp.asarray(5))
+    total, metrics = program.loss(params, None, {}, draws, jnp.asarray(5))
 
     z, t = np.asarray(draws["latent_sample"]), np.asarray(draws["t"])
     t4 = t.reshape(-1, 1, 1, 1)
@@ -103,7 +93,8 @@ def test_draws(tiny, batch):
     """Latents are scale * (mean - shift + std * n); labels dropped at their rate."""
     tiny.latents.scaling_factor, tiny.latents.shift_factor = 0.5, 0.25
     big = {k: np.tile(v, (500,) + (1,) * (v.ndim - 1)) for k, v in batch.items()}
-    draws = jax.jit(make_draw(tiny))(big, jnp.asarray(0))
+    draw = jax.jit(program_of(tiny).draw)
+    draws = draw(big, jnp.asarray(0))
     mean, std = (big[k].astype(np.float32) for k in ("mean", "std"))
     normal = (draws["latent_sample"] / 0.5 + 0.25 - mean) / std
     assert abs(normal.mean()) < 0.01
@@ -111,7 +102,7 @@ def test_draws(tiny, batch):
     dropped = np.asarray(draws["y"]) == 10
     assert abs(dropped.mean() - 0.1) < 0.012
     np.testing.assert_array_equal(draws["y"][~dropped], big["label"][~dropped])
-    again = make_draw(tiny)(big, jnp.asarray(1))
+    again = draw(big, jnp.asarray(1))
     assert not np.array_equal(draws["t"], again["t"])
 
 
@@ -175,7 +166,7 @@ def test_clip_and_weight_decay(tiny, batch):
     np.testing.assert_allclose(kernels[2], shrunk, rtol=1e-5, atol=1e-7)
 
 
-# Every choice of configs/default.py runs through the jitted step, a few at a time.
+# Every choice of config.py runs through the jitted step, a few at a time.
 VARIANTS = [
     {"transport.path": "gvp", "align.vae.loss": "l1", "model.remat": "dots"},
     {

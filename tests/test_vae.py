@@ -1,7 +1,6 @@
-"""models/vae.py, pretrained/vae.py, data/digits.py and the shipped autoencoder."""
+"""The autoencoder, its files, the digits and what is shipped for them."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae, save_vae
-from sra2_jax.weights.files import CONFIG
-from sra2_jax.weights.vae import INDEX, WEIGHTS
+from sra2_jax.weights.files import CONFIG, INDEX
+from sra2_jax.weights.vae import WEIGHTS
+from tests.test_weights import assert_same_tree, edit_config, refused
 
 GOLDEN = Path(__file__).parent / "golden" / "vae"
 ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"
@@ -30,13 +30,6 @@ def nhwc(x):
 
 def relative_error(got, wanted):
     return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
-
-
-def assert_same_tree(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -56,24 +49,6 @@ def folder(tmp_path):
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(GOLDEN / name, tmp_path / name)
     return tmp_path
-
-
-def edit_config(folder, **changes):
-    path = folder / CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def shard(folder):
-    """Split the weights of a folder in two files and an index, as diffusers does."""
-    tensors = load_file(folder / WEIGHTS)
-    names = sorted(tensors)
-    weight_map = {}
-    for i, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / WEIGHTS).unlink()
-    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 # The network
@@ -146,16 +121,8 @@ def test_config_is_read(golden_vae):
     )
 
 
-def test_save_then_load_is_exact(tmp_path, golden_vae):
-    vae, params = golden_vae
-    config = dataclasses.replace(vae.config, scaling_factor=1.5305, shift_factor=0.0609)
-    save_vae(tmp_path, config, params)
-    again, loaded = load_vae(str(tmp_path))
-    assert again.config == config
-    assert_same_tree(params, loaded)
-
-
-def test_save_then_load_without_optional_parts(tmp_path):
+def test_save_then_load_is_exact(tmp_path):
+    """Without the optional parts, with a shift."""
     config = VAEConfig(
         latent_channels=16,
         block_out_channels=(8,),
@@ -164,6 +131,8 @@ def test_save_then_load_without_optional_parts(tmp_path):
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
     )
     vae = AutoencoderKL(config)
     shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
@@ -173,30 +142,6 @@ def test_save_then_load_without_optional_parts(tmp_path):
     again, loaded = load_vae(str(tmp_path))
     assert again.config == config
     assert_same_tree(params, loaded)
-
-
-def test_saved_files_equal_those_of_diffusers(tmp_path, golden_vae):
-    save_vae(tmp_path, golden_vae[0].config, golden_vae[1])
-    ours, theirs = load_file(tmp_path / WEIGHTS), load_file(GOLDEN / WEIGHTS)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        np.testing.assert_array_equal(ours[name], tensor, err_msg=name)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    reference = json.loads((GOLDEN / CONFIG).read_text())
-    del config["sample_size"], reference["sample_size"]
-    assert config == reference
-
-
-def test_sharded_folder(folder, golden_vae):
-    shard(folder)
-    assert_same_tree(golden_vae[1], load_vae(str(folder))[1])
-
-
-def test_saving_over_a_sharded_folder_wins(folder, golden_vae):
-    shard(folder)
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, golden_vae[1])
-    save_vae(folder, golden_vae[0].config, doubled)
-    assert_same_tree(doubled, load_vae(str(folder))[1])
 
 
 @pytest.mark.parametrize("as_convolution", [False, True])
@@ -215,74 +160,13 @@ def test_attention_names_of_sd_vae_ft_ema(folder, golden_vae, as_convolution):
 
 
 def test_config_of_an_early_diffusers(folder):
-    path = folder / CONFIG
-    fields = json.loads(path.read_text())
-    for key in (
-        "scaling_factor",
-        "shift_factor",
-        "force_upcast",
-        "latents_mean",
-        "latents_std",
-        "mid_block_add_attention",
-        "use_quant_conv",
+    newer = (
+        "scaling_factor", "shift_factor", "force_upcast", "latents_mean",
+        "latents_std", "mid_block_add_attention", "use_quant_conv",
         "use_post_quant_conv",
-    ):
-        del fields[key]
-    path.write_text(json.dumps(fields))
+    )  # fmt: skip
+    edit_config(folder, **dict.fromkeys(newer))
     assert load_vae(str(folder))[0].config.scaling_factor == 0.18215
-
-
-def test_half_precision_files_load_as_float32(tmp_path, golden_vae):
-    vae, params = golden_vae
-    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    save_vae(tmp_path, vae.config, half)
-    loaded = load_vae(str(tmp_path))[1]
-    assert_same_tree(jax.tree.map(lambda leaf: leaf.astype(np.float32), half), loaded)
-
-
-# What a user may get wrong
-
-
-def refused(source, *words):
-    """load_vae(source) must fail with one line that holds all the words."""
-    with pytest.raises(UserError) as caught:
-        load_vae(str(source))
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
-
-
-def test_missing_folder(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere", "no such folder", "owner/name")
-
-
-def test_file_instead_of_folder():
-    refused(GOLDEN / WEIGHTS, WEIGHTS, "folder")
-
-
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
-def test_missing_file(folder, name):
-    (folder / name).unlink()
-    refused(folder, str(folder / name), "no such file")
-
-
-@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
-def test_truncated_weights(folder, kept):
-    path = folder / WEIGHTS
-    path.write_bytes(path.read_bytes()[:kept])
-    refused(folder, str(path), "truncated or malformed", "fetch it again")
-
-
-def test_garbage_weights(folder):
-    (folder / WEIGHTS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n" * 3)
-    refused(folder, str(folder / WEIGHTS), "truncated or malformed")
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\udc80"])
-def test_malformed_config(folder, text):
-    (folder / CONFIG).write_text(text, errors="surrogateescape")
-    refused(folder, str(folder / CONFIG), "JSON")
 
 
 @pytest.mark.parametrize(
@@ -306,68 +190,7 @@ def test_malformed_config(folder, text):
 )
 def test_unsupported_config(folder, changes, words):
     edit_config(folder, **changes)
-    refused(folder, str(folder / CONFIG), *words)
-
-
-def test_config_without_a_needed_key(folder):
-    fields = json.loads((folder / CONFIG).read_text())
-    del fields["latent_channels"]
-    (folder / CONFIG).write_text(json.dumps(fields))
-    refused(folder, str(folder / CONFIG), "latent_channels is missing")
-
-
-def test_missing_surplus_and_misshaped_tensors(folder):
-    path = folder / WEIGHTS
-    tensors = load_file(path)
-    name = "decoder.conv_in.weight"
-    save_file({key: t for key, t in tensors.items() if key != name}, path)
-    refused(folder, str(path), "1 tensors missing", name)
-    save_file(tensors | {"loss.weight": np.zeros(3, np.float32)}, path)
-    refused(folder, str(path), "1 tensors unexpected", "loss.weight")
-    save_file(tensors | {name: tensors[name][:, :3].copy()}, path)
-    refused(folder, str(path), name, "(32, 3, 3, 3)", "(32, 4, 3, 3)")
-
-
-def test_config_of_another_network(folder):
-    edit_config(folder, layers_per_block=2)
-    refused(folder, str(folder / WEIGHTS), "missing", CONFIG)
-
-
-def test_missing_shard_and_bad_index(folder):
-    shard(folder)
-    lost = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
-    lost.unlink()
-    refused(folder, str(lost), "no such file")
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    refused(folder, str(folder / INDEX), "plain file name")
-    (folder / INDEX).write_text("{}")
-    refused(folder, str(folder / INDEX), "weight_map")
-
-
-def test_hub_id_is_downloaded(monkeypatch):
-    asked = {}
-
-    def snapshot_download(repo, **arguments):
-        asked.update(repo=repo, **arguments)
-        return str(GOLDEN)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    load_vae("owner/some-vae@v1.0")
-    assert (asked["repo"], asked["revision"]) == ("owner/some-vae", "v1.0")
-    assert all(
-        pattern.endswith((".json", ".safetensors"))
-        for pattern in asked["allow_patterns"]
-    )
-    load_vae("owner/some-vae")
-    assert asked["revision"] is None
-
-
-def test_unreachable_hub(monkeypatch):
-    def snapshot_download(repo, **arguments):
-        raise ConnectionError("no route to host\nmore lines")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    refused("owner/some-vae", "owner/some-vae", "no route to host", "folder")
+    refused(load_vae, folder, str(folder / CONFIG), *words)
 
 
 # The digits and the autoencoder shipped for them
@@ -446,7 +269,7 @@ def test_file_names_and_config_are_those_of_diffusers(tmp_path):
 
     assert utils.CONFIG_NAME == CONFIG
     assert utils.SAFETENSORS_WEIGHTS_NAME == WEIGHTS
-    assert utils.SAFE_WEIGHTS_INDEX_NAME == INDEX
+    assert utils.SAFE_WEIGHTS_INDEX_NAME == WEIGHTS + INDEX
     model, params = load_vae("digits")
     save_vae(tmp_path, model.config, params)
     fields = Loader.load_config(tmp_path)

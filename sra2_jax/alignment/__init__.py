@@ -14,3 +14,5 @@ ALIGNMENTS: dict[str, type[Alignment]] = {
     "encoder": EncoderAlignment,
     "teacher": TeacherAlignment,
 }
+# of their heads in checkpoints of PyTorch code, see `weights.sit`
+HEAD_NAMES = {n: (a.reference, a.reference_linear) for n, a in ALIGNMENTS.items()}

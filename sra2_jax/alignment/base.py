@@ -31,12 +31,14 @@ class Alignment(config.Alignment):
 
     Attributes:
       title: of the method, "REPA"; aim: what a block is aligned with, in words.
-      reference: name of the head in the method's published checkpoints.
+      reference: name of the head in the method's published checkpoints;
+        reference_linear: of its i-th linear layer, {twice} = 2 i or {next} = i + 1.
     """
 
     title: ClassVar[str]
     aim: ClassVar[str]
     reference: ClassVar[str]
+    reference_linear: ClassVar[str] = "{twice}"  # in a sequence with SiLU between
 
     @property
     def fields(self) -> tuple[str, ...]:

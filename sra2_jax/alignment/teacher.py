@@ -22,6 +22,7 @@ class TeacherAlignment(config.AlignTeacher, Alignment):
     title = "SRA"
     aim = "a later block of its moving average"
     reference = "ap_head"
+    reference_linear = "linear{next}"
 
     def features(self, network: DiT) -> int:
         return network.width

@@ -1,34 +1,40 @@
-"""What the loaders share: a folder or hub id, JSON, safetensors, names and shapes.
+"""Files of weights: folders of the hub, and state dicts; names to arrays.
 
 A folder holds config.json and one safetensors file, or, sharded, that file's name with
-.index.json and the files it lists. Only JSON and safetensors are ever opened; pickled
-.bin or .ckpt files are not.
+.index.json and the files it lists. A state dict is a .safetensors, a .npz or one of
+PyTorch's. No code that a file brings is run.
 """
 
+import argparse
 import json
-from collections.abc import Mapping
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError
-from sra2_jax.section import shown
 
 CONFIG = "config.json"
+INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
-
+MISFIT = f"weights of another network than that of {CONFIG}"
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
+# the reference's names of its sets of weights -> ours
+SETS = {"model": "raw", "ema": "ema"}
+# what else its files hold
+BESIDES = ("opt", "args", "epoch", "steps")
+WRITTEN = (".safetensors", ".npz")
+REVERSED = "noise to data"  # note of a network that runs so
 
-Params = dict[str, Any]
-Shape = tuple[int, ...]
-
-
-def index_of(weights: str) -> str:
-    """Name of the index of a sharded `weights` file."""
-    return weights + ".index.json"
+Config = TypeVar("Config")
 
 
 def fetch(source: str, weights: str) -> Path:
@@ -44,16 +50,15 @@ def fetch(source: str, weights: str) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise UserError(f"{source}: is a file; give the folder that holds {CONFIG}")
     hub_id = HUB_ID.fullmatch(source)
-    if hub_id is None:
+    wanted = f"give a folder with {CONFIG} and {weights}"
+    if folder.exists() or hub_id is None:
         raise UserError(
-            f"{source}: no such folder, and not a hub id either; give a folder with "
-            f"{CONFIG} and {weights}, or owner/name[@revision]"
+            f"{source}: no such folder, and not a hub id either; {wanted}, or "
+            "owner/name[@revision]"
         )
     # Imported here: it takes a second, and local folders do not need it.
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     shards = weights.replace(".safetensors", "-*.safetensors")
     try:
@@ -61,142 +66,282 @@ def fetch(source: str, weights: str) -> Path:
             snapshot_download(
                 hub_id["repo"],
                 revision=hub_id["revision"],
-                allow_patterns=[CONFIG, weights, index_of(weights), shards],
+                allow_patterns=[CONFIG, weights, weights + INDEX, shards],
             )
         )
     # The client lets errors of several libraries through; the way out is the same.
     except Exception as error:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(
-                f"{source}: not downloaded before, and HF_HUB_OFFLINE forbids it now: "
-                "unset it, or give a folder"
-            ) from error
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{source}: no such local folder, and the hub did not deliver it "
-            f"({type(error).__name__}: {reason}); check the name and the network, or "
-            f"download {CONFIG} and {weights} into a folder and give its path"
+            f"({first_line(error)}); check the name, the network and HF_HUB_OFFLINE, "
+            f"or {wanted}"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file of a folder.
 
     Raises:
         UserError: no such file, not JSON, not an object.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a folder of save_pretrained")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; give a folder that holds {CONFIG} and weights in "
-            "safetensors, as save_pretrained writes them"
-        ) from None
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: not readable JSON ({error}); fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; fetch it again")
+        raise UserError(f"{path}: no JSON object ({error}); fetch it again") from error
     return content
 
 
-def field(path: Path, fields: Mapping[str, Any], key: str, kind: type) -> Any:
-    """fields[key], refused unless it is of `kind` (an int is made a float) and no
-    absurd number."""
-    if key not in fields:
-        raise UserError(f"{path}: {key} is missing; fetch the file again")
-    value = fields[key]
-    if type(value) in (int, float) and not abs(value) <= LARGEST:  # also NaN
-        raise UserError(f"{path}: {key} is {shown(value)}; at most {LARGEST} expected")
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise UserError(f"{path}: {key} is {shown(value)}; {kind.__name__} expected")
-    return value
+def read_config(
+    folder: Path,
+    kind: type[Config],
+    newer: Mapping[str, Any],
+    only: Mapping[str, Any],
+) -> tuple[Config, dict[str, Any]]:
+    """A folder's config.json as the dataclass `kind`, and all of its fields.
+
+    newer: what stands for a key that is missing or null; only: see `check_values`.
+
+    Raises:
+        UserError: a field that is missing, of another type, an absurd number, or one
+            that `kind` refuses; otherwise as `read_json` and `check_values`.
+    """
+    found = read_json(folder / CONFIG)
+    fields = {**newer, **{k: v for k, v in found.items() if v is not None}}
+    check_values(folder, fields, only)
+    values = {}
+    for key, of in get_type_hints(kind).items():
+        value = fields.get(key)
+        if not _is(value, of):
+            raise UserError(
+                f"{folder / CONFIG}: {key} is {value!r:.80}; "
+                f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
+            )
+        values[key] = (get_origin(of) or of)(value)
+    try:
+        return kind(**values), fields
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
 def check_values(
-    path: Path, fields: Mapping[str, Any], only: Mapping[str, Any], way_out: str
+    folder: Path, fields: Mapping[str, Any], only: Mapping[str, Any]
 ) -> None:
-    """Refuse a key of `only` that is there with another value; `way_out` ends the
-    message."""
+    """Refuse a key of `only` that is there with another value."""
     for key, value in only.items():
         if fields.get(key, value) != value:
             raise UserError(
-                f"{path}: {key} is {shown(fields[key])}; only {value!r} is supported, "
-                f"{way_out}"
+                f"{folder / CONFIG}: {key} is {fields[key]!r:.80}; only {value!r} is "
+                "supported, choose another model"
             )
 
 
-def read_weights(folder: Path, weights: str) -> tuple[dict[str, np.ndarray], Path]:
-    """All tensors as float32 by their name, and the file to name in messages."""
-    index = folder / index_of(weights)
+def _is(value: Any, kind: Any) -> bool:
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(_is(part, int) for part in value)
+    kinds = (int, float) if kind is float else (kind,)
+    return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
+
+
+def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
+    """All tensors of a folder by their name."""
+    index = folder / (weights + INDEX)
     if not index.is_file():
-        return _as_float32(read_safetensors(folder / weights)), folder / weights
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: has no weight_map; fetch it again")
+        return _read(folder / weights)
+    shards = read_json(index).get("weight_map")
+    names = {str(name) for name in shards.values()} if type(shards) is dict else {""}
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted({str(shard) for shard in weight_map.values()}):
-        if Path(name).name != name:
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index}: {name!r} is not a plain file name; fetch it again"
+                f"{index}: its weight_map has {name!r:.80}, not the plain name of a "
+                ".safetensors file; fetch it again"
             )
-        tensors |= _as_float32(read_safetensors(folder / name))
-    return tensors, index
+        tensors |= _read(folder / name)
+    return tensors
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Tensors of one file, each in its own dtype (bfloat16 is that of ml_dtypes).
+def write_folder(
+    folder: Path,
+    weights: str,
+    fields: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+) -> None:
+    """Write config.json and weights as `save_pretrained` of the libraries does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A stale index would win over the new file, here and in the libraries.
+    (folder / (weights + INDEX)).unlink(missing_ok=True)
+    save_file(dict(tensors), folder / weights, metadata={"format": "pt"})
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+      sets: "raw" and "ema", either, or "unnamed" where the file does not say which;
+        reference names -> arrays.
+      step: training steps done; heads: of the attention. None where it does not say.
+      reverse: it says that its time runs from noise to data.
+    """
+
+    sets: dict[str, dict[str, np.ndarray]]
+    step: int | None
+    heads: int | None
+    reverse: bool
+
+
+def read_file(path: Path) -> Contents:
+    """Read a checkpoint of the reference code, or one that `write_file` wrote.
+
+    A state dict, or a dict with model, ema or both (in flat files name prefixes,
+    "ema." or "ema/"), perhaps below state_dict. The dtypes are the file's own, but
+    PyTorch's of 32 bits or less come as float32.
 
     Raises:
-        UserError: no such file, or not whole safetensors.
+      UserError: no such file, another kind, damaged, or a pickle that asks for code.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; weights must be safetensors, save them anew with "
-            "save_pretrained(folder, safe_serialization=True) if there are others"
-        )
-    try:
+    tree = _read(path)
+    notes: Mapping[str, str] = {}
+    if path.suffix == ".safetensors":
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    # AttributeError: a dtype that numpy lacks
-    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as error:
+            notes = file.metadata() or {}
+    tree = {re.sub(r"^(state_dict\.)+", "", name): v for name, v in tree.items()}
+    sets = {}
+    for key, ours in SETS.items():
+        prefixes = f"{key}.", f"{key}/"
+        part = {k[len(key) + 1 :]: v for k, v in tree.items() if k.startswith(prefixes)}
+        if part:
+            sets[ours] = part
+    if not sets:
+        one = {k: v for k, v in tree.items() if k.split(".")[0] not in BESIDES}
+        sets["unnamed"] = one
+    for name, value in ((n, v) for part in sets.values() for n, v in part.items()):
+        if not isinstance(value, np.ndarray):
+            raise UserError(
+                f"{path}: {name} is a {type(value).__name__}, not a tensor: give a "
+                "state dict, or a dict with model or ema"
+            )
+    step = _integer(tree.get("steps", notes.get("step")))
+    heads = _integer(notes.get("num_heads"))
+    return Contents(sets, step, heads, notes.get("time") == REVERSED)
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The names of a file and what they hold: arrays, or of PyTorch plain values.
+
+    Raises:
+      UserError: as `read_file`.
+    """
+    readers: dict[str, Callable[[Path], dict[str, Any]]]
+    readers = {".npz": _read_npz, ".safetensors": load_file}
+    readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
+    if path.suffix not in readers or not path.is_file():
+        raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
+    try:
+        return readers[path.suffix](path)
+    except ImportError as error:
         raise UserError(
-            f"{path}: truncated or malformed safetensors ({error}); fetch it again"
+            f"{path}: needs PyTorch: pip install -e '.[torch]', or save the state dict "
+            "as .safetensors elsewhere"
+        ) from error
+    except Exception as error:  # numpy, zipfile, safetensors and torch raise many kinds
+        raise UserError(
+            f"{path}: truncated, or not a state dict of plain tensors "
+            f"({first_line(error)}): fetch it again"
         ) from error
 
 
-def _as_float32(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    # Opened here: np.load leaves a file that is no archive open.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return dict(archive)
 
 
-def check_tensors(
-    tensors: Mapping[str, np.ndarray], expected: Mapping[str, Shape], source: Path
+def _read_torch(path: Path) -> dict[str, Any]:
+    """What torch.save wrote, with arrays for tensors, without optimizer state.
+
+    Nothing but tensors, plain values and the reference's argparse.Namespace is made.
+    """
+    import torch
+
+    allowed = torch.serialization.safe_globals([argparse.Namespace])
+    with allowed, warnings.catch_warnings(action="ignore"):
+        tree = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=zipfile.is_zipfile(path),  # older files are pickles throughout
+        )
+    return dict(_flat(tree))
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names joined by dots, with arrays for tensors.
+
+    Floats of 32 bits or less come as float32, which changes none.
+    """
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key == "opt":
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif not hasattr(value, "detach"):
+            yield name, value
+        elif value.is_floating_point() and value.itemsize <= 4:
+            yield name, value.detach().float().numpy()
+        else:
+            yield name, value.detach().numpy()
+
+
+def first_line(error: BaseException) -> str:
+    """The error's kind and what it says, in one line."""
+    # Torch's comes after advice to load the file without any protection.
+    said = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()
+    return ": ".join([type(error).__name__, *(line[:200] for line in said[:1])])
+
+
+def write_file(
+    path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
-    """Refuse tensors whose names and shapes are not exactly the expected ones.
+    """Write a state dict whole or not at all; an .npz has no place for the notes.
 
     Raises:
-        UserError: a tensor is missing, foreign or of another shape; the message names
-            `source` and the first of them.
+      UserError: another suffix, no such folder, a file there already, a full disk.
     """
-    missing = sorted(set(expected) - set(tensors))
-    surplus = sorted(set(tensors) - set(expected))
-    for kind, found in (("missing", missing), ("unexpected", surplus)):
-        if found:
-            raise UserError(
-                f"{source}: {len(found)} tensors {kind}, first {found[0]}; does "
-                f"{CONFIG} beside it belong to these weights?"
-            )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise UserError(
-                f"{source}: {name} has shape {tensors[name].shape}, "
-                f"{CONFIG} asks for {shape}; do the two files belong together?"
-            )
+    check_writable(path)
+    part, arrays = path.with_name(f"{path.name}.part"), dict[str, Any](tensors)
+    try:
+        if path.suffix == ".npz":
+            with part.open("wb") as file:
+                np.savez(file, **arrays)
+        else:
+            save_file(arrays, part, dict(notes))
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a config as the libraries do: two spaces, a newline at the end."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+def check_writable(path: Path) -> None:
+    """Refuse a file that `write_file` would."""
+    if path.suffix not in WRITTEN:
+        raise UserError(f"{path}: must end in {' or '.join(WRITTEN)}")
+    if path.exists():
+        raise UserError(f"{path}: exists already: name another file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: no such folder: make it first")

@@ -4,16 +4,13 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
 from sra2_jax.errors import UserError
 from sra2_jax.models.inception import Inception
-from sra2_jax.weights import statedict
-from sra2_jax.weights.files import Params, Shape
+from sra2_jax.weights import files, tree
+from sra2_jax.weights.tree import Params, Shape
 
 URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -24,7 +21,7 @@ HOW = (
     "inception weights-inception-2015-12-05-6726825d.pth --out=inception.safetensors"
 )
 EPSILON = 1e-3  # of the batch norms
-UNUSED = {"fc.bias": (1008,)}  # in the file, not in the metrics
+NORM = ("weight", "bias", "running_mean", "running_var")
 COUNTERS = ".num_batches_tracked"  # of training, in PyTorch's file
 
 
@@ -46,10 +43,10 @@ def load_inception(source: str) -> tuple[Inception, Params]:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of a file by torch-fidelity's names, checked; without counters.
+    """Arrays of a file by torch-fidelity's names, without counters.
 
     Raises:
-      UserError: as `load_inception`.
+      UserError: as `load_inception`, but for another network's file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, the Inception weights of FID: {HOW}")
@@ -60,10 +57,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             f"{path}: damaged, its SHA-256 does not begin with {promised[1]}: "
             "download it again"
         )
-    tree: Any = statedict.read_tree(path)
-    weights = {k: v for k, v in tree.items() if not k.endswith(COUNTERS)}
-    _check(weights, path)
-    return weights
+    return _without_counters(files.read_file(path).sets.get("unnamed", {}))
 
 
 def sha256(path: str | Path) -> str:
@@ -78,9 +72,10 @@ def convert_inception(file: Path, out: Path) -> None:
     Raises:
       UserError: an unusable `file`; `out` exists or has another suffix.
     """
-    statedict.check_writable(out)
+    files.check_writable(out)
     weights = read_weights(file)
-    statedict.write_file(out, weights, {"source": file.name, "sha256": sha256(file)})
+    from_torch_fidelity(weights, file)  # refuses another network's
+    files.write_file(out, weights, {"source": file.name, "sha256": sha256(file)})
     print(f"{out}: {len(weights)} tensors of {file.name}")
 
 
@@ -92,51 +87,38 @@ def from_torch_fidelity(
     Raises:
       UserError: names, shapes or values that are not this network's; `source` is named.
     """
-    weights = {k: v for k, v in weights.items() if not k.endswith(COUNTERS)}
-    _check(weights, source)
-    flat: dict[tuple[str, ...], np.ndarray] = {}
-    for module in _modules():
-        name = ".".join(module)
-        if name == "fc":
-            flat["fc", "kernel"] = np.asarray(weights["fc.weight"], np.float32).T
-            continue
+    weights, network = _without_counters(weights), Inception()
+    shapes = tree.shapes(network, np.zeros((1, 8, 8, 3), np.uint8))
+    complaint = f"{source}: not the Inception network of FID ({HOW})"
+    tree.check(weights, _published(tree.file_shapes(shapes, str)), complaint)
+    for name, tensor in weights.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{source}: {name} is not finite: fetch the file again")
+    folded = {"fc.weight": weights["fc.weight"]}
+    for name in (key for key in weights if key.endswith(".conv.weight")):
+        layer = name.removesuffix(".conv.weight")
         gamma, beta, mean, variance = (
-            np.asarray(weights[f"{name}.bn.{part}"], np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
+            np.asarray(weights[f"{layer}.bn.{part}"], np.float64) for part in NORM
         )
         scale = gamma / np.sqrt(variance + EPSILON)
-        kernel = weights[f"{name}.conv.weight"].transpose(2, 3, 1, 0) * scale
-        flat[*module, "kernel"] = kernel.astype(np.float32)
-        flat[*module, "bias"] = (beta - mean * scale).astype(np.float32)
-    return Inception(), traverse_util.unflatten_dict(flat)
+        folded[f"{layer}.weight"] = weights[name] * scale[:, None, None, None]
+        folded[f"{layer}.bias"] = beta - mean * scale
+    return network, tree.read(folded, shapes, str, complaint)
 
 
-def _modules() -> dict[tuple[str, ...], Shape]:
-    """Each layer's path and its kernel's shape, without allocating one."""
-    pixels = jax.ShapeDtypeStruct((1, 8, 8, 3), np.uint8)
-    variables = jax.eval_shape(Inception().init, jax.random.key(0), pixels)
-    flat = traverse_util.flatten_dict(variables["params"])
-    return {p[:-1]: leaf.shape for p, leaf in flat.items() if p[-1] == "kernel"}
+def _without_counters(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: v for k, v in weights.items() if not k.endswith(COUNTERS)}
 
 
-def _check(weights: Mapping[str, Any], source: Path) -> None:
-    """Refuse anything but this network's names and shapes, and values not finite."""
-    expected: dict[str, Shape] = dict(UNUSED)
-    for path, shape in _modules().items():
-        name = ".".join(path)
-        if name == "fc":
-            expected["fc.weight"] = shape[::-1]
-            continue
-        h, w, channels, features = shape
-        expected[f"{name}.conv.weight"] = (features, channels, h, w)
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            expected[f"{name}.bn.{part}"] = (features,)
-    for name in sorted(expected.keys() | weights.keys()):
-        wanted, found = expected.get(name), getattr(weights.get(name), "shape", None)
-        if wanted != found:
-            raise UserError(
-                f"{source}: not the Inception network of FID: {name} is {found}, "
-                f"{wanted} expected (torchvision's is another network): {HOW}"
-            )
-        if not np.isfinite(weights[name]).all():
-            raise UserError(f"{source}: {name} is not finite: fetch the file again")
+def _published(folded: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes by their names in the file, of those with folded norms."""
+    found: dict[str, Shape] = {"fc.bias": (1008,)}  # in the file, not in the metrics
+    for name, shape in folded.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer == "fc":
+            found[name] = shape
+        elif leaf == "weight":
+            found[f"{layer}.conv.weight"] = shape
+        else:
+            found |= {f"{layer}.bn.{part}": shape for part in NORM}
+    return found
