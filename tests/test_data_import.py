@@ -200,7 +200,7 @@ def test_a_damaged_archive_and_a_compressed_one(tmp_path, moments):
     data = bytearray((tmp_path / "x.npz").read_bytes())
     data[2000] ^= 1
     (tmp_path / "x.npz").write_bytes(data)
-    with pytest.raises(UserError, match="Bad CRC-32 for file 'moments.npy'"):
+    with pytest.raises(UserError, match=r"Bad CRC-32 for file 'moments\.npy'"):
         run(tmp_path / "x.npz", tmp_path / "out")
     np.savez_compressed(tmp_path / "y.npz", moments=moments, labels=LABELS)
     check(tmp_path / "out", run(tmp_path / "y.npz", tmp_path / "out"), moments, LABELS)
