@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 from html import escape
 
+from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, short
 from sra2_jax.report.html import missing, pairs, section, text
 from sra2_jax.report.rundir import Run, lookup, number
 
 # metric -> title, direction, what real images are to it
 QUALITY = {
-    "accuracy": ("Recognised as asked", "higher is better", "real images"),
-    "frechet": ("Fréchet distance, proxy", "lower is better", "floor, real images"),
-    "fid": ("FID", "lower is better", ""),
-    "sfid": ("sFID", "lower is better", ""),
-    "inception_score": ("Inception Score", "higher is better", ""),
+    "accuracy": (*METRICS["accuracy"], "real images"),
+    "frechet": (*METRICS["frechet"], "floor, real images"),
+    "fid": (*METRICS["fid"], ""),
+    "sfid": (*METRICS["sfid"], ""),
+    "inception_score": (*METRICS["inception_score"], ""),
 }
 # config.eval.features -> the metrics that a run measures
 MEASURED = {
