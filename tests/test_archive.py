@@ -234,7 +234,7 @@ def test_a_file_that_changes(whole):
 def test_written_files_open_with_numpy(tmp_path):
     path = tmp_path / "new" / "samples.npz"
     settings = np.array(json.dumps({"name": "é"}))
-    arrays = {"arr_1": LABELS, "settings": settings, "sigma": SIGMA.T}
+    arrays = {"arr_1": LABELS, "settings": settings, "other": SIGMA.T}
     write_npz(path, arrays, iter(np.split(IMAGES, [4, 4, 20])), IMAGES.shape)
     with np.load(path) as file:
         assert set(file) == {*arrays, "arr_0"}

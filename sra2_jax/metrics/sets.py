@@ -196,7 +196,7 @@ def _npz_images(spec: str) -> ImageSet:
         if _has(archive, IMAGES) or not gaussians:
             with archive.open(f"{IMAGES}.npy") as member:
                 shape = _image_shape(member)
-        if _has(archive, LABELS):
+        if len(shape) == 4 and _has(archive, LABELS):
             labels = _array(archive, LABELS)
             if labels.dtype.kind not in "iu" or labels.shape != shape[:1]:
                 raise ValueError(
