@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.command import run_program
-from sra2_jax.data.encode import encode
-from sra2_jax.errors import UserError
+from sra2_jax.data.encode import EncodeOptions, encode
+from sra2_jax.errors import UserError, run_program
 from tools.cost import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +101,8 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     out = arguments.out.absolute()
     if not (out / "latents").exists():
-        encode("digits", out / "latents", "digits", 32, store_images=True)
+        folder, names = str(out / "latents"), {"images": "digits", "vae": "digits"}
+        encode(EncodeOptions(folder, resolution=32, store_images=True, **names))
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in range(arguments.seeds):
         for name in METHODS:

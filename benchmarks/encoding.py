@@ -15,15 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra2_jax.command import run_program, writable
-from sra2_jax.data.encoders import VAEEncoder, encoded
-from sra2_jax.errors import UserError
+from sra2_jax.data.encode import Encoder, encoded
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from tools.measure import machine, spread
 
 
 def measure(
-    encoder: VAEEncoder, resolution: int, batch_size: int, batches: int
+    encoder: Encoder, resolution: int, batch_size: int, batches: int
 ) -> dict[str, Any]:
     """Images a second through `encoded`, batch by batch after two to warm up."""
     draw = np.random.default_rng(0)
@@ -63,7 +62,7 @@ def main() -> None:
     module = AutoencoderKL(VAEConfig(block_out_channels=channels), dtype=dtype)
     pixels = jnp.zeros((1, arguments.resolution, arguments.resolution, 3))
     params = jax.jit(module.init)(jax.random.key(0), pixels)
-    encoder, facts = VAEEncoder(module, params["params"]), machine()
+    encoder, facts = Encoder(module, params["params"]), machine()
     print(f"{facts['devices']} x {facts['device']}, jax {facts['jax']}, {dtype}")
     rows = []
     for size in map(int, arguments.batch_sizes.split(",")):

@@ -22,12 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sra2_jax import config as configuration
-from sra2_jax.command import run_program, writable
 from sra2_jax.data import records
-from sra2_jax.data.pipeline import batches
-from sra2_jax.data.prefetch import prefetch_to_device
-from sra2_jax.data.shards import ShardWriter
-from sra2_jax.errors import UserError
+from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
+from sra2_jax.data.writer import ShardWriter, manifest
+from sra2_jax.errors import UserError, run_program, writable
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns
 
@@ -43,7 +41,7 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
         for i in range(count):
             arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
             label = i % config.data.num_classes
-            writer.write(label=label, index=i, image=None, **arrays)
+            writer.write(label, i, **arrays)
     info = records.LatentsInfo(
         vae=config.vae,
         scaling_factor=config.latents.scaling_factor,
@@ -53,30 +51,13 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
         num_examples=count,
         num_classes=config.data.num_classes,
         class_names=(),
-        splits={"train": writer.shards()},
+        splits={"train": manifest(list(writer.facts.values()))},
         latent_mean=(0.0,) * channels,
         latent_std=(1.0,) * channels,
         crop=records.CROP,
         versions={},
     )
     info.write(folder)
-
-
-def stream(
-    folder: Path, config: ConfigDict, start: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches as the training loop asks for them."""
-    return batches(
-        folder,
-        split="train",
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        streams=config.data.streams,
-        shuffle_buffer=config.data.shuffle_buffer,
-        process_index=0,
-        process_count=1,
-    )
 
 
 def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
@@ -100,7 +81,7 @@ def read_cases(
     sharding = batch_sharding(make_mesh(-1, 1, batch_size=config.batch_size))
     found: dict[str, list[dict[str, float]]] = {"numpy": [], "on devices": []}
     for _, name in turns(list(found), rounds - 1):
-        rows = stream(folder, config)
+        rows = batches(folder, Order.of(config))
         if name == "numpy":
             found[name].append(read(rows, config.batch_size, count))
         else:
@@ -127,7 +108,7 @@ def resume_case(
     waits: dict[int, list[float]] = {0: [], last: []}
     for _, start in turns(list(waits), rounds - 1):
         began = time.perf_counter()
-        next(stream(folder, config, start))
+        next(batches(folder, Order.of(config), start))
         waits[start].append(time.perf_counter() - began)
     row = {
         "case": "input pipeline, resumed",
@@ -149,7 +130,7 @@ def train_case(
     run = prepare(config)
     fed: dict[str, list[float]] = {"made up": [], "records": []}
     sharding = batch_sharding(make_mesh(**config.mesh, batch_size=config.batch_size))
-    with prefetch_to_device(stream(folder, config), sharding) as placed:
+    with prefetch_to_device(batches(folder, Order.of(config)), sharding) as placed:
         for number, name in turns(list(fed), rounds):
             began = time.perf_counter()
             for _ in range(steps):

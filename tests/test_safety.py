@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from sra2_jax import config as configuration
-from sra2_jax.data.images import Readable, open_source
+from sra2_jax.data.images import open_source, readable
 from sra2_jax.data.records import check_split
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.archive import open_images, open_reference
@@ -291,12 +291,13 @@ def test_image_bombs_are_reported(tmp_path):
     (tmp_path / "class" / "bomb.png").write_bytes(png(60_000))
     Image.new("RGB", (8, 8)).save(tmp_path / "class" / "good.png")
     source = open_source(tmp_path, "train")
-    images = Readable(source, 8, name=tmp_path, max_bad=0.9)
+    skipped = []
+    images = readable(source, 8, 0.9, lambda *row: skipped.append(row) or len(skipped))
     assert len(list(images)) == 1
-    ((_, line),) = images.unreadable
+    ((_, line),) = skipped
     assert line.startswith("class/bomb.png\tDecompressionBombError")
     with pytest.raises(UserError, match=r"bomb\.png: DecompressionBombError"):
-        list(Readable(source, 8, name=tmp_path, max_bad=0.0))
+        list(readable(source, 8, 0.0, lambda *row: 1))
 
 
 def test_hub_offline(tmp_path, monkeypatch):
