@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sra2_jax import distributed
+from sra2_jax import runtime
 from sra2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +85,7 @@ def test_flags():
         keys = ("coordinator", "num_processes", "process_id")
         arguments = dict.fromkeys(keys) | {"distributed": False, "join_seconds": 9}
         arguments |= {"heartbeat_seconds": 9} | flags
-        distributed.initialize(SimpleNamespace(**arguments))
+        runtime.join(SimpleNamespace(**arguments))
 
     initialize()  # one process: nothing to do
     with pytest.raises(UserError, match="go together"):

@@ -41,7 +41,7 @@ def command(*arguments):
 def test_goes_on_to_the_same_numbers(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(FIXTURE, run)
-    said = json.loads(command("-m", "sra2_jax.status", run, "--json").stdout)
+    said = json.loads(command("-m", "sra2_jax", "status", run, "--json").stdout)
     said = said[0] if isinstance(said, list) else said
     assert (said["step"], said["steps"], said["finished"]) == (4, 8, False)
     assert said["checkpoint"]["step"] == 4

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.numpy import save_file
 
-from sra2_jax import config as configuration
+from sra2_jax.config import Config
 from sra2_jax.data.images import open_source, readable
 from sra2_jax.data.records import check_split
 from sra2_jax.errors import UserError
@@ -183,7 +183,7 @@ def test_names_cannot_leave_their_folder(name, tiny, tmp_path):
     """Of runs, of splits, of shards of weights, of revisions on the hub."""
     tiny.name = name
     with pytest.raises(UserError, match=r"config\.name="):
-        configuration.check(tiny)
+        Config.of(tiny)
     with pytest.raises(ValueError, match="no name of letters"):
         check_split(name)
     (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": name}}))
