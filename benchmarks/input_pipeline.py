@@ -9,8 +9,6 @@ run that resumes at the end of an epoch waits for its first batch. With --train,
 times the training step fed with them against one made-up batch, by turns.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,31 +17,28 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+from sra2_jax.data.writer import ShardWriter, manifest
 
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program, writable
+from sra2_jax.command import Parser, run_program, writable
+from sra2_jax.config import Config
 from sra2_jax.data import records
-from sra2_jax.data.pipeline import batches
-from sra2_jax.data.prefetch import prefetch_to_device
-from sra2_jax.data.shards import ShardWriter
+from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
-from tools.measure import machine, prepare, spread, turns
+from tools.measure import machine, prepare, spread, turns, write
 
 WARM_UP = 20  # batches: buffers fill, files are in the page cache
 
 
-def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> None:
+def write_records(folder: Path, config: Config, count: int, shards: int) -> None:
     """A dataset of latents, numbers made up, of the config's shape."""
-    side, channels = config.latents.size, config.latents.channels
-    shape, draw = (side, side, channels), np.random.default_rng(0)
+    shape, draw = config.latent_shape, np.random.default_rng(0)
     pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
     with ShardWriter(folder, "train", shards) as writer:
         for i in range(count):
             arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
             label = i % config.data.num_classes
-            writer.write(label=label, index=i, image=None, **arrays)
+            writer.write(label, i, **arrays)
     info = records.LatentsInfo(
         vae=config.vae,
         scaling_factor=config.latents.scaling_factor,
@@ -53,30 +48,13 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
         num_examples=count,
         num_classes=config.data.num_classes,
         class_names=(),
-        splits={"train": writer.shards()},
-        latent_mean=(0.0,) * channels,
-        latent_std=(1.0,) * channels,
+        splits={"train": manifest(list(writer.facts.values()))},
+        latent_mean=(0.0,) * shape[-1],
+        latent_std=(1.0,) * shape[-1],
         crop=records.CROP,
         versions={},
     )
     info.write(folder)
-
-
-def stream(
-    folder: Path, config: ConfigDict, start: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches as the training loop asks for them."""
-    return batches(
-        folder,
-        split="train",
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=start,
-        streams=config.data.streams,
-        shuffle_buffer=config.data.shuffle_buffer,
-        process_index=0,
-        process_count=1,
-    )
 
 
 def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
@@ -94,13 +72,13 @@ def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
 
 
 def read_cases(
-    folder: Path, config: ConfigDict, count: int, rounds: int
+    folder: Path, config: Config, count: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Numpy batches and batches on the devices, by turns."""
-    sharding = batch_sharding(make_mesh(-1, 1, batch_size=config.batch_size))
+    sharding = batch_sharding(make_mesh())
     found: dict[str, list[dict[str, float]]] = {"numpy": [], "on devices": []}
     for _, name in turns(list(found), rounds - 1):
-        rows = stream(folder, config)
+        rows = batches(folder, Order.of(config))
         if name == "numpy":
             found[name].append(read(rows, config.batch_size, count))
         else:
@@ -120,14 +98,14 @@ def read_cases(
 
 
 def resume_case(
-    folder: Path, config: ConfigDict, count: int, rounds: int
+    folder: Path, config: Config, count: int, rounds: int
 ) -> dict[str, Any]:
     """Seconds to the first batch of a new run and of one that has read all records."""
     last = count // config.batch_size
     waits: dict[int, list[float]] = {0: [], last: []}
     for _, start in turns(list(waits), rounds - 1):
         began = time.perf_counter()
-        next(stream(folder, config, start))
+        next(batches(folder, Order.of(config), start))
         waits[start].append(time.perf_counter() - began)
     row = {
         "case": "input pipeline, resumed",
@@ -142,21 +120,19 @@ def resume_case(
     return row
 
 
-def train_case(
-    folder: Path, config: ConfigDict, rounds: int, steps: int
-) -> dict[str, Any]:
+def train_case(folder: Path, config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """The step fed with records over the step fed with one made-up batch."""
     run = prepare(config)
     fed: dict[str, list[float]] = {"made up": [], "records": []}
-    sharding = batch_sharding(make_mesh(**config.mesh, batch_size=config.batch_size))
-    with prefetch_to_device(stream(folder, config), sharding) as placed:
+    sharding = batch_sharding(run.program.mesh)
+    with prefetch_to_device(batches(folder, Order.of(config)), sharding) as placed:
         for number, name in turns(list(fed), rounds):
             began = time.perf_counter()
             for _ in range(steps):
                 batch = run.batch
                 if name == "records":
                     batch = {k: v for k, v in next(placed).items() if k in run.batch}
-                run.state, metrics = run.step(run.state, batch, None)
+                metrics = run(batch)
             jax.block_until_ready((run.state, metrics))
             if number:
                 fed[name].append((time.perf_counter() - began) / steps)
@@ -175,9 +151,7 @@ def train_case(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--records", type=int, default=40_000, help="to write (%(default)s)")
     add("--batches", type=int, default=200, help="to read in a round (%(default)s)")
@@ -185,7 +159,7 @@ def main() -> None:
     add("--train", action="store_true", help="time the training step as well")
     add("--steps", type=int, default=5, help="of the training step a round")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
-    arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
+    arguments, config = parser.parse_config("sra2_xl")
     shards = 2 * config.data.streams
     if arguments.records < max(config.batch_size, shards):
         raise UserError(f"--records={arguments.records}: give at least one batch")
@@ -198,9 +172,7 @@ def main() -> None:
         rows.append(resume_case(folder, config, arguments.records, arguments.rounds))
         if arguments.train:
             rows.append(train_case(folder, config, arguments.rounds, arguments.steps))
-    if arguments.json:
-        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
-        arguments.json.write_text(text + "\n")
+    write(arguments.json, facts, rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from sra2_jax.state import build_networks
+from tools.chips import of_device
 
 from sra2_jax import config as configuration
 from sra2_jax.command import run_program, writable
@@ -27,7 +28,6 @@ from sra2_jax.generate import batch_size, make_sampler
 from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated
 from sra2_jax.transport import Transport
-from tools.chips import of_device
 from tools.cost import dit_macs
 from tools.measure import machine, matmul_speed, spread, turns
 

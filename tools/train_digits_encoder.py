@@ -10,7 +10,6 @@ minutes on two CPU cores, about 1.3 GB of memory.
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax

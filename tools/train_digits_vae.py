@@ -10,7 +10,6 @@ CPU cores, about 1.5 GB of memory.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
