@@ -23,6 +23,7 @@ from sra2_jax.config_file import changes
 from sra2_jax.errors import UserError, one_line
 
 MEGABYTE = 2**20
+LARGEST = 64 * MEGABYTE  # of the facts beside a checkpoint
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 TRIES = (0.5, 1, 2)  # seconds between them
 
@@ -106,6 +107,19 @@ class Run:
         except OSError:
             return []
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def whole(self, step: int) -> bool:
+        """Whether a checkpoint's arrays and facts are there, these as they were saved.
+
+        The arrays are held against them when the run goes on.
+        """
+        folder = self.checkpoints / str(step)
+        try:
+            facts = read_json(folder / "fingerprint" / "metadata", LARGEST)
+        except UserError:
+            return False
+        saved = facts.pop("sha256", None) == digest(facts)
+        return saved and (folder / "state" / "_METADATA").exists()
 
     def rows(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
         """The whole rows of metrics.jsonl that have a step, in the order written.

@@ -111,10 +111,11 @@ def batch() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The training digits, encoded once, with images and features beside them."""
-    from sra2_jax.data.encode import encode
+    from sra2_jax.data.encode import EncodeOptions, encode
 
     folder = tmp_path_factory.mktemp("data") / "latents"
-    encode("digits", folder, "digits", 32, store_images=True, encoder="digits", grid=4)
+    names = dict.fromkeys(("images", "vae", "encoder"), "digits")
+    encode(EncodeOptions(folder, resolution=32, store_images=True, grid=4, **names))
     return folder
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
-
-from sra2_jax.data.encode import encode
-from sra2_jax.errors import UserError
 from sra2_jax.report.rundir import Run
+
+from sra2_jax.data.encode import EncodeOptions, encode
+from sra2_jax.errors import UserError
 from tools import figures, plots, probes
 
 
@@ -256,7 +256,8 @@ def test_refusals(runs, draw, tmp_path, monkeypatch, arguments, message):
         shutil.copytree(runs[1], tmp_path / name, ignore=ignore)
         changed(tmp_path / name, **changes[name])
     if "OTHER" in arguments:
-        encode("digits", tmp_path / "held_out", "digits", 32, split="test")
+        names = {"images": "digits", "vae": "digits", "split": "test"}
+        encode(EncodeOptions(tmp_path / "held_out", resolution=32, **names))
         section = json.loads((tmp_path / "OTHER" / "config.json").read_text())["data"]
         changed(tmp_path / "OTHER", data=section | {"dir": "held_out"})
     words = arguments.split()

@@ -12,8 +12,19 @@ import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
-from sra2_jax.report.curves import POINTS, short, smooth, thin, ticks
-from sra2_jax.report.page import STRIP_COUNT, write_report
+from sra2_jax.report.curves import (
+    BOTTOM,
+    LEFT,
+    POINTS,
+    RIGHT,
+    TOP,
+    curve,
+    short,
+    smooth,
+    thin,
+    ticks,
+)
+from sra2_jax.report.page import STRIP, write_report
 
 HOSTILE = "\"><script>alert('x')</script><img src=http://evil.example/a>&amp;"
 VOID = {"meta", "img", "input", "br"}
@@ -35,6 +46,7 @@ RESULTS = {
     "features": "a space",
     "note": "a note",
 }
+METHOD = {"name": "vae", "title": "SRA 2", "aim": "the same latents", "depth": 1}
 
 
 class Page(HTMLParser):
@@ -83,10 +95,8 @@ def young(tmp_path: Path) -> Path:
 def run(young: Path) -> Path:
     """A whole run."""
     write_json(young / "versions.json", {"jax": "0.10.2", "commit": "abc", "date": "D"})
-    facts = {
-        "parameters": {"network": 1_034_512, "heads": 9000},
-        "compile_seconds": 8.4,
-    }
+    facts = {"parameters": {"network": 1_034_512, "heads": 9000}}
+    facts |= {"compile_seconds": 8.4, "methods": [METHOD]}
     write_json(young / "run.json", facts)
     write_json(young / "results.json", RESULTS)
     keys = ("loss_denoise", "loss_align_vae", "ratio_align_vae", "grad_norm")
@@ -126,35 +136,33 @@ def test_is_whole_and_self_contained(run):
         "a note",
     ):
         assert words in page.text
+    assert "SRA 2 run" in page.text
+    assert "block 1 aligned with the same latents." in page.text
     assert "git checkout abc" in page.text
-    assert "--config=configs/tiny.py --config.seed=3" in page.text
-    assert "Not finished" not in page.text
+    assert "--config=tiny --config.seed=3" in page.text
+    [progress] = [a for a in page.every("div") if a.get("class") == "progress"]
+    assert "hidden" in progress
     assert not list(run.glob("*.tmp"))
 
 
 def test_names_what_a_young_run_lacks(young):
     page = Page(write_report(young))
-    assert page.text.count("Nothing to show in") == 3
     assert page.text.count("Not logged yet.") == 8
-    for words in (
-        "No samples yet",
-        "No results.json",
-        "No versions.json",
-        "step 0 of 40",
-    ):
+    for words in ("No pictures yet", "No samples yet", "No metrics", "None noted"):
         assert words in page.text
+    assert "step 0 of 40" in page.text
+    assert "vae run" in page.text  # without run.json the section's name
 
 
 def test_a_run_without_proxy_or_alignment(run):
     plain = CONFIG | {"eval": {"features": ""}, "align": {"vae": {"enabled": False}}}
     write_json(run / "config.json", plain)
-    (run / "results.json").unlink()
-    (run / "images" / "real.png").unlink()
+    for name in ("run.json", "results.json", "images/real.png"):
+        (run / name).unlink()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss_denoise": 0.5}\n')
     page = Page(write_report(run))
-    assert "Nothing to show" not in page.text
-    assert "eval.features is empty" in page.text
-    assert "training latents, decoded" in page.text
+    assert "vanilla run" in page.text
+    assert "No metrics" in page.text
     assert "Alignment" not in page.text
     assert "aligned" not in page.text
 
@@ -178,10 +186,12 @@ def test_survives_garbled_files(run):
     page = Page(write_report(run))
     assert "Denoising loss8" in page.text  # of a step written twice, the later
     assert page.text.count("Not logged yet.") == 7
-    assert "Nothing to show in images/real.png" in page.text
+    assert "images held out" not in page.text
 
 
-@pytest.mark.parametrize("value", [None, [], "text", {"metrics": 3}, {"metrics": {}}])
+@pytest.mark.parametrize(
+    "value", [None, [], "text", {"metrics": 3, "methods": 3}, {"methods": [3, {}]}]
+)
 def test_survives_json_of_another_shape(run, value):
     for name in ("versions", "run", "results"):
         write_json(run / f"{name}.json", value)
@@ -193,16 +203,11 @@ def test_escapes_hostile_text(run):
     nested = {"vae": {"enabled": True, HOSTILE: HOSTILE, "depth": HOSTILE}}
     hostile = {"name": HOSTILE, "seed": HOSTILE, HOSTILE: HOSTILE, "align": nested}
     write_json(run / "config.json", CONFIG | hostile | {"data": {"images": HOSTILE}})
-    write_json(
-        run / "versions.json", dict.fromkeys((HOSTILE, "device", "date"), HOSTILE)
-    )
-    bad = {
-        "metrics": {HOSTILE: 1.0},
-        HOSTILE: HOSTILE,
-        "features": HOSTILE,
-        "step": HOSTILE,
-    }
-    write_json(run / "results.json", bad | {"note": HOSTILE})
+    everything = dict.fromkeys((HOSTILE, "device", "date", "commit"), HOSTILE)
+    write_json(run / "versions.json", everything)
+    write_json(run / "run.json", {"methods": [dict.fromkeys(METHOD, HOSTILE)]})
+    bad = dict.fromkeys((HOSTILE, "features", "step", "note"), HOSTILE)
+    write_json(run / "results.json", bad | {"metrics": {HOSTILE: 1.0}})
     page = Page(write_report(run))
     assert len(page.every("script")) == 1
     assert not any("evil" in (attrs.get("src") or "") for _, attrs in page.tags)
@@ -214,47 +219,48 @@ def test_many_and_large_pictures_are_reduced(run):
         pixels = np.zeros((4, 1600), np.uint8)
         Image.fromarray(pixels).save(run / f"samples/step_{step:08d}.png")
     page = Page(write_report(run))
-    assert f"{STRIP_COUNT} of the 50 saved grids" in page.text
+    assert f"{STRIP} of the 50 saved grids" in page.text
     widths = [int(a["width"]) for a in page.every("img") if "width" in a]
-    assert len(widths) == 3 + STRIP_COUNT
+    assert len(widths) == 3 + STRIP
     assert max(widths) == 1280
 
 
-def test_no_run(tmp_path):
-    with pytest.raises(UserError, match="not a folder"):
-        write_report(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"config\.json"):
-        write_report(tmp_path)
-    command = [sys.executable, "-m", "sra2_jax.report.page", str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: no run")
-    assert done.stderr.count("\n") == 1
-
-
-def test_imports_neither_jax_nor_tensorflow():
+def test_program(run):
+    """Without what is slow to import; mistakes in one line."""
     code = (
-        "import sys, sra2_jax.report.page as r; "
-        "sys.exit(bool({'jax', 'tensorflow', 'flax'} & set(sys.modules)))"
+        "import sys; sys.modules.update(dict.fromkeys(['jax', 'flax', 'tensorflow']))\n"
+        "from sra2_jax.__main__ import console; console()"
     )
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+    def program(*arguments):
+        command = [sys.executable, "-c", code, "report", *map(str, arguments)]
+        root = Path(__file__).parents[1]
+        return subprocess.run(command, capture_output=True, text=True, cwd=root)
+
+    done = program(run)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"wrote {run / 'report.html'}\n"
+    for arguments in ((run / "nowhere",), (run / "images",), ()):
+        done = program(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=r"no run: .*config\.json"):
+        write_report(run / "images")
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(0.0, "0"), (0.4123, "0.412"), (1e-4, "1e-4"), (1234.4, "1,234"), (9999.6, "10k"),
-     (56_700, "56.7k"), (999_900, "1M"), (675e6, "675M"), (-0.5, "-0.5")],
+    [(0.0, "0"), (0.4123, "0.412"), (1e-4, "0.0001"), (1234.4, "1.23k"),
+     (9999.6, "10k"), (56_700, "56.7k"), (999_900, "1M"), (675e6, "675M"),
+     (-0.5, "-0.5")],
 )  # fmt: skip
 def test_short(value, words):
     assert short(value) == words
 
 
 def test_curve_arithmetic():
-    assert ticks(0, 1000, 5) == [0, 200, 400, 600, 800, 1000]
-    assert ticks(0.02, 40, 5, log=True) == [0.1, 1, 10]
+    assert ticks(0, 1000).tolist() == [0, 200, 400, 600, 800, 1000]
     np.testing.assert_allclose(smooth(np.full(100, 3.0)), 3.0)
     values = np.zeros(10_000)
     values[1234] = 5.0
@@ -262,3 +268,17 @@ def test_curve_arithmetic():
     assert len(steps) <= POINTS
     assert kept.max() == 5.0
     assert (np.diff(steps) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "values", [[1e-4], [0.0], [-3.0], [1234.0, 1234.4], [0.0, 1e12], [1e-12, -1e9]]
+)
+def test_any_values_are_drawn(values):
+    """Within the frame, with labels that differ."""
+    series = np.arange(len(values), dtype=float), np.array(values)
+    drawn = curve("title", series, len(values) - 1)
+    labels = re.findall(r'text-anchor="end">(.*?)<', drawn)
+    assert len(set(labels)) == len(labels) > 1
+    [places] = re.findall(r'class="curve" points="(.*?)"', drawn)
+    x, y = np.array([place.split(",") for place in places.split()], float).T
+    assert ((x >= LEFT) & (x <= RIGHT) & (y >= TOP) & (y <= BOTTOM)).all()

@@ -13,9 +13,11 @@ import pytest
 from etils import epath
 
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.config import Run as Keep
 from sra2_jax.errors import UserError
 from sra2_jax.programs import status
 from sra2_jax.programs.status import describe, read_status
+from sra2_jax.run import Run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"name": "big", "steps": 1000, "batch_size": 32}
@@ -87,10 +89,9 @@ def test_a_run_of_another_machine(run):
 def test_checkpoints(run):
     """Two real ones; the newest is damaged, then set aside."""
     folder = run / "checkpoints"
-    checkpoints = Checkpoints(folder, keep=2)
-    for step in (400, 500):
-        checkpoints.save(step, {"step": jnp.asarray(step), "a": jnp.ones(3)})
-    checkpoints.close()
+    with Checkpoints(Run(run), Keep()) as checkpoints:
+        for step in (400, 500):
+            checkpoints.save(step, {"step": jnp.asarray(step), "a": jnp.ones(3)})
     (run / "results.json").write_text('{"step": 1000}')
     found = read_status(run)
     assert found["checkpoint"]["step"] == 500
@@ -150,12 +151,11 @@ def test_program(run, tmp_path):
     hold(run)
     script = (
         "import sys; sys.modules['jax'] = sys.modules['tensorflow'] = None\n"
-        "from sra2_jax.errors import run_program\n"
-        "from sra2_jax import status; run_program(status.main)"
+        "from sra2_jax.__main__ import console; console()"
     )
 
     def program(*arguments):
-        command = [sys.executable, "-c", script, *map(str, arguments)]
+        command = [sys.executable, "-c", script, "status", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
     began = time.perf_counter()
@@ -169,7 +169,10 @@ def test_program(run, tmp_path):
     assert f"error: {tmp_path}: no run is there" in done.stderr
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["step"] == 500
-    assert program().returncode == 2
+    for wrong in ((), (run, "--jsn")):
+        done = program(*wrong)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_no_run(tmp_path):

@@ -13,18 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jaxtyping import Array
-from ml_collections import ConfigDict
-from sra2_jax.restore import read_config, restore_run
-from sra2_jax.state import build_alignments, build_networks
 
+from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.data import records
-from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
 from sra2_jax.generate import to_uint8
+from sra2_jax.models import apply
 from sra2_jax.models.dit import patchify
-from sra2_jax.transport import Transport
+from sra2_jax.run import Run
+from sra2_jax.sharding import make_mesh
+from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
 
 SEED = 0  # of the order of the records and of the noise
@@ -37,20 +37,6 @@ PERCENTILES = (2, 98)  # of a principal component, shown as 0 and 1
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A run to look into."""
-
-    workdir: str
-    label: str
-    config: ConfigDict
-
-    @property
-    def aligned(self) -> list[int]:
-        """The blocks that an alignment trains."""
-        return sorted({a.depth for a in build_alignments(self.config).values()})
-
-
-@dataclass(frozen=True)
 class Images:
     """N records of a latents dataset.
 
@@ -58,14 +44,13 @@ class Images:
       raw: mean latents as the VAE gives them, (N, h, w, c) float32; z: the same as
         the networks see them, scaled.
       label, index: class and position in the source, (N,).
-      folder, split: where they come from.
+      split: where they come from.
     """
 
     raw: np.ndarray
     z: np.ndarray
     label: np.ndarray
     index: np.ndarray
-    folder: str
     split: str
 
     def __len__(self) -> int:
@@ -73,10 +58,8 @@ class Images:
 
     def take(self, rows: np.ndarray) -> "Images":
         """The records at these positions."""
-        raw, z, label, index = (
-            x[rows] for x in (self.raw, self.z, self.label, self.index)
-        )
-        return Images(raw, z, label, index, self.folder, self.split)
+        parts = (x[rows] for x in (self.raw, self.z, self.label, self.index))
+        return Images(*parts, self.split)
 
     def choose(self, count: int) -> "Images":
         """The first `count` by turns of the classes: one of each, then a second, ..."""
@@ -87,10 +70,10 @@ class Images:
     def decode(self, source: str) -> np.ndarray:
         """uint8 images (N, H, W, 3) through a VAE, see `load_vae`."""
         vae, params = load_vae(source)
-        apply: Any = jax.jit(lambda p, z: vae.apply({"params": p}, z, method="decode"))
-        return np.asarray(to_uint8(apply(params, self.raw), "truncate"))
+        decode = jax.jit(lambda p, z: apply(vae, p, z, method="decode"))
+        return np.asarray(to_uint8(decode(params, self.raw), "truncate"))
 
-    def patches(self, run: Subject) -> np.ndarray:
+    def patches(self, run: "Subject") -> np.ndarray:
         """The scaled latents as the run's network cuts them, (N, T, p * p * c)."""
         return np.asarray(patchify(jnp.asarray(self.z), run.config.model.patch_size))
 
@@ -99,23 +82,89 @@ class Images:
 Forward = Callable[[Images, float], Iterator[dict[int, np.ndarray]]]
 
 
-def open_runs(runs: Sequence[tuple[str, str]]) -> list[Subject]:
-    """The runs of (label, workdir); an empty label becomes the config's name.
+class Subject:
+    """A run to look into, on one device.
+
+    Attributes:
+      aligned: the blocks that an alignment trains.
 
     Raises:
       UserError: no run there.
     """
-    configs = [read_config(workdir) for _, workdir in runs]
-    return [
-        Subject(workdir, label or str(config.name), config)
-        for (label, workdir), config in zip(runs, configs, strict=True)
-    ]
+
+    def __init__(self, workdir: str, label: str = "") -> None:
+        self.run = Run(workdir)
+        self.config = self.run.config()
+        self.label = label or self.config.name
+        self.program = Program(self.config, make_mesh(devices=jax.devices()[:1]))
+        alignments = self.program.alignments.values()
+        self.aligned = sorted({alignment.depth for alignment in alignments})
+
+    def read_images(self, folder: Any, least: int, most: int) -> Images:
+        """Records of a dataset, up to `most`, in a fixed random order.
+
+        Raises:
+          UserError: no dataset, or one that does not fit or has fewer than `least`.
+        """
+        info = records.LatentsInfo.read(folder)
+        records.check(info, folder, self.config)
+        split = "train" if "train" in info.splits else min(info.splits)
+        total = sum(info.splits[split].records)
+        if total < least:
+            raise UserError(f"{folder}: has {total} records, {least} are asked for")
+        # One batch: no record comes twice.
+        order = Order(min(most, total), SEED, 1, SHUFFLE, split)
+        rows = next(batches(folder, order))
+        raw, latents = rows["mean"].astype(np.float32), self.config.latents
+        z = latents.scaling_factor * (raw - latents.shift_factor)
+        return Images(raw, z, rows["label"], rows["index"], split)
+
+    def open_blocks(
+        self, blocks: Sequence[int], labelled: bool = True
+    ) -> tuple[int, Forward]:
+        """The newest step, and its EMA network up to each of the 1-based `blocks`.
+
+        The network sees x_t = alpha z + sigma eps and the image's label, or the null
+        label if not `labelled`; eps depends on the image alone, so it is the same for
+        every run and t. Block 0 of the result is x_t itself, patch by patch. Computed
+        in float32.
+
+        Raises:
+          UserError: no checkpoint, or one that cannot be read.
+        """
+        abstract, transport = self.program.abstract, self.program.transport
+        part = {"ema": {"network": abstract.ema["network"]}, "step": abstract.step}
+        with Checkpoints(self.run) as checkpoints:
+            state = checkpoints.restore(part)
+        network = self.program.network.clone(
+            dtype=jnp.float32, attention="xla", remat="none"
+        )
+
+        @jax.jit
+        def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
+            y = y if labelled else jnp.full_like(y, network.num_classes)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), index)
+            noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
+            x_t, _ = transport.interpolate(z, noise, t)
+            _, found, _ = apply(network, params, x_t, t, y, tuple(blocks))
+            return found | {0: patchify(x_t, network.patch_size)}
+
+        def forward(images: Images, t: float) -> Iterator[dict[int, np.ndarray]]:
+            params, size = state["ema"]["network"], min(CHUNK, len(images))
+            for start in range(0, len(images), size):
+                rows = np.arange(start, start + size)
+                part = images.take(rows.clip(max=len(images) - 1))  # of one shape
+                index = part.index.astype(np.uint32)
+                times = np.full(size, t, np.float32)
+                found = jax.device_get(tokens(params, part.z, part.label, index, times))
+                count = min(size, len(images) - start)
+                yield {block: x[:count] for block, x in found.items()}
+
+        return int(state["step"]), forward
 
 
-def default_blocks(runs: Sequence[Subject]) -> list[int]:
-    """Three blocks over the depth of the shallowest run, moved to the aligned ones."""
-    depth = min(run.config.model.depth for run in runs)
-    aligned = {k for run in runs for k in run.aligned if k <= depth}
+def default_blocks(depth: int, aligned: set[int]) -> list[int]:
+    """Three blocks spread over the depth, moved to the aligned ones."""
     blocks = {-(-depth * k // 3) for k in (1, 2, 3)}
     for k in sorted(aligned - blocks):
         if movable := blocks - aligned:
@@ -125,15 +174,17 @@ def default_blocks(runs: Sequence[Subject]) -> list[int]:
 
 
 def read_images(runs: Sequence[Subject], data: str, least: int, most: int) -> Images:
-    """Records that all runs were trained on, up to `most`, in a fixed random order.
+    """Records that all runs were trained on.
 
     data: a dataset to read instead, as held-out images; "" for the runs' own.
 
     Raises:
-      UserError: no dataset, one that does not fit a run or has fewer than `least`
-        records, or runs whose datasets hold different records.
+      UserError: as `Subject.read_images`, or the datasets hold different records.
     """
-    first, *others = (_read(run, data, least, most) for run in runs)
+    first, *others = (
+        run.read_images(data or run.run.latents(run.config), least, most)
+        for run in runs
+    )
     for run, images in zip(runs[1:], others, strict=True):
         same = images.z.shape == first.z.shape and (
             np.array_equal(images.index, first.index)
@@ -143,86 +194,10 @@ def read_images(runs: Sequence[Subject], data: str, least: int, most: int) -> Im
         )
         if not same:
             raise UserError(
-                f"the datasets of {runs[0].workdir} and {run.workdir} hold different "
-                "records: give --data=FOLDER, one dataset for all"
+                f"the datasets of {runs[0].run} and {run.run} hold different records: "
+                "give --data=FOLDER, one dataset for all"
             )
     return first
-
-
-def _read(run: Subject, data: str, least: int, most: int) -> Images:
-    config, latents = run.config, run.config.latents
-    folder = data or config.data.dir or epath.Path(run.workdir) / "latents"
-    info = records.LatentsInfo.read(folder)
-    records.check(
-        info,
-        folder=folder,
-        resolution=config.data.resolution,
-        latent_shape=(latents.size, latents.size, latents.channels),
-        num_classes=config.data.num_classes,
-        scaling_factor=latents.scaling_factor,
-        shift_factor=latents.shift_factor,
-    )
-    split = "train" if "train" in info.splits else min(info.splits)
-    total = sum(info.splits[split].records)
-    if total < least:
-        raise UserError(f"{folder}: has {total} records, {least} are asked for")
-    stream = batches(
-        folder,
-        split=split,
-        batch_size=min(most, total),  # one batch: no record comes twice
-        seed=SEED,
-        start_step=0,
-        streams=1,
-        shuffle_buffer=SHUFFLE,
-        process_index=0,
-        process_count=1,
-    )
-    rows = next(stream)
-    raw = rows["mean"].astype(np.float32)
-    z = latents.scaling_factor * (raw - latents.shift_factor)
-    return Images(raw, z, rows["label"], rows["index"], str(folder), split)
-
-
-def open_blocks(
-    run: Subject, blocks: Sequence[int], labelled: bool = True
-) -> tuple[int, Forward]:
-    """The run's step, and its EMA network up to each of the 1-based `blocks`.
-
-    The network sees x_t = alpha z + sigma eps and the image's label, or the null label
-    if not `labelled`; eps depends on the image alone, so it is the same for every run
-    and t. Block 0 of the result is x_t itself, patch by patch. Computed in float32.
-
-    Raises:
-      UserError: no checkpoint, or one that cannot be read.
-    """
-    config, state = restore_run(run.workdir)
-    params = jax.device_put(state.ema["network"], jax.devices()[0])
-    network, _ = build_networks(config)
-    network = network.clone(dtype=jnp.float32, attention="xla", remat="none")
-    transport = Transport(**config.transport)
-    apply: Any = network.apply
-
-    @jax.jit
-    def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
-        y = y if labelled else jnp.full_like(y, network.num_classes)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), index)
-        noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
-        x_t, _ = transport.interpolate(z, noise, t)
-        _, kept, _ = apply({"params": params}, x_t, t, y, tuple(blocks))
-        return kept | {0: patchify(x_t, network.patch_size)}
-
-    def forward(images: Images, t: float) -> Iterator[dict[int, np.ndarray]]:
-        size = min(CHUNK, len(images))
-        for start in range(0, len(images), size):
-            rows = np.arange(start, start + size)
-            part = images.take(rows.clip(max=len(images) - 1))  # of one shape
-            index = part.index.astype(np.uint32)
-            times = np.full(size, t, np.float32)
-            kept = jax.device_get(tokens(params, part.z, part.label, index, times))
-            count = min(size, len(images) - start)
-            yield {block: x[:count] for block, x in kept.items()}
-
-    return int(state.step), forward
 
 
 def principal_colors(panels: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -290,7 +265,7 @@ def predictability(
     tests what the others fit.
 
     Raises:
-      UserError: as `open_blocks`, or too few images for a token's width.
+      UserError: as `Subject.open_blocks`, or too few images for a token's width.
     """
     model = run.config.model
     targets = images.patches(run)
@@ -300,10 +275,10 @@ def predictability(
     if len(images) < max(least, HELD_OUT):
         raise UserError(
             f"{len(images)} records are too few for the {model.width} channels of "
-            f"{run.workdir}: --records={max(least, HELD_OUT)} at least"
+            f"{run.run}: --records={max(least, HELD_OUT)} at least"
         )
     blocks = range(model.depth + 1)
-    step, forward = open_blocks(run, blocks[1:], labelled)
+    step, forward = run.open_blocks(blocks[1:], labelled)
     table = np.empty((len(times), len(blocks)))
     for row, t in zip(table, times, strict=True):
         sums: dict[tuple[int, bool], Any] = {}

@@ -1,10 +1,10 @@
 """A dataset in the making: shard by shard, killed and resumed, by several processes.
 
-The work lies in `.NAME.incomplete` beside the dataset: the options (`plan.json`), the
-finished shards, and for each of them, written last, its facts. The records of a shard
-depend on the options alone; so the dataset is the same, byte for byte, whoever wrote
-which shard and however often it was interrupted. Who finds all shards finished adds
-the descriptions, `latents.json` last, and gives the folder its name.
+The work lies in `.NAME.incomplete` beside the dataset: the finished shards, and for
+each of them, written last, its facts. The records of a shard depend on the options
+alone; so the dataset is the same, byte for byte, whoever wrote which shard and however
+often it was interrupted. Who finds all shards finished adds the descriptions,
+`latents.json` last, and gives the folder its name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,123 +26,137 @@ import numpy as np
 
 import sra2_jax
 from sra2_jax.data import records
-from sra2_jax.data.shards import Facts, ShardWriter, flush, manifest
-from sra2_jax.data.tfds_metadata import write_tfds_metadata
+from sra2_jax.data.writer import Facts, ShardWriter, flush, manifest, temporary_name
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import VAEConfig
 
-UNREADABLE = "unreadable.txt"
-PLAN, LOCK = "plan.json", "lock"
+UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
 # Shards of 64 to 128 MB: large enough to stream well, small enough to move.
 SHARD_BYTES = 128 * 2**20
 # So that several readers have shards of their own (data.streams).
 MIN_SHARDS = 8
 
 
-def latent_shape(config: VAEConfig, resolution: int, vae: str) -> tuple[int, int, int]:
-    """(h, w, c) of the latents of square images.
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field whose flag has this help; `more`, such as choices, is argparse's."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What every dataset is made with, each field a flag.
 
     Raises:
-      UserError: no multiple of the downsampling of `vae`, whose config this is.
+      UserError: a value that none can be made with.
     """
-    if resolution < 1 or resolution % config.downsample:
-        raise UserError(
-            f"resolution {resolution} is not a multiple of {config.downsample}, the "
-            f"downsampling of {vae}; change --resolution"
-        )
-    side = resolution // config.downsample
-    return side, side, config.latent_channels
 
+    out: str | os.PathLike = option("", "local folder to make")
+    vae: str = option("", "of the latents: diffusers folder or hub id")
+    resolution: int = option(256, "of the images, pixels")
+    split: str = option("train", "split to write, and to read where there are any")
+    shards: int = option(0, "number of files; by default from the size")
+    process_index: int = option(0, "of this process, from 0")
+    process_count: int = option(
+        1, "processes that share the work, each with the same other flags"
+    )
 
-def record_size(
-    shape: tuple[int, int, int],
-    pixels: int = 0,
-    features: records.Features | None = None,
-) -> int:
-    """Bytes of a record, about; a PNG, where `pixels` is its side, as two for each."""
-    stored = features.grid**2 * features.width if features else 0
-    return 4 * math.prod(shape) + 2 * pixels**2 + 2 * stored
-
-
-def choose_shards(shards: int | None, length: int, size: int) -> int:
-    """The number asked for, else a power of two, so that readers share them evenly.
-
-    size: bytes of what an image leaves, about.
-
-    Raises:
-      UserError: more shards than images, or none.
-    """
-    if shards is None:
-        wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
-        return min(length, 2 ** math.ceil(math.log2(wanted)))
-    if not 1 <= shards <= length:
-        raise UserError(
-            f"--shards={shards} for {length} images; use a number from 1 to {length}"
-        )
-    return shards
-
-
-@contextlib.contextmanager
-def building(
-    out: str | os.PathLike,
-    split: str,
-    shards: int,
-    options: Mapping[str, Any],
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Build]:
-    """Begin or go on with a dataset.
-
-    Args:
-      out: local folder that is absent, empty, or complete with the same options.
-      options: everything that the records depend on, by flag; JSON values.
-      process_index, process_count: this process writes every process_count-th shard.
-
-    Raises:
-      UserError: another dataset in `out`, other options than the work began with,
-        another process at the same work, numbers or names that do not fit.
-    """
-    try:
-        records.check_split(split)
-    except ValueError as error:
-        raise UserError(f"--split: {error}; choose another") from None
-    if not 0 <= process_index < process_count:
-        raise UserError(
-            f"--process_index={process_index} of --process_count={process_count}: "
-            "count processes from 0"
-        )
-    tag = f".{process_index}-of-{process_count}"
-    build = Build(_local(out), split, shards, dict(options), tag)
-    if build.complete():
-        yield build
-        return
-    build.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(build.folder / f"{LOCK}{tag}", wait=False):
-        if build.complete():  # by another process, a moment ago
-            shutil.rmtree(build.folder)
-        else:
-            build.compare()
-            if not (build.folder / records.FILE).exists():  # else it lacks its name
-                build.own = list(range(process_index, shards, process_count))
+    def __post_init__(self) -> None:
+        if "://" in os.fspath(self.out):
+            raise UserError(f"{self.out}: give a local folder, and copy it there")
         try:
-            yield build
-        finally:
-            if process_count == 1:
-                build.discard_if_empty()
+            records.check_split(self.split)
+        except ValueError as error:
+            raise UserError(f"--split: {error}; choose another") from None
+        if not 0 <= self.process_index < self.process_count:
+            raise UserError(
+                f"--process_index={self.process_index} of --process_count="
+                f"{self.process_count}: count processes from 0"
+            )
+
+    @classmethod
+    def add_flags(cls, parser: ArgumentParser) -> None:
+        """A flag for each field that has a help."""
+        for f in dataclasses.fields(cls):
+            more = dict(f.metadata)
+            if not more:
+                continue
+            if f.default is False:
+                more["action"] = "store_true"
+            else:
+                more["type"] = type(f.default)
+            if f.default:
+                more["help"] += " (%(default)s)"
+            parser.add_argument(f"--{f.name}", default=f.default, **more)
+
+    def latent_shape(self, config: VAEConfig) -> tuple[int, int, int]:
+        """(h, w, c) of the latents that the VAE of this config makes.
+
+        Raises:
+          UserError: the resolution is no multiple of its downsampling.
+        """
+        if self.resolution < 1 or self.resolution % config.downsample:
+            raise UserError(
+                f"resolution {self.resolution} is not a multiple of "
+                f"{config.downsample}, the downsampling of {self.vae}; change "
+                "--resolution"
+            )
+        side = self.resolution // config.downsample
+        return side, side, config.latent_channels
+
+    def choose_shards(self, length: int, size: int) -> int:
+        """The number asked for, else a power of two, so that readers share them evenly.
+
+        size: bytes of what each of `length` images leaves, about.
+
+        Raises:
+          UserError: more shards than images, or less than none.
+        """
+        if not self.shards:
+            wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
+            return min(length, 2 ** math.ceil(math.log2(wanted)))
+        if not 1 <= self.shards <= length:
+            raise UserError(
+                f"--shards={self.shards} for {length} images; use a number from 1 to "
+                f"{length}"
+            )
+        return self.shards
 
 
 class Build:
-    """See `building`. `own` are the shards of this process, finished ones too."""
+    """Context manager that begins or goes on with a dataset.
+
+    Args:
+      options.out: absent, empty, or complete with the same `made_with`.
+      shards: number of files.
+      made_with: everything that the records depend on, by flag; JSON values.
+
+    Attributes:
+      own: shards of this process, every process_count-th, finished ones too.
+
+    Raises:
+      UserError: another dataset in `out`, or work begun with other options.
+    """
 
     def __init__(
-        self, out: Path, split: str, shards: int, options: dict[str, Any], tag: str
+        self, options: Options, shards: int, made_with: Mapping[str, Any]
     ) -> None:
-        self.out, self.split, self.shards = out, split, shards
-        self.folder = out.absolute().parent / f".{out.name}.incomplete"
-        self.own: list[int] = []
-        self._options = json.loads(json.dumps(options))
-        self._tag = tag
+        self.out, self.split, self.shards = Path(options.out), options.split, shards
+        self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
+        self.own = range(options.process_index, shards, options.process_count)
+        self._options, self._versions = json.loads(json.dumps(made_with)), _versions()
+        self._made_with = {**self._options, **self._versions}
+
+    def __enter__(self) -> Build:
+        if self.complete():
+            self.own = range(0)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.finished()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # it is not empty, or has its name
+            self.folder.rmdir()
 
     def complete(self) -> bool:
         """Whether the dataset is there already.
@@ -162,59 +177,51 @@ class Build:
             "remove it"
         )
 
-    def compare(self) -> None:
-        """Note options and versions, or compare them with those of the first start."""
-        plan = {"options": self._options, "versions": _versions()}
-        path = self.folder / PLAN
-        temporary = self.folder / f"{PLAN}{self._tag}.tmp"
-        temporary.write_text(json.dumps(plan, indent=1) + "\n")
-        flush(temporary)
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # a rename would replace another process's
-        temporary.unlink()
-        there = json.loads(path.read_text())
-        if there != plan:
-            both = ({**p["options"], **p["versions"]} for p in (there, plan))
-            raise UserError(
-                f"{self.folder}: was begun with other options "
-                f"({_differences(*both)}); use those, or remove the folder"
-            )
+    def finished(self) -> dict[int, Facts]:
+        """Facts of the finished shards, of all processes, by number.
 
-    def groups(self, at_once: int) -> Iterator[list[int]]:
-        """Shards still to write, up to `at_once` at a time."""
-        left = [s for s in self.own if not self._read(s)]
+        Raises:
+          UserError: they were begun with other options, or by other versions.
+        """
+        found = {}
+        for path in sorted(self.folder.glob(FACTS)):
+            fields = json.loads(path.read_text())
+            there = fields.pop("made_with")
+            if there != self._made_with:
+                raise UserError(
+                    f"{self.folder}: was begun with other options "
+                    f"({_differences(there, self._made_with)}); use those, or remove "
+                    "the folder"
+                )
+            shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
+            with contextlib.suppress(FileNotFoundError):
+                # Else it was lost, or cut.
+                if self._path(shard).stat().st_size == facts.bytes:
+                    found[shard] = facts
+        return found
+
+    def left(self, at_once: int = 1) -> Iterator[list[int]]:
+        """This process's shards still to write, up to `at_once` at a time."""
+        done = self.finished()
+        left = [shard for shard in self.own if shard not in done]
         for i in range(0, len(left), at_once):
             yield left[i : i + at_once]
 
-    def unreadable(self) -> list[tuple[int, str]]:
-        """(index, line) of the images that left no record, of all finished shards."""
-        found = [facts["unreadable"] for facts in map(self._read, self._all()) if facts]
-        return sorted((index, line) for lines in found for index, line in lines)
-
     @contextlib.contextmanager
-    def writing(
-        self, group: Sequence[int], unreadable: Sequence[tuple[int, str]]
-    ) -> Iterator[ShardWriter]:
-        """A writer of the group's shards; they count as finished when it ends well.
-
-        unreadable: read at the end.
-        """
-        with ShardWriter(
-            self.folder, self.split, self.shards, group, self._tag
-        ) as writer:
+    def writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
+        """A writer of the group's shards; they count as finished when it ends well."""
+        done = self.finished().values()
+        with ShardWriter(self.folder, self.split, self.shards, group) as writer:
+            writer.skipped = sum(len(facts.unreadable) for facts in done)
             yield writer
-        for shard, facts in writer.facts().items():
-            lines = [row for row in unreadable if row[0] % self.shards == shard]
-            fields = {**dataclasses.asdict(facts), "unreadable": lines}
-            path = self._facts_path(shard)
-            temporary = path.with_name(f"{path.name}{self._tag}.tmp")
+        for shard, facts in writer.facts.items():
+            fields = {"made_with": self._made_with, **dataclasses.asdict(facts)}
+            temporary = temporary_name(self._path(shard))
             temporary.write_text(json.dumps(fields) + "\n")
             flush(temporary)
-            temporary.rename(path)
+            temporary.rename(self.folder / FACTS.replace("*", f"{shard:05d}"))
 
-    def finish(
-        self, *, scaling_factor: float, shift_factor: float, **fields: Any
-    ) -> records.LatentsInfo | None:
+    def finish(self, **fields: Any) -> records.LatentsInfo | None:
         """Complete the dataset if every shard is finished, else None.
 
         fields: of `LatentsInfo`, those that the shards do not tell.
@@ -222,84 +229,57 @@ class Build:
         Raises:
           UserError: no records.
         """
-        # Last of all go the lock and the plan, which need no name of their own.
-        try:
-            with _locked(self.folder / LOCK, wait=True):
-                if not (self.folder / records.FILE).exists():
-                    if not all(map(self._read, self._all())) and self.folder.exists():
-                        return None
-                    self._describe(scaling_factor, shift_factor, fields)
-                self._tidy()
+        # Another process may be faster, and take the folder away.
+        with contextlib.suppress(FileNotFoundError), self._locked():
+            if not self.complete():
+                facts = self.finished()
+                if len(facts) < self.shards:
+                    return None
+                self._describe([facts[s] for s in range(self.shards)], fields)
                 self.folder.rename(self.out)
                 flush(self.folder.parent)
-        except FileNotFoundError:
-            if not (self.out / records.FILE).exists():
-                raise
-            # Another process was faster, or an earlier run.
-        for name in (LOCK, PLAN):
-            (self.out / name).unlink(missing_ok=True)
+        for path in (*self.out.glob(FACTS), self.out / LOCK):
+            path.unlink(missing_ok=True)
         return records.LatentsInfo.read(self.out)
 
-    def _describe(self, scale: float, shift: float, fields: dict[str, Any]) -> None:
-        facts = [self._read(shard) for shard in self._all()]
-        unreadable = self.unreadable()
-        rows = [Facts(**{k: f[k] for k in f if k != "unreadable"}) for f in facts if f]
-        count = sum(row.records for row in rows)
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold a lock that the system takes back from a process that dies."""
+        with (self.folder / LOCK).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _describe(self, facts: list[Facts], fields: dict[str, Any]) -> None:
+        count = sum(row.records for row in facts)
         if not count:
             shutil.rmtree(self.folder)
-            raise UserError(
-                f"{self._options.get('images')}: none of its images can be decoded"
-            )
-        if unreadable:
+            raise UserError(f"{self.out}: none of the images can be decoded")
+        shards = {self._path(s) for s in range(self.shards)}
+        for path in {*self.folder.glob("latents-*")} - shards:
+            path.unlink()  # of a process that was killed
+        if unreadable := sorted(row for f in facts for row in f.unreadable):
             text = "".join(f"{line}\n" for _, line in unreadable)
             (self.folder / UNREADABLE).write_text(text, encoding="utf-8")
         height, width, _ = fields["latent_shape"]
+        scale, shift = fields["scaling_factor"], fields["shift_factor"]
         info = records.LatentsInfo(
-            scaling_factor=scale,
-            shift_factor=shift,
             num_examples=count,
-            splits={self.split: manifest(rows)},
-            versions=json.loads((self.folder / PLAN).read_text())["versions"],
+            splits={self.split: manifest(facts)},
+            versions=self._versions,
             options=self._options,
-            **sampled(rows, count * height * width, scale, shift),
+            **_sampled(facts, count * height * width, scale, shift),
             **fields,
         )
         write_tfds_metadata(self.folder, info)
+        info.write(self.folder)
         for path in (*self.folder.glob("*.json"), *self.folder.glob("*.txt")):
             flush(path)
-        info.write(self.folder)
-        flush(self.folder / records.FILE)
 
-    def _tidy(self) -> None:
-        for pattern in ("facts-*.json", "*.tmp", f"{LOCK}.*"):
-            for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
-
-    def discard_if_empty(self) -> None:
-        """Remove the folder if no shard is finished: nothing would be lost."""
-        if (
-            not any(map(self._read, self._all()))
-            and not (self.folder / records.FILE).exists()
-        ):
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _all(self) -> range:
-        return range(self.shards)
-
-    def _facts_path(self, shard: int) -> Path:
-        return self.folder / f"facts-{shard:05d}.json"
-
-    def _read(self, shard: int) -> dict[str, Any] | None:
-        """Facts of a shard, None until it is finished."""
-        path = records.shard_path(self.folder, self.split, shard, self.shards)
-        try:
-            facts = json.loads(self._facts_path(shard).read_text())
-            return facts if os.path.getsize(path) == facts["bytes"] else None
-        except FileNotFoundError:
-            return None
+    def _path(self, shard: int) -> Path:
+        return Path(records.shard_path(self.folder, self.split, shard, self.shards))
 
 
-def sampled(
+def _sampled(
     facts: Sequence[Facts], positions: int, scale: float, shift: float
 ) -> dict[str, Any]:
     """Exactly instead of drawn, mean and deviation of (z - shift) * scale, where
@@ -315,12 +295,6 @@ def sampled(
     }
 
 
-def _local(out: str | os.PathLike) -> Path:
-    if "://" in os.fspath(out):
-        raise UserError(f"{out}: encode into a local folder, then copy it there")
-    return Path(out)
-
-
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
@@ -329,22 +303,51 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock that the system takes back from a process that dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"{path.parent}: another process is writing these shards; wait for it, "
-                "or give each a --process_index of --process_count"
-            ) from None
-        yield
-
-
 def _versions() -> dict[str, str]:
     packages = ("jax", "flax", "tensorflow-datasets", "pillow")
     found = {name: importlib.metadata.version(name) for name in packages}
     tensorflow = records.tensorflow().__version__
     return {"sra2_jax": sra2_jax.__version__, "tensorflow": tensorflow, **found}
+
+
+def write_tfds_metadata(folder: str | os.PathLike, info: records.LatentsInfo) -> None:
+    """Write `features.json` and `dataset_info.json` next to finished shards.
+
+    TFDS reads the first example back, so a schema it cannot decode fails here.
+    """
+    records.tensorflow()
+    import tensorflow_datasets as tfds
+
+    def halves(shape: tuple[int, ...]) -> Any:
+        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
+        return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
+
+    if info.class_names:
+        label = tfds.features.ClassLabel(names=list(info.class_names))
+    else:
+        label = tfds.features.ClassLabel(num_classes=info.num_classes)
+    features = {
+        "mean": halves(info.latent_shape),
+        "std": halves(info.latent_shape),
+        "label": label,
+        "index": tfds.features.Scalar(dtype=np.int64),
+    }
+    if info.images:
+        features["image"] = tfds.features.Image(
+            shape=(info.resolution, info.resolution, 3), encoding_format="png"
+        )
+    if stored := info.features:
+        features["features"] = halves((stored.grid**2, stored.width))
+    tfds.folder_dataset.write_metadata(
+        data_dir=os.fspath(folder),
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=list(shards.records),
+                num_bytes=sum(shards.bytes),
+            )
+            for name, shards in info.splits.items()
+        ],
+        description=f"Latents of {info.vae} at {info.resolution} pixels.",
+    )

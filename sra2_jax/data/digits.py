@@ -9,10 +9,13 @@ from PIL import Image
 from sklearn import datasets
 from sklearn.model_selection import train_test_split
 
+from sra2_jax.errors import UserError
+
 SIDE = 8
 FACTOR = 4  # 8x8 digits become 32x32 images
 TEST_SIZE = 360
 SPLIT_SEED = 0
+SPLITS = ("train", "test")
 
 
 def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -24,10 +27,10 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     and int64 labels (N,) in 0..9.
 
     Raises:
-        ValueError: split is neither of the two.
+        UserError: split is neither of the two.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f'split is {split!r}; give "train" or "test"')
+    if split not in SPLITS:
+        raise UserError(f"digits: no split {split!r}; choose {' or '.join(SPLITS)}")
     digits = datasets.load_digits()
     halves = train_test_split(
         np.arange(len(digits.target)),
@@ -35,7 +38,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         stratify=digits.target,
         random_state=SPLIT_SEED,
     )
-    chosen = np.sort(halves[0 if split == "train" else 1])
+    chosen = np.sort(halves[SPLITS.index(split)])
     images = np.stack([_enlarge(digits.images[i]) for i in chosen])
     return images, digits.target[chosen].astype(np.int64)
 

@@ -7,234 +7,290 @@ killed, the same command goes on with the shards that are left.
 
 from __future__ import annotations
 
-import argparse
-import functools
+import hashlib
 import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sra2_jax.command import run_program
+from sra2_jax.command import Parser
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.build import (
-    Build,
-    building,
-    choose_shards,
-    latent_shape,
-    record_size,
-)
+from sra2_jax.data.build import Build, Options, option
 from sra2_jax.data.check import run_check
-from sra2_jax.data.encoders import (
-    Batch,
-    Encoder,
-    VAEEncoder,
-    WithFeatures,
-    encoded,
-    rounded,
-)
-from sra2_jax.data.images import Readable
-from sra2_jax.data.shards import ShardWriter
+from sra2_jax.data.writer import ShardWriter
 from sra2_jax.errors import UserError
-from sra2_jax.models.vae import VAEConfig
-from sra2_jax.weights import load_vae
+from sra2_jax.models.dinov2 import DINOv2, patch_features
+from sra2_jax.models.vae import AutoencoderKL
+from sra2_jax.weights import load_dinov2, load_vae
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EncodeOptions(Options):
+    """What a dataset of latents is encoded with."""
+
+    images: str | os.PathLike = option("", image_sources.SPECS)
+    store_images: bool = option(
+        False, "keep the cropped images too, as PNG, for methods that need them"
+    )
+    encoder: str = option(
+        "", "store the patch features of this DINOv2: folder, hub id or built-in name"
+    )
+    grid: int = option(
+        0, "features on a side; by default half the latent's, as for patches of 2"
+    )
+    batch_size: int = option(
+        64, "images per call, over the local devices (rounded up to a multiple)"
+    )
+    max_bad: float = option(0.01, "share of unreadable images to leave out and list")
+    dtype: str = option(DTYPES[0], "compute type of the networks", choices=DTYPES)
+    mirror: bool = option(
+        False, "also a record of each image mirrored: an epoch is twice as long"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size={self.batch_size}: give at least one image")
+        if self.grid < 0 or (self.grid and not self.encoder):
+            raise UserError(
+                f"--grid={self.grid}: give at least one feature on a side, of an "
+                "--encoder=MODEL"
+            )
 
 
 def encode(
-    images: str | os.PathLike,
-    out: str | os.PathLike,
-    vae: str,
-    resolution: int,
-    *,
-    split: str = "train",
-    store_images: bool = False,
-    encoder: str = "",
-    grid: int = 0,
-    shards: int | None = None,
-    batch_size: int = 64,
-    max_bad: float = 0.01,
-    dtype: str = "float32",
-    mirror: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    options: EncodeOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> records.LatentsInfo | None:
     """Encode every image of a source into a new dataset of latents.
 
-    Begins where an earlier call with the same arguments was interrupted. The result is
+    Begins where an earlier call with the same options was interrupted. The result is
     the same, byte for byte, on the same kind of device.
 
     Args:
-      images: source, see `images.open_source`.
-      out: local folder to make; may exist only if empty, or complete already.
-      vae: folder or hub id, see `pretrained.load_vae`.
-      resolution: side of the centre crop in pixels.
-      split: split to read of the source, and name of the split written.
-      store_images: keep the crops beside their latents, losslessly (PNG).
-      encoder: store its patch features, see `pretrained.load_dinov2`; "": none.
-      grid: features on a side, 0: half the latent's side, as patches of 2 have it.
-      shards: number of files; None: from the size.
-      batch_size: images per call, over the local devices (rounded up to a multiple).
-      max_bad: share of images that may be unreadable; `unreadable.txt` lists them.
-      dtype: compute dtype of the networks, float32 or bfloat16.
-      mirror: also a record of each image mirrored left to right, before the VAE.
-      process_index, process_count: this process writes every process_count-th shard.
       progress: called with this process's images, done and in all, after each batch.
 
     Returns:
       The description of the dataset, None while other processes have shards to write.
 
     Raises:
-      UserError: no images, too many unreadable, something else in `out`, other
-        arguments than the work began with, a resolution or number of shards that does
-        not fit, numbers not finite in float16.
+      UserError: no images, too many unreadable, something else in `out`, other options
+        than the work began with, a resolution or number of shards that does not fit,
+        numbers not finite in float16.
     """
-    source = image_sources.open_source(images, split)
-    config, run, shape, features = _networks(vae, resolution, encoder, grid, dtype)
-    size = record_size(shape, resolution if store_images else 0, features)
-    shards = choose_shards(shards, source.length, (1 + mirror) * size)
-    options = {
-        "images": os.fspath(images),
+    source = image_sources.open_source(options.images, options.split)
+    encoder = Encoder.load(options)
+    shape, features = options.latent_shape(encoder.vae.config), encoder.features
+    # A PNG as two bytes a pixel.
+    size = 4 * math.prod(shape) + 2 * options.store_images * options.resolution**2
+    size += 2 * features.grid**2 * features.width if features else 0
+    shards = options.choose_shards(source.length, (1 + options.mirror) * size)
+    made_with = {
+        "images": os.fspath(options.images),
         "listing": source.fingerprint,
-        "split": split,
-        "vae": vae,
-        "weights": run.weights,
-        "resolution": resolution,
-        "store_images": store_images,
-        "encoder": encoder,
+        "split": options.split,
+        "vae": options.vae,
+        "weights": encoder.weights,
+        "resolution": options.resolution,
+        "store_images": options.store_images,
+        "encoder": options.encoder,
         "grid": features.grid if features else 0,
         "shards": shards,
-        "batch_size": rounded(batch_size),
-        "dtype": dtype,
-        "mirror": mirror,
+        "batch_size": rounded(options.batch_size),
+        "dtype": options.dtype,
+        "mirror": options.mirror,
     }
-    processes = {"process_index": process_index, "process_count": process_count}
     # The mirrored image's record is in the same shard.
-    mirror_offset = mirror * math.ceil(source.length / shards) * shards
-    readable = functools.partial(
-        Readable,
-        source,
-        resolution,
-        name=images,
-        max_bad=max_bad,
-        mirror_offset=mirror_offset,
-    )
-    models = {"mean": vae, "std": vae, "features": encoder}
-    with building(out, split, shards, options, **processes) as build:
-        with _PNGs(store_images) as pngs:
-            _write_shards(
-                build,
-                source,
-                readable,
-                lambda good: encoded(good, run, batch_size, shards),
-                lambda writer, batch: _write(writer, batch, pngs, models),
-                progress,
-            )
+    mirror_offset = options.mirror * math.ceil(source.length / shards) * shards
+
+    def images(own: Iterable[int]) -> int:
+        return sum(len(range(s, source.length, shards)) for s in own)
+
+    with Build(options, shards, made_with) as build:
+        groups, total = list(build.left(source.at_once)), images(build.own)
+        done = total - images(itertools.chain(*groups))
+        for group in groups:
+            with build.writing(group) as writer, ThreadPoolExecutor(16) as pool:
+                rows = image_sources.readable(
+                    source,
+                    options.resolution,
+                    options.max_bad,
+                    writer.skip,
+                    stride=shards,
+                    offsets=group,
+                    mirror_offset=mirror_offset,
+                )
+                for batch in encoded(rows, encoder, options.batch_size, shards):
+                    _write(writer, batch, pool if options.store_images else None)
+                    done += sum(index < source.length for index in batch.indices)
+                    progress(done, total)
         return build.finish(
-            vae=vae,
-            resolution=resolution,
+            vae=options.vae,
+            resolution=options.resolution,
             latent_shape=shape,
             num_classes=source.num_classes,
             class_names=source.class_names,
             crop=records.CROP,
-            images=store_images,
+            images=options.store_images,
             features=features,
             mirror_offset=mirror_offset,
-            scaling_factor=config.scaling_factor,
-            shift_factor=config.shift_factor,
+            scaling_factor=encoder.vae.config.scaling_factor,
+            shift_factor=encoder.vae.config.shift_factor,
         )
 
 
-def _write_shards(
-    build: Build,
-    source: image_sources.ImageSource,
-    readable: Callable[..., Readable],
-    batches: Callable[[Readable], Iterable[Batch]],
-    write: Callable[[ShardWriter, Batch], None],
-    progress: Callable[[int, int], None],
-) -> None:
-    """Write the shards of this process that are left."""
+@dataclass(frozen=True)
+class Batch:
+    """Encoded images: `arrays` by name, (N, ...) float32."""
 
-    def images(shards: Iterable[int]) -> int:
-        return sum(len(range(s, source.length, build.shards)) for s in shards)
-
-    groups = list(build.groups(source.at_once))
-    total = images(build.own)
-    done = total - images(itertools.chain(*groups))
-    for group in groups:
-        bad = len(build.unreadable())
-        good = readable(bad=bad, stride=build.shards, offsets=group)
-        with build.writing(group, good.unreadable) as writer:
-            for batch in batches(good):
-                write(writer, batch)
-                progress(done + good.seen, total)
-        done += good.seen
+    indices: Sequence[int]
+    labels: Sequence[int]
+    images: Sequence[np.ndarray]
+    arrays: dict[str, np.ndarray]
 
 
-def _networks(
-    vae: str, resolution: int, encoder: str, grid: int, dtype: str
-) -> tuple[VAEConfig, Encoder, tuple[int, int, int], records.Features | None]:
-    """The VAE's config, what runs on a batch, a latent's shape, the features."""
-    module, params = load_vae(vae)
-    shape = latent_shape(module.config, resolution, vae)
-    run = VAEEncoder(module.clone(dtype=dtype), params)
-    if not encoder:
-        if grid:
-            raise UserError(f"--grid={grid} is of features: give --encoder=MODEL too")
-        return module.config, run, shape, None
-    grid = grid or max(shape[0] // 2, 1)
-    both = WithFeatures(run, encoder, grid, dtype)
-    features = records.Features(encoder, grid, both.width)
-    return module.config, both, shape, features
-
-
-class _PNGs:
-    """Context manager that compresses images in threads, or gives None for each."""
-
-    def __init__(self, on: bool) -> None:
-        self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1)) if on else None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool:
-            self._pool.shutdown()
-
-    def __call__(self, images: Sequence[np.ndarray]) -> Iterable[bytes | None]:
-        if not self._pool:
-            return [None] * len(images)
-        return self._pool.map(image_sources.to_png, images)
-
-
-def _write(
-    writer: ShardWriter,
-    batch: Batch,
-    pngs: _PNGs,
-    models: Mapping[str, str],
-) -> None:
-    """Write a batch; `models` names the network that each array comes from."""
-    with np.errstate(over="ignore"):
-        halves = {name: x.astype(np.float16) for name, x in batch.arrays.items()}
-    for name, values in halves.items():
-        wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
-        if wrong.size:
-            what = "features" if name == "features" else "latent"
-            raise UserError(
-                f"{models[name]}: the {what} of image {batch.indices[wrong[0]]} is not "
-                "finite or too large for float16; use --dtype=float32, or check the "
-                "weights"
-            )
-    rows = zip(batch.indices, batch.labels, pngs(batch.images), strict=True)
+def _write(writer: ShardWriter, batch: Batch, pool: Executor | None) -> None:
+    """Write a batch, and its images as PNG, made in a pool, where one is given."""
+    pngs: Iterable[bytes | None] = itertools.repeat(None)
+    if pool is not None:
+        pngs = pool.map(image_sources.to_png, batch.images)
+    rows = zip(batch.indices, batch.labels, pngs, strict=False)
     for row, (index, label, image) in enumerate(rows):
-        arrays = {name: x[row] for name, x in halves.items()}
-        writer.write(label=label, index=index, image=image, **arrays)
+        arrays = {name: x[row] for name, x in batch.arrays.items()}
+        writer.write(label, index, image, **arrays)
+
+
+class Encoder:
+    """uint8 images (N, H, W, 3), split over the devices -> arrays (N, ...) on them:
+    "mean" and "std" of a VAE's posterior and, with a DINOv2, "features".
+
+    Attributes:
+      vae: the VAE.
+      features: what the DINOv2 gives, None without.
+      weights: SHA-256 of the parameters of each.
+    """
+
+    def __init__(self, vae: AutoencoderKL, params: Any) -> None:
+        self.vae, self.weights = vae, _digest(params)
+        self.features: records.Features | None = None
+
+        @jax.jit
+        def moments(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+            x = pixels.astype(jnp.float32) / 127.5 - 1
+            both: Any = vae.apply({"params": params}, x, method="encode")
+            return dict(zip(("mean", "std"), both, strict=True))
+
+        self._networks: list[Any] = [(moments, _replicated(params))]
+
+    @classmethod
+    def load(cls, options: EncodeOptions) -> Encoder:
+        """The networks that the options name.
+
+        Raises:
+          UserError: one cannot be loaded, or does not fit the resolution.
+        """
+        vae, params = load_vae(options.vae)
+        side, _, _ = options.latent_shape(vae.config)
+        encoder = cls(vae.clone(dtype=options.dtype), params)
+        if options.encoder:
+            dinov2, params = load_dinov2(options.encoder)
+            width, grid = dinov2.config.hidden_size, options.grid or max(side // 2, 1)
+            encoder.features = records.Features(options.encoder, grid, width)
+            encoder.weights += f" {_digest(params)}"
+            encoder._add(dinov2.clone(dtype=jnp.dtype(options.dtype)), params, grid)
+        return encoder
+
+    def _add(self, dinov2: DINOv2, params: Any, grid: int) -> None:
+        @jax.jit
+        def features(params: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+            return {"features": patch_features(dinov2, params, pixels, grid)}
+
+        self._networks.append((features, _replicated(params)))
+
+    def __call__(self, pixels: jax.Array) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+        for network, params in self._networks:
+            found |= network(params, pixels)
+        return found
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), ("data",))
+
+
+def _replicated(params: Any) -> Any:
+    return jax.device_put(params, NamedSharding(_mesh(), PartitionSpec()))
+
+
+def _digest(params: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def rounded(batch_size: int) -> int:
+    """The next multiple of the local devices."""
+    return math.ceil(batch_size / jax.local_device_count()) * jax.local_device_count()
+
+
+def encoded(
+    rows: Iterable[tuple[int, np.ndarray, int]],
+    encoder: Encoder,
+    batch_size: int,
+    shards: int = 1,
+) -> Iterator[Batch]:
+    """Encode (index, image, label) rows, one batch while another is read.
+
+    Args:
+      batch_size: is rounded up to a multiple of the local devices.
+      shards: a batch has images of one index % shards only, in the order of the rows,
+        so that it is the same whatever else is encoded.
+    """
+    batch_size = rounded(batch_size)
+    split = NamedSharding(_mesh(), PartitionSpec("data"))
+    running: list[Any] = []
+    for batch in _batched(rows, batch_size, shards):
+        indices, images, labels = zip(*batch, strict=True)
+        # One shape, one compilation: a last batch is filled up and cut again.
+        filled = np.stack(images + (images[-1],) * (batch_size - len(batch)))
+        arrays = encoder(jax.device_put(filled, split))
+        running.append((indices, labels, images, arrays))
+        if len(running) > 1:
+            yield _fetch(*running.pop(0))
+    for last in running:
+        yield _fetch(*last)
+
+
+def _batched(rows: Iterable[Any], size: int, shards: int) -> Iterator[list[Any]]:
+    waiting: dict[int, list[Any]] = {}
+    for row in rows:
+        shard = row[0] % shards
+        waiting.setdefault(shard, []).append(row)
+        if len(waiting[shard]) == size:
+            yield waiting.pop(shard)
+    for shard in sorted(waiting):
+        yield waiting[shard]
+
+
+def _fetch(indices: Any, labels: Any, images: Any, arrays: Any) -> Batch:
+    count = len(indices)
+    fetched = {name: np.asarray(x)[:count] for name, x in arrays.items()}
+    return Batch(indices, labels, images, fetched)
 
 
 class _Meter:
@@ -256,51 +312,21 @@ class _Meter:
             print(text, file=sys.stderr, flush=True)
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sra2_jax encode", description=__doc__.partition("\n\n")[0]
-    )
-    add = parser.add_argument
-    source = "folder with one sub-folder per class, tfds:NAME[:SPLIT], or digits"
-    add("--images", metavar="SOURCE", help=source)
-    add("--out", metavar="DIR", help="local folder to make")
-    add("--vae", metavar="VAE", help="diffusers folder or hub id")
-    add("--resolution", type=int, default=256, help="pixels (%(default)s)")
-    add("--split", default="train", help="split to read and write (%(default)s)")
-    store = "keep the cropped images too, as PNG, for methods that need them"
-    add("--store_images", action="store_true", help=store)
-    stored = "store the patch features of this DINOv2: folder, hub id, or digits"
-    add("--encoder", default="", metavar="MODEL", help=stored)
-    tokens = "features on a side (half the latent's side, as for patches of 2)"
-    add("--grid", type=int, default=0, help=tokens)
-    add("--shards", type=int, help="number of files (by default from the size)")
-    add("--batch_size", type=int, default=64, help="images per call (%(default)s)")
-    bad = "share of unreadable images to leave out and list (%(default)s)"
-    add("--max_bad", type=float, default=0.01, help=bad)
-    dtypes = ("float32", "bfloat16")
-    kind = "compute type of the networks (%(default)s)"
-    add("--dtype", choices=dtypes, default=dtypes[0], help=kind)
-    mirrored = "also a record of each image mirrored: an epoch is twice as long"
-    add("--mirror", action="store_true", help=mirrored)
-    count = "processes that share the work, each with the same other flags"
-    add("--process_count", type=int, default=1, metavar="N", help=count)
-    add("--process_index", type=int, default=0, metavar="I", help="of this one, from 0")
-    verify = "read a dataset and name its damaged shards, instead of encoding"
-    add("--check", metavar="DIR", help=verify)
-    arguments = parser.parse_args()
-    missing = [f"--{n}" for n in ("images", "out", "vae") if not vars(arguments)[n]]
-    if arguments.check is None and missing:
-        parser.error(f"{' and '.join(missing)} must be given")
-    return arguments
-
-
 def main() -> int | None:
     """Encode as the flags say and print what was done, or check a dataset."""
-    start = time.monotonic()
-    flags = vars(_arguments())
+    parser = Parser(prog="sra2 encode", description=__doc__.partition("\n\n")[0])
+    EncodeOptions.add_flags(parser)
+    parser.add_argument(
+        "--check",
+        metavar="DIR",
+        help="read a dataset and name its damaged shards, instead of encoding",
+    )
+    start, flags = time.monotonic(), vars(parser.parse_args())
     if folder := flags.pop("check"):
         return run_check(folder)
-    info = encode(**flags, progress=_Meter())
+    if missing := [f"--{n}" for n in ("images", "out", "vae") if not flags[n]]:
+        parser.error(f"{' and '.join(missing)} must be given")
+    info = encode(EncodeOptions(**flags), _Meter())
     seconds = time.monotonic() - start
     if info is None:
         print(
@@ -314,7 +340,3 @@ def main() -> int | None:
         f"{info.num_examples / seconds:.1f} images/s, {size:,} bytes"
     )
     return None
-
-
-if __name__ == "__main__":
-    run_program(main)

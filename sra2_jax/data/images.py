@@ -1,8 +1,8 @@
 """Sources of labelled images, and the centre crop of ADM.
 
 A source is a folder with one sub-folder per class, any TFDS image-classification
-dataset (`tfds:NAME[:SPLIT]`), or `digits`. It only lists its images; `read` decodes
-and crops them in threads (Pillow releases the GIL).
+dataset (`tfds:NAME[:SPLIT]`), or one that is BUILT_IN. It only lists its images; `read`
+decodes and crops them in threads (Pillow releases the GIL).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,8 @@ from sra2_jax.data import records
 from sra2_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ImageSource:
       past what it leaves out.
     """
 
+    name: str
     length: int
     num_classes: int
     class_names: tuple[str, ...]
@@ -109,26 +112,41 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     """List the images of a source.
 
     Args:
-      spec: a folder with one sub-folder per class, `tfds:NAME[:SPLIT]`, or `digits`.
+      spec: see SPECS.
       split: split to read of a source that has splits, unless `spec` names one.
 
     Raises:
       UserError: an unknown source, or one without images.
     """
-    if spec == "digits":
-        return _digits(split)
-    if str(spec).startswith("tfds:"):
-        name, _, own_split = str(spec).removeprefix("tfds:").partition(":")
+    spec = os.fspath(spec)
+    if spec in BUILT_IN:
+        return BUILT_IN[spec](spec, split)
+    if spec.startswith("tfds:"):
+        name, _, own_split = spec.removeprefix("tfds:").partition(":")
         return _tfds(name, own_split or split)
     return _folder(Path(spec))
 
 
+def positions(length: int, stride: int, offsets: Sequence[int]) -> Iterator[int]:
+    """Those of range(length) with position % stride in offsets, in order."""
+    for base in range(0, length, stride):
+        for offset in sorted(offsets):
+            if base + offset < length:
+                yield base + offset
+
+
+def _indexed(length: int, entry: Callable[[int], Entry]) -> Entries:
+    """Entries of a listing that any of its images can be had of."""
+
+    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
+        return map(entry, positions(length, stride, offsets))
+
+    return entries
+
+
 def _folder(folder: Path) -> ImageSource:
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder of images; give a folder with one sub-folder "
-            "per class, tfds:NAME[:SPLIT] or digits"
-        )
+        raise UserError(f"{folder}: no such folder of images; give a {SPECS}")
     classes = sorted(
         f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."
     )
@@ -144,44 +162,33 @@ def _folder(folder: Path) -> ImageSource:
             "it must hold one sub-folder per class with the images in it"
         )
 
-    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
-        for index in positions(len(files), stride, offsets):
-            label, name = files[index]
-            relative = f"{classes[label]}/{name}"
-            load = functools.partial(decode_rgb, folder / relative)
-            yield Entry(index, relative, label, load)
+    def entry(index: int) -> Entry:
+        label, name = files[index]
+        relative = f"{classes[label]}/{name}"
+        load = functools.partial(decode_rgb, folder / relative)
+        return Entry(index, relative, label, load)
 
     listing = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
     for label, name in files:
         listing.update(f"\n{label}/{name}".encode("utf-8", "surrogateescape"))
+    entries, names = _indexed(len(files), entry), tuple(classes)
     return ImageSource(
-        len(files), len(classes), tuple(classes), entries, listing.hexdigest()
+        str(folder), len(files), len(names), names, entries, listing.hexdigest()
     )
 
 
-def positions(length: int, stride: int, offsets: Sequence[int]) -> Iterator[int]:
-    """Those of range(length) with position % stride in offsets, in order."""
-    for base in range(0, length, stride):
-        for offset in sorted(offsets):
-            if base + offset < length:
-                yield base + offset
+def _digits(name: str, split: str) -> ImageSource:
+    from sra2_jax.data.digits import load_digits  # scikit-learn takes a second
 
+    images, labels = load_digits(split)
 
-def _digits(split: str) -> ImageSource:
-    from sra2_jax.data import digits
+    def entry(index: int) -> Entry:
+        load = functools.partial(np.asarray, images[index])
+        return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
 
-    if split not in ("train", "test"):
-        raise UserError(f"digits: no split {split!r}; choose train or test")
-    images, labels = digits.load_digits(split)
-
-    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
-        for index in positions(len(images), stride, offsets):
-            load = functools.partial(np.asarray, images[index])
-            name = f"digits/{split}/{index}"
-            yield Entry(index, name, int(labels[index]), load)
-
-    names = tuple("0123456789")
-    return ImageSource(len(images), 10, names, entries, f"digits/{split}")
+    count, classes = len(images), tuple("0123456789")
+    entries = _indexed(count, entry)
+    return ImageSource(name, count, 10, classes, entries, f"{name}/{split}")
 
 
 def _tfds(name: str, split: str) -> ImageSource:
@@ -229,6 +236,7 @@ def _tfds(name: str, split: str) -> ImageSource:
             yield Entry(int(index), name_in, int(row["label"]), load)
 
     return ImageSource(
+        f"tfds:{name}",
         length,
         label.num_classes,
         tuple(label.names or ()),
@@ -240,6 +248,30 @@ def _tfds(name: str, split: str) -> ImageSource:
 
 def _decode_bytes(data: bytes) -> np.ndarray:
     return decode_rgb(io.BytesIO(data))
+
+
+# Images that come with the package, by the name that stands for them.
+BUILT_IN = {"digits": _digits}
+SPECS = (
+    f"folder with one sub-folder per class, tfds:NAME[:SPLIT], {', '.join(BUILT_IN)}"
+)
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) in order, a bounded number ahead."""
+    threads = min(16, os.cpu_count() or 1)
+    waiting: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            # Enough to keep every thread busy, few enough to bound the memory.
+            if len(waiting) > 8 * threads:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
 
 
 def read(
@@ -261,17 +293,8 @@ def read(
         except Exception as error:
             return error
 
-    threads = min(16, os.cpu_count() or 1)
-    waiting: collections.deque[tuple[Entry, Future[Any]]] = collections.deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for entry in source.entries(stride, offsets):
-            waiting.append((entry, pool.submit(work, entry)))
-            # Enough to keep every thread busy, few enough to bound the memory.
-            if len(waiting) > 8 * threads:
-                done, future = waiting.popleft()
-                yield done.index, done.name, future.result(), done.label
-        for done, future in waiting:
-            yield done.index, done.name, future.result(), done.label
+    for entry, image in in_threads(work, source.entries(stride, offsets)):
+        yield entry.index, entry.name, image, entry.label
 
 
 def to_png(image: np.ndarray) -> bytes:
@@ -281,65 +304,47 @@ def to_png(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-class Readable:
-    """Iterates over images that decode, and keeps account of the others.
+def readable(
+    source: ImageSource,
+    size: int,
+    max_bad: float,
+    skip: Callable[[int, str], int],
+    *,
+    stride: int = 1,
+    offsets: Sequence[int] = (0,),
+    mirror_offset: int = 0,
+) -> Iterator[tuple[int, np.ndarray, int]]:
+    """(index, image, label) of the images that decode, as `read` gives them.
 
     Args:
-      name: of the source, for messages.
       max_bad: share of all images that may be unreadable.
-      bad: unreadable images that are known already, elsewhere in the source.
-      stride, offsets: of the images to read, see `read`.
+      skip: gets the index of each of those and its line of the report, and says how
+        many of the source there are by now.
       mirror_offset: if not 0, each image comes again, mirrored left to right, its index
         this much larger.
 
-    Attributes:
-      seen: images so far.
-      unreadable: (index, line of the report) of each.
+    Raises:
+      UserError: too many are unreadable, or a label is no class.
     """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        resolution: int,
-        *,
-        name: str | os.PathLike,
-        max_bad: float,
-        bad: int = 0,
-        stride: int = 1,
-        offsets: Sequence[int] = (0,),
-        mirror_offset: int = 0,
-    ) -> None:
-        self._source, self._name, self._mirror = source, name, mirror_offset
-        self._images = read(source, resolution, stride, offsets)
-        self._max_bad, self._bad = max_bad, bad
-        self.seen = 0
-        self.unreadable: list[tuple[int, str]] = []
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
-        for index, name, image, label in self._images:
-            self.seen += 1
-            if not 0 <= label < self._source.num_classes:
-                raise UserError(
-                    f"{self._name}: {name} has no valid label ({label}); choose a "
-                    f"split with labels in [0, {self._source.num_classes})"
-                )
-            if isinstance(image, Exception):
-                self.unreadable.append((index, f"{name}\t{_one_line(image)}"))
-                self._check()
-                continue
-            yield index, image, label
-            if self._mirror:
-                yield index + self._mirror, image[:, ::-1], label
-
-    def _check(self) -> None:
-        # At once, not at the end: the rest of a large source would be encoded in vain.
-        bad, length = self._bad + len(self.unreadable), self._source.length
-        if bad > self._max_bad * length:
-            latest = self.unreadable[-1][1].replace("\t", ": ")
+    for index, name, image, label in read(source, size, stride, offsets):
+        if not 0 <= label < source.num_classes:
             raise UserError(
-                f"{self._name}: {bad} images so far cannot be decoded, more than "
-                f"--max_bad={self._max_bad} of all {length} ({latest}); mend them or "
-                "raise --max_bad"
+                f"{source.name}: {name} has no valid label ({label}); choose a split "
+                f"with labels in [0, {source.num_classes})"
+            )
+        if not isinstance(image, Exception):
+            yield index, image, label
+            if mirror_offset:
+                yield index + mirror_offset, image[:, ::-1], label
+            continue
+        reason = _one_line(image)
+        bad = skip(index, f"{name}\t{reason}")
+        # At once, not at the end: the rest of a large source would be encoded in vain.
+        if bad > max_bad * source.length:
+            raise UserError(
+                f"{source.name}: {bad} images so far cannot be decoded, more than "
+                f"--max_bad={max_bad} of all {source.length} ({name}: {reason}); mend "
+                "them or raise --max_bad"
             )
 
 

@@ -3,7 +3,8 @@
 SOURCE is what REPA's and SRA's preprocessing leaves, a folder `vae-sd` with
 `dataset.json` and an .npy of each image (or the folder that holds it); or arrays: an
 .npz, or a folder of .npy, with `moments` (mean, then deviation), or `mean` and `std`,
-and `labels`. Channels are first or last. Killed, the same command goes on.
+and `labels`. A folder of .npy is mapped, not read into memory; of an .npz each array is
+read whole. Channels are first or last. Killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -21,15 +23,32 @@ from typing import Any
 
 import numpy as np
 
-from sra2_jax.command import run_program
+from sra2_jax.command import Parser
 from sra2_jax.data import records
-from sra2_jax.data.build import building, choose_shards, latent_shape, record_size
+from sra2_jax.data.build import Build, Options, option
 from sra2_jax.data.images import positions
 from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
 
 Shape = tuple[int, int, int]
 LISTING = "dataset.json"
+ARRAYS = ("moments", "mean", "std", "labels")
+
+
+@dataclass(frozen=True)
+class ImportOptions(Options):
+    """What a dataset of latents that exist is made with."""
+
+    source: str | os.PathLike = ""
+    num_classes: int = option(0, "by default the largest label and one")
+    logvar: bool = option(
+        False, "moments hold the logarithm of the variance, not the deviation"
+    )
+    channels: str = option(
+        "",
+        "of the axes, for arrays whose shape fits both",
+        choices=("first", "last"),
+    )
 
 
 @dataclass(frozen=True)
@@ -47,63 +66,57 @@ class Latents:
     load: Callable[[int], tuple[np.ndarray, np.ndarray]]
 
 
-def import_latents(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
-    vae: str,
-    resolution: int,
-    *,
-    split: str = "train",
-    shards: int | None = None,
-    num_classes: int | None = None,
-    logvar: bool = False,
-    channels: str = "",
-) -> records.LatentsInfo:
+def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     """Import latents, see the top of this module.
 
-    Args:
-      out: local folder to make.
-      vae: what encoded them, see `pretrained.load_vae`; its scaling is noted.
-      resolution: of the images, in pixels.
-      shards: number of files; None: from the size.
-      num_classes: None: the largest label and one.
-      logvar: the second half of moments is the logarithm of the variance.
-      channels: "first" or "last" of the axes, for arrays whose shape fits both.
+    Returns:
+      The description of the dataset, None while other processes have shards to write.
 
     Raises:
       UserError: a source that cannot be understood, latents of another shape or not
         finite in float16, something else in `out`.
     """
-    module, _ = load_vae(vae)
-    config = module.config
-    shape = latent_shape(config, resolution, vae)
-    found = open_latents(Path(source), shape, logvar, channels)
-    classes = num_classes or int(found.labels.max()) + 1
+    module, _ = load_vae(options.vae)
+    config, source = module.config, options.source
+    shape = options.latent_shape(config)
+    found = open_latents(Path(source), shape, options.logvar, options.channels)
+    classes = options.num_classes or int(found.labels.max()) + 1
     if found.labels.min() < 0 or found.labels.max() >= classes:
         raise UserError(f"{source}: labels are not in [0, {classes}): --num_classes")
     length = len(found.labels)
-    shards = choose_shards(shards, length, record_size(shape))
-    options = {
+    shards = options.choose_shards(length, 4 * math.prod(shape))
+    made_with = {
         "imported": os.fspath(source),
         "listing": found.fingerprint,
-        "split": split,
-        "vae": vae,
-        "resolution": resolution,
+        "split": options.split,
+        "vae": options.vae,
+        "resolution": options.resolution,
         "shards": shards,
         "num_classes": classes,
-        "logvar": logvar,
-        "channels": channels,
+        "logvar": options.logvar,
+        "channels": options.channels,
     }
-    with building(out, split, shards, options) as build, ThreadPoolExecutor(16) as pool:
-        for group in build.groups(1):
-            with build.writing(group, []) as writer:
-                wanted = list(positions(length, shards, group))
-                rows = pool.map(lambda i: _halves(found, i, source), wanted)
-                for index, (mean, std) in zip(wanted, rows, strict=True):
-                    writer.write(mean, std, int(found.labels[index]), index)
-        info = build.finish(
-            vae=vae,
-            resolution=resolution,
+
+    def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+        mean, std = found.load(index)
+        if (std < 0).any():
+            raise UserError(
+                f"{source}: latent {index} has negative deviations: they may be "
+                "logarithms of the variance, try --logvar"
+            )
+        return index, mean, std
+
+    with Build(options, shards, made_with) as build, ThreadPoolExecutor(16) as pool:
+        for group in build.left():
+            with build.writing(group) as writer:
+                for index, mean, std in pool.map(
+                    load, positions(length, shards, group)
+                ):
+                    label = int(found.labels[index])
+                    writer.write(label, index, mean=mean, std=std)
+        return build.finish(
+            vae=options.vae,
+            resolution=options.resolution,
             latent_shape=shape,
             num_classes=classes,
             class_names=(),
@@ -111,30 +124,12 @@ def import_latents(
             scaling_factor=config.scaling_factor,
             shift_factor=config.shift_factor,
         )
-    assert info is not None  # one process writes all
-    return info
-
-
-def _halves(found: Latents, index: int, source: Any) -> tuple[np.ndarray, np.ndarray]:
-    with np.errstate(over="ignore"):
-        mean, std = (x.astype(np.float16) for x in found.load(index))
-    if not (np.isfinite(mean).all() and np.isfinite(std).all()):
-        raise UserError(
-            f"{source}: latent {index} is not finite or too large for float16; encode "
-            f"the images anew ({records.ENCODE})"
-        )
-    if (std < 0).any():
-        raise UserError(
-            f"{source}: latent {index} has negative deviations: they may be logarithms "
-            "of the variance, try --logvar"
-        )
-    return mean, std
 
 
 def open_latents(
     source: Path, shape: Shape, logvar: bool, channels: str = ""
 ) -> Latents:
-    """List the latents of a source, as (h, w, c) = shape; reads none yet.
+    """List the latents of a source, as (h, w, c) = shape.
 
     Raises:
       UserError: nothing that can be understood.
@@ -143,15 +138,14 @@ def open_latents(
         if (folder / LISTING).is_file():
             return _files(folder, shape, logvar)
     if source.is_dir():
-        names = ("moments", "mean", "std", "labels")
-        paths = {n: source / f"{n}.npy" for n in names}
-        arrays = {n: _mapped(p) for n, p in paths.items() if p.is_file()}
+        paths = {name: source / f"{name}.npy" for name in ARRAYS}
+        arrays = {n: _array(path) for n, path in paths.items() if path.is_file()}
     elif source.suffix == ".npz" and source.is_file():
         arrays = _members(source)
     else:
         raise UserError(
             f"{source}: no folder with {LISTING} or .npy arrays, and no .npz; see "
-            "python -m sra2_jax import-latents --help"
+            "sra2 import-latents --help"
         )
     return _arrays(source, arrays, shape, logvar, channels)
 
@@ -161,28 +155,25 @@ def _files(folder: Path, shape: Shape, logvar: bool) -> Latents:
     try:
         text = path.read_bytes()
         rows = json.loads(text)["labels"]
-        names = [name for name, _ in rows]
+        names = [PurePosixPath(name) for name, _ in rows]
         labels = [label for _, label in rows]
-        good = all(isinstance(n, str) for n in names)
-        good = good and all(type(label) is int for label in labels)
-    except (ValueError, TypeError, KeyError):
-        good = False
-    if not good or not names:
+        if not rows or any(type(label) is not int for label in labels):
+            raise ValueError("no integer labels")
+        if len(set(names)) != len(names):
+            raise ValueError("a file is named twice")
+        for name in names:
+            if name.is_absolute() or ".." in name.parts or name.suffix != ".npy":
+                raise ValueError(f"{str(name)!r} is no .npy inside this folder")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f'{path}: needs {{"labels": [["00000/NAME.npy", 0], ...]}} with a number '
-            "for each; make it anew"
-        )
-    if len(set(names)) != len(names):
-        raise UserError(f"{path}: names a file twice; make it anew")
-    for name in names:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or pure.suffix != ".npy":
-            raise UserError(f"{path}: {name!r} is no .npy inside this folder")
-    order = sorted(range(len(names)), key=names.__getitem__)  # upstream's order
+            f"for each ({error}): make it anew"
+        ) from None
+    order = sorted(range(len(names)), key=lambda i: rows[i][0])  # upstream's order
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray]:
         file = folder / names[order[index]]
-        return _split(_mapped(file), shape, logvar, "first", file)
+        return _split(_array(file), shape, logvar, "first", file)
 
     return Latents(np.array(labels, np.int64)[order], _digest(text), load)
 
@@ -194,9 +185,8 @@ def _arrays(
     logvar: bool,
     channels: str,
 ) -> Latents:
-    if "labels" not in arrays or not (
-        "moments" in arrays or {"mean", "std"} <= arrays.keys()
-    ):
+    used = ["moments"] if "moments" in arrays else ["mean", "std"]
+    if not {"labels", *used} <= arrays.keys():
         raise UserError(
             f"{source}: has the arrays {sorted(arrays)}; needs labels, and moments or "
             "mean and std"
@@ -204,11 +194,10 @@ def _arrays(
     labels = arrays["labels"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
         raise UserError(f"{source}: labels must be integers, one for each latent")
-    used = ["moments"] if "moments" in arrays else ["mean", "std"]
     for name in used:
-        if len(arrays[name]) != len(labels):
+        if arrays[name].shape[:1] != labels.shape:
             raise UserError(
-                f"{source}: {len(arrays[name])} {name} for {len(labels)} labels"
+                f"{source}: {name} {arrays[name].shape} for {len(labels)} labels"
             )
 
     def load(index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +241,7 @@ def _channels_last(
     return np.moveaxis(array, 0, -1) if first else array
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _array(path: Path) -> np.ndarray:
     """An .npy, not in memory."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -260,86 +249,38 @@ def _mapped(path: Path) -> np.ndarray:
             raise ValueError("an archive")
         return array
     except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: no .npy that can be read ({reason})") from None
+        raise _unreadable(path, ".npy", error) from None
 
 
 def _members(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name, not in memory."""
-    arrays: dict[str, np.ndarray] = {}
+    """The arrays of an .npz by name."""
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            # Below, the sums in an archive are not looked at.
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
-            for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(
-                        f"{path}: is compressed and would have to be read whole; "
-                        f"unpack it (unzip {path.name} -d FOLDER), import the folder"
-                    )
-                # The local header's own lengths; those of the directory may differ.
-                file.seek(member.header_offset + 26)
-                name, extra = np.frombuffer(file.read(4), "<u2").tolist()
-                file.seek(name + extra, os.SEEK_CUR)
-                start, array = file.tell(), _member(path, file)
-                if array.offset - start + array.nbytes > member.file_size:
-                    raise ValueError(f"{member.filename} is cut short")
-                arrays[member.filename.removesuffix(".npy")] = array
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in ARRAYS if name in archive}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: no .npz that can be read ({reason})") from None
-    return arrays
+        raise _unreadable(path, ".npz", error) from None
 
 
-def _member(path: Path, file: Any) -> np.memmap:
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    version = np.lib.format.read_magic(file)
-    if version not in read:
-        raise ValueError(f"version {version} of .npy")
-    shape, fortran, dtype = read[version](file)
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects")
-    order: Any = "F" if fortran else "C"
-    return np.memmap(path, dtype, "r", file.tell(), shape, order)
+def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"{path}: no {kind} that can be read ({reason})")
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sra2_jax import-latents",
+def main() -> None:
+    """Import as the flags say and print what was done."""
+    parser = Parser(
+        prog="sra2 import-latents",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder, or .npz")
-    add("--out", required=True, metavar="DIR", help="local folder to make")
-    vae = "diffusers folder or hub id of the VAE that encoded them"
-    add("--vae", required=True, metavar="VAE", help=vae)
-    add("--resolution", type=int, default=256, help="pixels (%(default)s)")
-    add("--split", default="train", help="name of the split (%(default)s)")
-    add("--shards", type=int, help="number of files (by default from the size)")
-    add("--num_classes", type=int, help="by default the largest label and one")
-    second = "moments hold the logarithm of the variance, not the deviation"
-    add("--logvar", action="store_true", help=second)
-    both = "of the axes, for arrays whose shape fits both"
-    add("--channels", choices=("first", "last"), default="", help=both)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Import as the flags say and print what was done."""
-    info = import_latents(**vars(_arguments()))
-    print(f"{info.num_examples:,} latents imported")
-
-
-if __name__ == "__main__":
-    run_program(main)
+    parser.add_argument("source", metavar="SOURCE", help="folder, or .npz")
+    ImportOptions.add_flags(parser)
+    info = import_latents(ImportOptions(**vars(parser.parse_args())))
+    if info is None:
+        print("all shards of this process are written; the others' are missing")
+    else:
+        print(f"{info.num_examples:,} latents imported")

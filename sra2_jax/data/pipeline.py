@@ -9,44 +9,63 @@ exactly: what a stream has consumed follows from the step.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from sra2_jax.data import records
-from sra2_jax.data.check import damaged
 from sra2_jax.errors import UserError
 
 # Files that a stream reads at once, and records taken from each in turn.
 _OPEN_FILES = 4
 _BLOCK = 16
+_AT_ONCE = 128  # records of `read_shard`: with features, 50 MB
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the order of the batches of a dataset follows from.
+
+    Attributes:
+      batch_size: rows of the GLOBAL batch.
+      streams: number of virtual streams, independent of the number of processes.
+      shuffle_buffer: records to shuffle among, over all streams, in the memory of all
+        processes together.
+    """
+
+    batch_size: int
+    seed: int
+    streams: int
+    shuffle_buffer: int
+    split: str = "train"
+
+    @classmethod
+    def of(cls, config: Any) -> Order:
+        """That of a run."""
+        data = config.data
+        return cls(config.batch_size, config.seed, data.streams, data.shuffle_buffer)
 
 
 def batches(
     folder: str | os.PathLike,
-    *,
-    split: str,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    streams: int,
-    shuffle_buffer: int,
-    process_index: int,
-    process_count: int,
+    order: Order,
+    start_step: int = 0,
     fields: Sequence[str] = (),
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches start_step, start_step + 1, ...
 
     Args:
       folder: dataset of latents (see records.py), local or gs://.
-      batch_size: rows of the GLOBAL batch.
-      streams: number of virtual streams; part of the order, like seed, batch_size and
-        shuffle_buffer, and independent of the number of processes.
-      shuffle_buffer: records to shuffle among, over all streams, in the memory of all
-        processes together.
       start_step: batches to skip; reads at most one epoch of raw records for it.
       fields: "image" and "features", to read them as well; they do not change the
         order.
@@ -58,71 +77,38 @@ def batches(
 
     Raises:
       UserError: at once, numbers that do not divide, a split, field or shards that are
-        missing, shards of another size than encoded or in each other's place; while
-        iterating, a record that cannot be read, one of another stream, or a label
-        outside [0, num_classes).
+        missing, shards of another size than encoded; while iterating, a record that
+        cannot be read.
     """
     info = records.LatentsInfo.read(folder)
-    shards = _shards(info, folder, split)
-    check_fields(info, folder, fields)
-    count = len(shards.records)
-    _check_division(batch_size, streams, process_count, count, folder)
-    owned, rows = streams // process_count, batch_size // streams
-    paths = [records.shard_path(folder, split, s, count) for s in range(count)]
+    records.check_fields(info, folder, fields)
+    if order.split not in info.splits:
+        raise UserError(
+            f"{folder}: no split {order.split!r}, only {sorted(info.splits)}; change "
+            "the split in the config or encode that one"
+        )
+    shards = info.splits[order.split]
+    count, streams = len(shards.records), order.streams
+    _check_division(order, process_count, count, folder)
+    owned, rows = streams // process_count, order.batch_size // streams
+    paths = [records.shard_path(folder, order.split, s, count) for s in range(count)]
     parts: list[Any] = []
-    mine: list[int] = []
-    own_streams = range(process_index * owned, (process_index + 1) * owned)
-    for v in own_streams:
+    for v in range(process_index * owned, (process_index + 1) * owned):
         own = slice(v, None, streams)
         _check_files(folder, paths[own], shards.records[own], shards.bytes[own])
         stream = _stream(
             [str(path) for path in paths[own]],
             shards.records[own],
-            seed=(seed, v),
+            seed=(order.seed, v),
             consumed=start_step * rows,
-            shuffle_buffer=-(-shuffle_buffer // streams),
+            shuffle_buffer=-(-order.shuffle_buffer // streams),
         )
         parts.append(stream.batch(rows))
-        mine += range(count)[own]
-    reader = _Reader(info, folder, split, mine, fields)
-    reader.check_places()
-    return reader.batches(
-        _joined(parts, info, fields), np.repeat(own_streams, rows), streams
-    )
+    return _read(_joined(parts, info, fields), folder)
 
 
-def _shards(
-    info: records.LatentsInfo, folder: str | os.PathLike, split: str
-) -> records.Shards:
-    if split not in info.splits:
-        raise UserError(
-            f"{folder}: no split {split!r}, only {sorted(info.splits)}; change the "
-            "split in the config or encode that one"
-        )
-    return info.splits[split]
-
-
-def check_fields(
-    info: records.LatentsInfo, folder: str | os.PathLike, fields: Sequence[str]
-) -> None:
-    """Refuse a dataset whose records lack one of `fields`, see `batches`.
-
-    Raises:
-      UserError: the field, and the flag of the encoder that stores it.
-    """
-    stored = {"image": info.images, "features": info.features is not None}
-    flags = {"image": "--store_images", "features": "--encoder=MODEL"}
-    for name in fields:
-        if not stored[name]:
-            raise UserError(
-                f"{folder}: its records hold no {name}; encode again with "
-                f"{flags[name]} ({records.ENCODE})"
-            )
-
-
-def _check_division(
-    batch_size: int, streams: int, process_count: int, shards: int, folder: Any
-) -> None:
+def _check_division(order: Order, process_count: int, shards: int, folder: Any) -> None:
+    streams, batch_size = order.streams, order.batch_size
     if streams < 1 or batch_size < 1 or batch_size % streams:
         raise UserError(
             f"batch size {batch_size} is not a multiple of the {streams} data streams; "
@@ -230,105 +216,88 @@ def _joined(
     )
 
 
-class _Reader:
-    """Reads what tf.data gives, and says what is wrong and where if something is.
-
-    mine: the shards that this process reads.
-    """
-
-    def __init__(
-        self,
-        info: records.LatentsInfo,
-        folder: Any,
-        split: str,
-        mine: Sequence[int],
-        fields: Sequence[str],
-    ) -> None:
-        self._info, self._folder, self._fields = info, folder, fields
-        self._split, self._shards, self._mine = split, info.splits[split], mine
-
-    def check_places(self) -> None:
-        """Refuse shards that are copies of others: they raise nothing in TensorFlow.
-
-        A record's index says which shard it belongs to; the first one of each is read.
-        """
-        tf = records.tensorflow()
-        filled = [s for s in self._mine if self._shards.records[s]]
-        paths = tf.data.Dataset.from_tensor_slices([self._path(s) for s in filled])
-
-        def first(path: Any) -> Any:
-            record = tf.data.TFRecordDataset(path).take(1).get_single_element()
-            schema = {"index": tf.io.FixedLenFeature([], tf.int64)}
-            return tf.io.parse_single_example(record, schema)["index"]
-
-        # Side by side, for disks that answer slowly.
-        found = paths.map(first, num_parallel_calls=16, deterministic=True)
-        with self._named():
-            indices = list(found.as_numpy_iterator())
-        count = len(self._shards.records)
-        for shard, index in zip(filled, indices, strict=True):
-            if index % count != shard:
-                self._refuse_place(index, f"shard {self._name(shard)}")
-
-    def batches(
-        self, dataset: Any, owner: np.ndarray, streams: int
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """owner: the stream of each row of a batch."""
-        count = len(self._shards.records)
-        rows = dataset.as_numpy_iterator()
-        while True:
-            with self._named():
-                batch = next(rows)
-            label, index = batch["label"], batch["index"]
-            wrong = np.flatnonzero((label < 0) | (label >= self._info.num_classes))
-            if wrong.size:
-                found = index[wrong[0]]
-                raise UserError(
-                    f"{self._folder}: record with index {found} in shard "
-                    f"{self._name(found % count)} has label {label[wrong[0]]}, outside "
-                    f"[0, {self._info.num_classes}); encode again"
-                )
-            strange = np.flatnonzero(index % count % streams != owner)
-            if strange.size:
-                row = strange[0]
-                self._refuse_place(index[row], f"the shards of stream {owner[row]}")
-            yield batch
-
-    def _refuse_place(self, index: int, where: str) -> NoReturn:
-        home = self._name(index % len(self._shards.records))
-        raise UserError(
-            f"{self._folder}: record with index {index} is in {where} and belongs in "
-            f"{home}: shards were mixed up; see {records.ENCODE} --check={self._folder}"
-        )
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+def _read(dataset: Any, folder: str | os.PathLike) -> Iterator[dict[str, np.ndarray]]:
+    rows = dataset.as_numpy_iterator()
+    while True:
         try:
-            yield
+            batch = next(rows)
         except records.tensorflow().errors.OpError as error:
             raise UserError(
-                f"{self._folder}: cannot be read ({type(error).__name__}): "
-                f"{self._first_damaged()}; copy it again or encode again"
+                f"{folder}: cannot be read ({_one_line(error)}): `{records.ENCODE} "
+                f"--check={folder}` names the shard and the record; copy that shard "
+                "again or encode again"
             ) from error
+        yield batch
 
-    def _first_damaged(self) -> str:
-        """Name the first unreadable shard and record; tf.data's own errors do not.
 
-        Reads the shards once more, which only a run that has already failed pays for.
-        """
-        for shard in self._mine:
-            path, name = self._path(shard), f"shard {self._name(shard)}"
-            found, damage = damaged(path, self._info, self._fields)
-            if damage:
-                return f"{name}: {damage}"
-            if found != self._shards.records[shard]:
-                wanted = self._shards.records[shard]
-                return f"{name} has {found} records, not {wanted}"
-        return "all shards can be read again, and parsed"
+def read_shard(
+    path: str | os.PathLike, info: records.LatentsInfo, fields: Sequence[str] = ()
+) -> Iterator[dict[str, np.ndarray]]:
+    """The records of a shard in their order, as `records.parse` gives them, some at a
+    time.
 
-    def _path(self, shard: int) -> str:
-        count = len(self._shards.records)
-        return str(records.shard_path(self._folder, self._split, shard, count))
+    Raises:
+      UserError: names the first record that cannot be read, by its position.
+    """
+    tf = records.tensorflow()
+    shard, position = tf.data.TFRecordDataset(str(path)), 0
+    try:
+        for rows in shard.batch(_AT_ONCE):
+            parsed = records.parse(rows, info, fields)
+            yield {name: value.numpy() for name, value in parsed.items()}
+            position += len(rows)
+    except tf.errors.OpError as error:
+        # Somewhere in the records that begin here.
+        with contextlib.suppress(tf.errors.OpError):
+            for row in shard.skip(position):
+                records.parse(row[None], info, fields)
+                position += 1
+        reason = _one_line(error)
+        raise UserError(f"record {position} cannot be read ({reason})") from error
 
-    def _name(self, shard: int) -> str:
-        return os.path.basename(self._path(shard))
+
+def _one_line(error: Any) -> str:
+    # Without the names of TensorFlow's operations, and without its trace.
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", " ".join(error.message.split()))
+    return f"{type(error).__name__}: {text.strip()[:120]}"
+
+
+@contextlib.contextmanager
+def prefetch_to_device(
+    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int = 2
+) -> Iterator[Iterator[dict[str, jax.Array]]]:
+    """Batches placed on the devices ahead of time, in a thread, which ends with this.
+
+    Args:
+      iterator: local rows of global batches, as `batches` yields them.
+      sharding: jax.sharding.Sharding that splits the leading axis of every array.
+      size: batches that wait on the devices.
+
+    Yields:
+      An iterator of dicts of global jax.Array, which raises what `iterator` raises.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch_to_device")
+
+    def place() -> dict[str, jax.Array]:
+        return {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in next(iterator).items()
+        }
+
+    waiting = collections.deque(pool.submit(place) for _ in range(size))
+
+    def placed() -> Iterator[dict[str, jax.Array]]:
+        while True:
+            try:
+                batch = waiting.popleft().result()
+            except StopIteration:
+                return
+            waiting.append(pool.submit(place))
+            yield batch
+
+    try:
+        yield placed()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        # Not without end: a read may hang (network disks).
+        wait([future for future in waiting if not future.cancelled()], timeout=10)

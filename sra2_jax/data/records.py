@@ -15,40 +15,22 @@ A latents dataset is a folder with
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from sra2_jax.errors import UserError
+from sra2_jax.runtime import tensorflow as tensorflow
 
 FORMAT = 1
 FILE = "latents.json"
 ENCODE = "python -m sra2_jax encode"
 CROP = "centre (ADM: BOX halvings, then BICUBIC)"
-
-
-@functools.cache
-def tensorflow() -> Any:
-    """TensorFlow, imported on first use and kept off every GPU.
-
-    The only import of TensorFlow in this package: it reads and writes files here, and
-    a GPU that it took would be missing to JAX.
-    """
-    # Its C++ notes would hide our one-line errors; JAX sets "1" where nothing is set.
-    # oneDNN, which announces itself, only matters to networks run by TensorFlow.
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +49,6 @@ class Shards:
     last: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("records", "bytes", "first", "last"):
-            object.__setattr__(self, name, _ints(getattr(self, name)))
-        object.__setattr__(self, "sha256", tuple(self.sha256))
         added = {len(self.sha256), len(self.first), len(self.last)}
         count = len(self.records)
         if not count or len(self.bytes) != count or added not in ({0}, {count}):
@@ -116,22 +95,6 @@ class LatentsInfo:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        convert: dict[str, Callable[[Any], Any]] = {
-            "latent_shape": _ints,
-            "class_names": tuple,
-            "latent_mean": _floats,
-            "latent_std": _floats,
-            "scaling_factor": float,
-            "shift_factor": float,
-            "resolution": int,
-            "num_examples": int,
-            "num_classes": int,
-            "splits": dict,
-            "mirror_offset": int,
-            "options": dict,
-        }
-        for name, function in convert.items():
-            object.__setattr__(self, name, function(getattr(self, name)))
         if len(self.latent_shape) != 3:
             raise ValueError("latent_shape must be (h, w, c)")
         for split in self.splits:
@@ -157,17 +120,11 @@ class LatentsInfo:
         try:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            splits = {k: Shards(**v) for k, v in fields.pop("splits").items()}
+            splits = {k: Shards(**_tuples(v)) for k, v in fields.pop("splits").items()}
             stored = fields.pop("features", None)
             features = Features(**stored) if stored else None
-            return cls(splits=splits, features=features, **fields)
-        except (
-            AttributeError,
-            KeyError,
-            OverflowError,
-            TypeError,
-            ValueError,
-        ) as error:
+            return cls(splits=splits, features=features, **_tuples(fields))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: does not describe a latents dataset ({error!r}); {make}"
             ) from None
@@ -186,71 +143,68 @@ def check_split(name: str) -> None:
         raise ValueError(f"split {name!r} is no name of letters and digits")
 
 
-def _ints(values: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(int(v) for v in values)
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """With tuples for lists, which JSON has instead."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def _floats(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)
+def check_fields(
+    info: LatentsInfo, folder: str | os.PathLike, fields: Sequence[str]
+) -> None:
+    """Refuse a dataset whose records lack one of `fields`: "image", "features".
+
+    Raises:
+      UserError: the field, and the flag of the encoder that stores it.
+    """
+    stored = {"image": info.images, "features": info.features is not None}
+    flags = {"image": "--store_images", "features": "--encoder=MODEL"}
+    for name in fields:
+        if not stored[name]:
+            raise UserError(
+                f"{folder}: its records hold no {name}; encode again with "
+                f"{flags[name]} ({ENCODE})"
+            )
 
 
 def check(
     info: LatentsInfo,
-    *,
     folder: str | os.PathLike,
-    resolution: int,
-    latent_shape: Sequence[int],
-    num_classes: int,
-    scaling_factor: float,
-    shift_factor: float,
-    vae: str | None = None,
-    features: Features | None = None,
+    config: Any,
+    fields: Sequence[str] = (),
 ) -> None:
-    """Compare what a config expects with what was encoded.
+    """Compare a dataset with the config of a run that reads it.
 
-    Args:
-      latent_shape: (h, w, c).
-      vae: name or folder of the VAE; None where the config does not say.
-      features: what the config reads of an encoder; None where it reads none.
+    fields: "image" and "features", where the run reads them.
 
     Raises:
       UserError: one line with every contradiction, and the config key of each.
     """
-    h, w, c = latent_shape
-    rows = [
-        ("data.resolution", "resolution", resolution, info.resolution),
-        ("latents.size", "", (h, w), info.latent_shape[:2]),
-        ("latents.channels", "", c, info.latent_shape[2]),
-        ("data.num_classes", "", num_classes, info.num_classes),
-        ("latents.scaling_factor", "vae", scaling_factor, info.scaling_factor),
-        ("latents.shift_factor", "vae", shift_factor, info.shift_factor),
+    check_fields(info, folder, fields)
+    data, latents, encoder = config.data, config.latents, config.align.encoder
+    h, w, channels = info.latent_shape
+    # Only the flags of the encoder can change the dataset; the rest follows.
+    rows: list[tuple[str, str, Any, Any]] = [
+        ("data.resolution", "resolution", data.resolution, info.resolution),
+        ("latents.size", "", latents.size, h if h == w else (h, w)),
+        ("latents.channels", "", latents.channels, channels),
+        ("data.num_classes", "", data.num_classes, info.num_classes),
+        ("latents.scaling_factor", "vae", latents.scaling_factor, info.scaling_factor),
+        ("latents.shift_factor", "vae", latents.shift_factor, info.shift_factor),
     ]
-    if vae is not None:
-        rows.append(("vae", "vae", vae, info.vae))
-    if features is not None:
-        stored = info.features or Features("none", features.grid, features.width)
-        # Sides of a patch; as text, 2 and not 2.0.
-        patch, other = (f"{h / f.grid:g}" for f in (features, stored))
+    if "features" in fields and (stored := info.features):
+        # The side of a patch; as text, 2 and not 2.0.
+        patch, side = str(config.model.patch_size), f"{h / stored.grid:g}"
         rows += [
-            ("align.encoder.model", "encoder", features.encoder, stored.encoder),
-            ("align.encoder.width", "encoder", features.width, stored.width),
-            ("model.patch_size", "grid", patch, other),
+            ("align.encoder.model", "encoder", encoder.model, stored.encoder),
+            ("align.encoder.width", "encoder", encoder.width, stored.width),
+            ("model.patch_size", "grid", patch, side),
         ]
-    problems = []
-    for key, flag, wanted, found in rows:
-        if wanted == found:
-            continue
-        # A size is one number in the config; both sides of a square are equal.
-        wanted, found = (
-            v[0] if isinstance(v, tuple) and v[0] == v[1] else v
-            for v in (wanted, found)
-        )
-        # Only the flags of the encoder can change the dataset; the rest follows.
-        again = f" with --{flag}" if flag else ""
-        problems.append(
-            f"config says {key}={wanted}, dataset was encoded with {found}: "
-            f"change config.{key} or encode again{again}"
-        )
+    problems = [
+        f"config says {key}={wanted}, dataset was encoded with {found}: "
+        f"change config.{key} or encode again" + (f" with --{flag}" if flag else "")
+        for key, flag, wanted, found in rows
+        if wanted != found
+    ]
     if problems:
         raise UserError(f"{folder}: " + "; ".join(problems) + f" ({ENCODE})")
 

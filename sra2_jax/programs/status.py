@@ -4,7 +4,6 @@ Reads a run's folder, also while the run writes it; neither jax nor TensorFlow.
 """
 
 import json
-import math
 import os
 import socket
 import statistics
@@ -15,16 +14,15 @@ from typing import Any
 from etils import epath
 
 from sra2_jax.command import Parser, run_program
-from sra2_jax.config import read_json
 from sra2_jax.errors import MISTAKE, UserError
-from sra2_jax.marks import ASIDE, STALE_SECONDS, digest
+from sra2_jax.lock import STALE_SECONDS
+from sra2_jax.run import ASIDE, Run, number
 
 TAIL = 2**18  # bytes of metrics.jsonl that are read, the last ones: 1,000 rows or so
 ROWS = 20  # of which the speed is the median
-LARGEST = 2**26  # bytes of a checkpoint's facts
 
 
-def read_status(workdir: epath.Path) -> dict[str, Any]:
+def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """What a run's folder says, None for what it does not (yet).
 
     `step`, `loss`, `skipped` (updates, from step `skipped_since` on) and
@@ -35,53 +33,41 @@ def read_status(workdir: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: no run is there.
     """
-    parts = ("config.json", "metrics.jsonl", "checkpoints", "lock.json")
-    if not any((workdir / part).exists() for part in parts):
-        raise UserError(f"{workdir}: no run is there: give the workdir of one")
-    config, results = (_object(workdir / f"{n}.json") for n in ("config", "results"))
-    rows = _tail(workdir / "metrics.jsonl")
-    steps, batch = (_number(config, key) for key in ("steps", "batch_size"))
-    checkpoint, set_aside = _checkpoints(workdir / "checkpoints")
-    step = max((row["step"] for row in rows), default=None)
-    if step is None and checkpoint:
-        step = checkpoint["step"]
-    speeds = [s for row in rows if (s := _number(row, "images_per_second"))]
+    run = Run(workdir)
+    if not run.exists():
+        raise UserError(f"{run}: no run is there: give the workdir of one")
+    config, rows = run.read("config"), run.rows(TAIL)
+    steps, batch = (number(config, key) for key in ("steps", "batch_size"))
+    whole = next((step for step in run.steps() if run.whole(step)), None)
+    step = max((row["step"] for row in rows), default=whole)
+    losses, speeds = (
+        [value for row in rows if (value := number(row, key)) is not None]
+        for key in ("loss", "images_per_second")
+    )
     speed = statistics.median(speeds[-ROWS:]) if speeds else None
     left = None
-    if steps is not None and batch is not None and speed and step is not None:
+    if speed and step is not None and steps is not None and batch is not None:
         left = max(steps - step, 0) * batch / speed
+    checkpoint = None
+    if whole is not None:
+        age = _age(run.checkpoints / str(whole))
+        checkpoint = {"step": whole, "seconds_old": age}
     return {
-        "workdir": str(workdir),
+        "workdir": str(run),
         "name": config.get("name"),
         "step": step,
         "steps": steps,
-        "finished": bool(steps and _number(results, "step") == steps),
-        "loss": next((x for r in rows[::-1] if (x := _number(r, "loss"))), None),
+        "finished": bool(steps and run.finished(steps)),
+        "loss": losses[-1] if losses else None,
         "images_per_second": speed,
         "seconds_left": left,
-        "seconds_since_row": _age(workdir / "metrics.jsonl") if rows else None,
-        "skipped": int(sum(_number(row, "skipped") or 0 for row in rows)),
+        "seconds_since_row": _age(run.metrics) if rows else None,
+        "skipped": int(sum(number(row, "skipped") or 0 for row in rows)),
         "skipped_since": rows[0]["step"] if rows else None,
         "checkpoint": checkpoint,
-        "set_aside": set_aside,
-        **_holder(_object(workdir / "lock.json")),
+        "set_aside": sorted(path.name for path in run.checkpoints.glob(f"{ASIDE}*")),
+        **_holder(run.read("lock")),
     }
-
-
-def _object(path: epath.Path) -> dict[str, Any]:
-    """The object in a file; empty if there is none, or it is being written."""
-    try:
-        found = read_json(path)
-    except UserError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _number(found: Any, key: str) -> Any:
-    """A finite number, None for anything else."""
-    value = found.get(key) if isinstance(found, dict) else None
-    good = type(value) is float and math.isfinite(value)
-    return value if good or (type(value) is int and abs(value) < 2**53) else None
 
 
 def _age(path: epath.Path) -> float | None:
@@ -92,65 +78,17 @@ def _age(path: epath.Path) -> float | None:
         return None
 
 
-def _tail(path: epath.Path) -> list[dict[str, Any]]:
-    """The last whole rows that have a step, oldest first."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - TAIL, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1 if size > TAIL else 0 :]:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # torn, or being written
-            continue
-        if _number(row, "step") is not None:
-            rows.append(row)
-    return rows
-
-
-def _checkpoints(folder: epath.Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest whole checkpoint, and the names of those set aside."""
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except OSError:
-        return None, []
-    newest = None
-    for step in sorted((int(n) for n in names if n.isdecimal()), reverse=True):
-        if _whole(folder / str(step)):
-            newest = {"step": step, "seconds_old": _age(folder / str(step))}
-            break
-    return newest, sorted(n for n in names if n.startswith(ASIDE))
-
-
-def _whole(folder: epath.Path) -> bool:
-    """Whether its state and fingerprints are there, and these as they were saved. The
-    arrays are held against them when a run goes on."""
-    if not (folder / "state" / "_METADATA").exists():
-        return False
-    try:
-        facts = read_json(folder / "fingerprint" / "metadata", LARGEST)
-        said = facts.pop("sha256")
-    except (UserError, AttributeError, KeyError, TypeError):
-        return False
-    return bool(digest(facts) == said)
-
-
 def _holder(lock: dict[str, Any]) -> dict[str, Any]:
     """Who has the folder, as lock.json says, and whether it is alive."""
-    beat, pid = _number(lock, "beat"), _number(lock, "pid")
+    beat, pid = number(lock, "beat"), number(lock, "pid")
     if beat is None or type(pid) is not int:
         return {"running": False, "holder": None}
     silent = max(time.time() - beat, 0.0)
     holder = {key: lock.get(key) for key in ("host", "pid", "started")}
-    holder |= {"seconds_silent": silent}
     running = silent < STALE_SECONDS
     if lock.get("host") == socket.gethostname():
         running = running and _alive(pid)
-    return {"running": running, "holder": holder}
+    return {"running": running, "holder": holder | {"seconds_silent": silent}}
 
 
 def _alive(pid: int) -> bool:
@@ -165,46 +103,46 @@ def _alive(pid: int) -> bool:
 
 def describe(status: dict[str, Any]) -> str:
     """A few lines for a person."""
-    step, steps = status["step"], status["steps"]
-    head = f"{status['workdir']}: no step yet"
-    if step is not None:
-        head = f"{status['workdir']}: step {step:,}"
-    if steps:
-        head += f" of {steps:,} ({(step or 0) / steps:.1%})"
-    lines = [head + (", finished" if status["finished"] else "")]
-    speed, left, loss = (
-        status[k] for k in ("images_per_second", "seconds_left", "loss")
-    )
-    if loss is not None:
+    lines = [_progress(status)]
+    if (loss := status["loss"]) is not None:
         lines.append(f"loss: {loss:.6g}")
-    if speed is not None:
-        lines.append(f"speed: {speed:,.1f} images/s")
-        if left is not None and not status["finished"]:
-            lines[-1] += f", {_duration(left)} left without evaluations"
+    if (speed := status["images_per_second"]) is not None:
+        line = f"speed: {speed:,.1f} images/s"
+        if status["seconds_left"] is not None and not status["finished"]:
+            line += f", {_duration(status['seconds_left'])} left without evaluations"
         if (age := status["seconds_since_row"]) is not None:
-            lines[-1] += f", logged {_duration(age)} ago"
+            line += f", logged {_duration(age)} ago"
+        lines.append(line)
     if status["skipped"]:
         lines.append(
             f"skipped: {status['skipped']} updates since step "
             f"{status['skipped_since']:,}, see events.jsonl"
         )
-    checkpoint, holder = status["checkpoint"], status["holder"]
-    lines.append("checkpoint: none")
-    if checkpoint:
-        old = checkpoint["seconds_old"]
-        ago = f", {_duration(old)} ago" if old is not None else ""
-        step = f"{checkpoint['step']:,}"
-        lines[-1] = f"checkpoint: step {step}{ago}, whole, with its fingerprints"
+    line = "none"
+    if checkpoint := status["checkpoint"]:
+        age = checkpoint["seconds_old"]
+        ago = "" if age is None else f", {_duration(age)} ago"
+        line = f"step {checkpoint['step']:,}{ago}, whole, with its fingerprints"
+    lines.append(f"checkpoint: {line}")
     if aside := status["set_aside"]:
         lines.append(f"damaged, set aside: {len(aside)} ({', '.join(aside[:5])})")
-    lines.append("running: no")
-    if holder:
-        lines[-1] = "running: " if status["running"] else "lost, or hangs: "
-        lines[-1] += (
-            f"process {holder['pid']} on {holder['host']}, since {holder['started']}, "
-            f"last sign of life {_duration(holder['seconds_silent'])} ago"
+    line = "running: no"
+    if holder := status["holder"]:
+        line = (
+            f"{'running' if status['running'] else 'lost, or hangs'}: process "
+            f"{holder['pid']} on {holder['host']}, since {holder['started']}, last "
+            f"sign of life {_duration(holder['seconds_silent'])} ago"
         )
-    return "\n  ".join(lines)
+    return "\n  ".join([*lines, line])
+
+
+def _progress(status: dict[str, Any]) -> str:
+    step, steps = status["step"], status["steps"]
+    line = f"{status['workdir']}: "
+    line += "no step yet" if step is None else f"step {step:,}"
+    if steps:
+        line += f" of {steps:,} ({(step or 0) / steps:.1%})"
+    return line + (", finished" if status["finished"] else "")
 
 
 def _duration(seconds: float) -> str:
@@ -227,7 +165,7 @@ def main() -> int:
     missing = 0
     for name in arguments.workdirs:
         try:
-            status = read_status(epath.Path(name))
+            status = read_status(name)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             missing += 1

@@ -1,39 +1,43 @@
-"""Curves of a metric against step, as SVG text for the page that report.py writes."""
+"""Curves of a metric against the step: read from a log's rows, drawn as SVG text."""
 
-from __future__ import annotations
-
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 360, 200, 40, 8, 22  # of a drawing, SVG units
-RIGHT = WIDTH - 8
+from sra2_jax.run import number
+
+WIDTH, HEIGHT = 360, 200  # of a drawing, SVG units
+LEFT, RIGHT, TOP, BOTTOM = 48, 342, 8, 178  # of its frame
 POINTS = 240  # of a curve: more than its pixels only make the page heavy
 MARKED = 40  # series of at most so many points show each
 
-Series = tuple[np.ndarray, np.ndarray]  # steps, values; finite, steps rising
 Show = Callable[[float], str]  # a value as text
+Series = tuple[np.ndarray, np.ndarray]  # steps, values; finite, steps rising
 
-count = itertools.count()
+
+def read_series(rows: Sequence[dict[str, Any]]) -> dict[str, Series]:
+    """Each metric's series. Of a step logged twice (a resumed run) the later wins."""
+    found: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for key in row.keys() - {"step"}:
+            if (value := number(row, key)) is not None:
+                found.setdefault(key, {})[row["step"]] = value
+    tables = {key: np.array(sorted(by.items()), float) for key, by in found.items()}
+    return {key: (table[:, 0], table[:, 1]) for key, table in tables.items()}
 
 
 def short(value: float | None) -> str:
-    """About three significant digits: 0.412, 1,234, 56.7k, 675M, 1e-4."""
+    """Three significant digits: 0.412, 1.23k, 675M, 0.0001."""
     if value is None:
         return "\N{EN DASH}"
-    size = abs(value)
-    for unit, letter, least in ((1e9, "B", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
-        if size >= 0.9995 * least:
-            digits = ".3g" if size < 99.95 * unit else ",.0f"
-            return f"{value / unit:{digits}}{letter}"
-    if 0 < size <= 1e-3:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    return f"{value:,.0f}" if size >= 999.5 else f"{value:.3g}"
+    value = float(f"{value:.3g}")
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -54,148 +58,103 @@ def thin(steps: np.ndarray, values: np.ndarray) -> Series:
     """At most POINTS points: the extremes of each stretch, so that spikes stay."""
     if len(steps) <= POINTS:
         return steps, values
-    keep: set[int] = set()
-    for part in np.array_split(np.arange(len(steps)), POINTS // 2):
-        low, high = np.argmin(values[part]), np.argmax(values[part])
-        keep |= {int(part[low]), int(part[high])}
-    index = sorted(keep)
+    parts = np.array_split(np.arange(len(steps)), POINTS // 2)
+    ends = (np.argmin, np.argmax)
+    index = sorted({int(part[end(values[part])]) for part in parts for end in ends})
     return steps[index], values[index]
 
 
-def ticks(low: float, high: float, most: int, log: bool = False) -> list[float]:
-    """Round values in [low, high]: multiples of 1, 2 or 5, or powers of ten."""
-    if log:
-        powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        return [10.0**p for p in powers[:: max(1, -(-len(powers) // most))]]
-    unit = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(m * unit for m in (1, 2, 5, 10) if (high - low) / (m * unit) <= most)
+def ticks(low: float, high: float) -> np.ndarray:
+    """Up to six multiples in [low, high] of 1, 2 or 5 times a power of ten."""
+    unit = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(m * unit for m in (1, 2, 5, 10) if (high - low) / (m * unit) <= 5)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return np.arange(first, last + 1) * step
 
 
-def y_range(
-    values: np.ndarray, level: float | None, zero: bool
-) -> tuple[float, float, bool]:
-    """Axis limits that a few spikes do not stretch, and whether it is logarithmic."""
-    low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
-    if level is not None:
-        low, high = min(low, level), max(high, level)
-    if zero:
-        return min(0.0, low), max(high, 0.0) * 1.1 or 1.0, False
-    if low > 0 and high / low > 50:
-        return low / 1.2, high * 1.2, True
-    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-    return low - margin, high + margin, False
-
-
-@dataclasses.dataclass(frozen=True)
 class Axes:
-    """Where values lie in a curve's drawing."""
+    """Places of points in a drawing. The axis of values begins at 0 where that is not
+    far, and a few spikes do not stretch it: they are cut off."""
 
-    last: float  # step at the right edge
-    low: float
-    high: float
-    log: bool
+    def __init__(self, last: float, values: np.ndarray, levels: list[float]) -> None:
+        ends = [*np.percentile(values, (0.5, 99.5)).tolist(), *levels]
+        low, high = min(ends), max(ends)
+        margin = 0.06 * (high - low) or abs(high) or 1.0
+        self.values = 0.0 if 0 <= low <= high / 3 else low - margin, high + margin
+        self.steps = 0.0, max(last, 1.0)
 
-    def x(self, step: float) -> float:
-        return round(LEFT + (RIGHT - LEFT) * step / self.last, 1)
+    def places(self, steps: Any, values: Any) -> list[tuple[float, float]]:
+        x = np.interp(steps, self.steps, (LEFT, RIGHT)).round(1).tolist()
+        y = np.interp(values, self.values, (BOTTOM, TOP)).round(1).tolist()
+        return list(zip(x, y, strict=True))
 
-    def y(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            floor = low / 10  # keeps zero drawable, far below the frame
-            low, high, value = np.log([low, high, max(value, floor)])
-        share = (value - low) / (high - low)
-        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * float(share), 1)
-
-    def path(self, look: str, series: Series) -> str:
-        points = (f"{self.x(s)},{self.y(v)}" for s, v in zip(*series, strict=True))
-        return f'<polyline class="{look}" points="{" ".join(points)}"/>'
+    def line(self, look: str, series: Series) -> str:
+        points = " ".join(f"{x},{y}" for x, y in self.places(*series))
+        return f'<polyline class="{look}" points="{points}"/>'
 
     def dots(self, series: Series) -> str:
-        return "".join(
-            f'<circle class="dot" cx="{self.x(s)}" cy="{self.y(v)}" r="3"/>'
-            for s, v in zip(*series, strict=True)
-        )
-
-    def level(self, value: float, show: Show) -> str:
-        y = self.y(value)
-        # on the left, on the side with more room: curves end, not begin, near it
-        text_y = y + 13 if y < HEIGHT / 2 else y - 5
-        return (
-            f'<line class="reference" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text class="label" x="{LEFT + 6}" y="{text_y}">real images '
-            f"{escape(show(value))}</text>"
-        )
+        dot = '<circle class="dot" cx="{}" cy="{}" r="3"/>'
+        return "".join(dot.format(*place) for place in self.places(*series))
 
     def grid(self, show: Show) -> str:
         """Horizontal rules with their values, and steps below."""
-        parts = []
-        levels = ticks(self.low, self.high, 5, self.log)
-        labels = [escape(show(v)).replace(".0%", "%") for v in levels]
+        marks, steps = ticks(*self.values), ticks(*self.steps)
+        labels = [show(value) for value in marks]
         if len(set(labels)) < len(labels):  # a range too narrow for three digits
-            labels = [f"{v:.6g}" for v in levels]
-        for v, label in zip(levels, labels, strict=True):
-            y = self.y(v)
-            parts.append(
-                f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
-                f'<text x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>'
+            labels = [f"{value:.6g}" for value in marks]
+        drawn = ""
+        for label, (_, y) in zip(labels, self.places(0 * marks, marks), strict=True):
+            drawn += (
+                f'<line x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/><text '
+                f'x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{escape(label)}</text>'
             )
-        for v in ticks(0, self.last, 5):
-            anchor = "end" if self.x(v) > RIGHT - 12 else "middle"
-            parts.append(
-                f'<text x="{self.x(v)}" y="{HEIGHT - 6}" text-anchor="{anchor}">'
-                f"{short(v)}</text>"
+        for step, (x, _) in zip(steps, self.places(steps, steps), strict=True):
+            drawn += (
+                f'<text x="{x}" y="{HEIGHT - 6}" text-anchor="middle">'
+                f"{short(step)}</text>"
             )
-        return f'<g class="grid">{"".join(parts)}</g>'
+        return f'<g class="grid">{drawn}</g>'
 
-
-def hover_points(axes: Axes, series: Series, show: Show) -> str:
-    """What report.js shows under the pointer: x|y|step|value;..."""
-    rows = zip(*thin(*series), strict=True)
-    return escape(
-        ";".join(f"{axes.x(s)}|{axes.y(v)}|{s:,.0f}|{show(v)}" for s, v in rows)
-    )
+    def level(self, value: float, label: str) -> str:
+        """Of real images. On the left: curves end, not begin, near it."""
+        [(_, y)] = self.places([0], [value])
+        return (
+            f'<line class="reference" x1="{LEFT}" x2="{RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text class="label" x="{LEFT + 6}" y="{y - 5}">real images '
+            f"{escape(label)}</text>"
+        )
 
 
 def curve(
     title: str,
     series: Series | None,
     last: float,
-    show: Show,
-    zero: bool = False,
-    smoothed: bool = False,
+    show: Show = short,
     level: float | None = None,
 ) -> str:
-    """A figure: the raw line, a smoothed one over it, a level to compare with.
+    """A figure: the raw line, a smoothed one over it, a level to compare with, dashed.
 
-    Args:
-      series: None if nothing was logged.
-      last: step at the right edge, the same for all curves of a page.
-      zero: whether the axis starts at 0.
-      level: of real images, drawn dashed.
+    series: None if nothing was logged. last: step at the right edge.
     """
     head = f"<figcaption><span>{escape(title)}</span>"
     if series is None:
         nothing = '<p class="missing">Not logged yet.</p>'
         return f'<figure class="chart">{head}</figcaption>{nothing}</figure>'
     steps, values = series
-    axes = Axes(max(last, 1), *y_range(values, level, zero))
-    mean = smooth(values) if smoothed else values
-    drawn = axes.path("raw", thin(steps, values)) if smoothed else ""
-    drawn += axes.path("curve", thin(steps, mean))
-    if len(steps) <= MARKED:
-        drawn += axes.dots(series)
-    drawn += "" if level is None else axes.level(level, show)
-    points = hover_points(axes, (steps, mean), show)
-    name, value = f"plot{next(count)}", escape(show(float(mean[-1])))
+    axes = Axes(last, values, [] if level is None else [level])
+    mean = thin(steps, smooth(values))
+    drawn = axes.grid(show) + axes.line("raw", thin(*series)) + axes.line("curve", mean)
+    drawn += axes.dots(series) if len(steps) <= MARKED else ""
+    drawn += "" if level is None else axes.level(level, show(level))
+    hover = ";".join(  # what report.js shows under the pointer
+        f"{x}|{y}|{step:,.0f}|{show(value)}"
+        for (x, y), step, value in zip(axes.places(*mean), *mean, strict=True)
+    )
+    end = escape(show(float(mean[1][-1])))
     return (
-        f'<figure class="chart" data-points="{points}">'
-        f"{head}<output>{value}</output></figcaption>"
+        f'<figure class="chart" data-points="{escape(hover)}">'
+        f"{head}<output>{end}</output></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}'
-        f' against step: {value} at step {steps[-1]:,.0f}">{axes.grid(show)}'
-        f'<clipPath id="{name}"><rect x="{LEFT}" width="{WIDTH - LEFT}" '
-        f'height="{HEIGHT - BOTTOM + 4}"/></clipPath>'
-        f'<g clip-path="url(#{name})">{drawn}</g><g class="cursor">'
-        f'<line y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><circle r="3.5"/></g></svg></figure>'
+        f' against step: {end} at step {steps[-1]:,.0f}">{drawn}<g class="cursor">'
+        f'<line y1="{TOP}" y2="{BOTTOM}"/><circle r="3.5"/></g></svg></figure>'
     )

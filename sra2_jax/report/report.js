@@ -1,4 +1,4 @@
-// Comforts of report.html, inlined by report.py: values under the pointer, and a slider
+// Comforts of report.html, inlined by page.py: values under the pointer, and a slider
 // over the sample grids. Without it curves show last values and the strip is readable.
 for (const chart of document.querySelectorAll("[data-points]")) {
   const points = chart.dataset.points.split(";").map(p => p.split("|"));

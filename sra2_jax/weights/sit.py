@@ -75,9 +75,9 @@ def from_reference(
     for section, (prefix, linear) in names.items():
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
         if own:
-            name = _head_name(prefix, linear)
-            shapes = _head_shapes(own, prefix, name)
-            heads[section] = tree.read(own, shapes, name, FOREIGN)
+            of_head = _head_name(prefix, linear)
+            shapes = _head_shapes(own, prefix, of_head)
+            heads[section] = tree.read(own, shapes, of_head, FOREIGN)
     network = DiT(heads=1, **settings)
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)

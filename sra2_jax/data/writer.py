@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +22,7 @@ class Facts:
     """What the manifest says of one shard, and sums of its latents per channel.
 
     mean: of E[z]; square: of E[z^2] = mean^2 + std^2; over records and positions.
+    unreadable: (index, line of the report) of the images that left no record.
     """
 
     records: int = 0
@@ -29,6 +32,7 @@ class Facts:
     last: int = -1
     mean: list[float] = dataclasses.field(default_factory=list)
     square: list[float] = dataclasses.field(default_factory=list)
+    unreadable: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
 def manifest(facts: Sequence[Facts]) -> records.Shards:
@@ -48,7 +52,10 @@ class ShardWriter:
       folder: local.
       shards: number in all.
       own: the shards to write, by default all.
-      tag: part of the temporary name.
+
+    Attributes:
+      facts: of each shard by its number; valid once the context has ended.
+      skipped: images that left no record, in all shards that the caller counts.
 
     Raises:
       UserError: TensorFlow cannot write, such as to a disk that is full.
@@ -60,11 +67,12 @@ class ShardWriter:
         split: str,
         shards: int,
         own: Sequence[int] | None = None,
-        tag: str = "",
     ) -> None:
         self._shards, own = shards, range(shards) if own is None else own
         paths = {s: Path(records.shard_path(folder, split, s, shards)) for s in own}
-        self._files = {s: _ShardFile(path, tag) for s, path in paths.items()}
+        self._files = {s: _ShardFile(path) for s, path in paths.items()}
+        self.facts = {s: file.facts for s, file in self._files.items()}
+        self.skipped = 0
 
     def __enter__(self) -> Self:
         return self
@@ -77,29 +85,35 @@ class ShardWriter:
                 file.discard()
 
     def write(
-        self,
-        mean: np.ndarray,
-        std: np.ndarray,
-        label: int,
-        index: int,
-        **extra: Any,
+        self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
     ) -> None:
-        """Append one record, see `records.serialize`."""
-        record = records.serialize(mean, std, label, index, **extra)
-        self._files[index % self._shards].write(record, index, mean, std)
+        """Append one record, see `records.serialize`; `arrays` are made float16.
 
-    def facts(self) -> dict[int, Facts]:
-        """Of each shard by its number; valid once the context has ended."""
-        return {s: file.facts for s, file in self._files.items()}
+        Raises:
+          UserError: numbers that float16 does not hold.
+        """
+        with np.errstate(over="ignore"):
+            halves = {name: x.astype(np.float16) for name, x in arrays.items()}
+        for name, x in halves.items():
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"the {name} of image {index} is not finite or too large for "
+                    "float16: encode it with --dtype=float32, or check the weights"
+                )
+        record = records.serialize(label=label, index=index, image=image, **halves)
+        file = self._files[index % self._shards]
+        file.write(record, index, halves["mean"], halves["std"])
 
-    def shards(self) -> records.Shards:
-        """The manifest, of a writer of all shards that has ended."""
-        return manifest(list(self.facts().values()))
+    def skip(self, index: int, line: str) -> int:
+        """Note an image that leaves no record; returns how many there are."""
+        self.facts[index % self._shards].unreadable.append((index, line))
+        self.skipped += 1
+        return self.skipped
 
 
 class _ShardFile:
-    def __init__(self, path: Path, tag: str) -> None:
-        self._path, self._temporary = path, path.with_name(f"{path.name}{tag}.tmp")
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, temporary_name(path)
         self._file = records.tensorflow().io.TFRecordWriter(str(self._temporary))
         self._sums: Any = 0.0
         self.facts = Facts()
@@ -117,6 +131,11 @@ class _ShardFile:
 
     def commit(self) -> None:
         self._try(self._file.close)
+        if not self._temporary.exists():
+            raise UserError(
+                f"{self._path}: another process has written it too; give each a "
+                "--process_index of --process_count"
+            )
         with self._temporary.open("rb") as file:
             self.facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             self.facts.bytes = file.tell()
@@ -128,10 +147,8 @@ class _ShardFile:
 
     def discard(self) -> None:
         # Closing writes what is left in memory: on a full disk that fails again.
-        try:
+        with contextlib.suppress(records.tensorflow().errors.OpError):
             self._file.close()
-        except records.tensorflow().errors.OpError:
-            pass
         self._temporary.unlink(missing_ok=True)
 
     def _try(self, action: Any, *arguments: Any) -> None:
@@ -143,6 +160,12 @@ class _ShardFile:
                 f"{self._temporary}: cannot be written ({reason}): free or mend the "
                 "disk and run the same command again"
             ) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file for as long as it is written, different every time: should
+    two processes write the same file, each writes its own."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def flush(path: Path) -> None:
