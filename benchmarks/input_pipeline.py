@@ -17,12 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from sra2_jax.data.writer import ShardWriter, manifest
 
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
+from sra2_jax.data.writer import ShardWriter, manifest
 from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns, write
