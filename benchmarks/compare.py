@@ -8,22 +8,22 @@ hours. Runs that are finished are not repeated: the same command goes on after a
 interruption. Prints the table and writes it as compare.md.
 """
 
-import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from sra2_jax.alignment import ALIGNMENTS
+from sra2_jax.command import Parser, run_program
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.errors import UserError, run_program
+from sra2_jax.errors import UserError
+from sra2_jax.run import Run
 from tools.cost import METHODS
 
 ROOT = Path(__file__).parents[1]
 LEVEL = 0.9  # share recognised as asked
 SHOWN = (1 / 3, 2 / 3, 1)  # of a run's steps
-SECTIONS = sorted({section for on in METHODS.values() for section in on})
 
 
 def train(out: Path, name: str, seed: int, rest: list[str]) -> Path:
@@ -39,7 +39,7 @@ def train(out: Path, name: str, seed: int, rest: list[str]) -> Path:
         f"--config.data.dir={out / 'latents'}",
         "--config.run.sample_every=1000000",
         "--config.eval.every=100",
-        *(f"--config.align.{s}.enabled={s in METHODS[name]}" for s in SECTIONS),
+        *(f"--config.align.{s}.enabled={s in METHODS[name]}" for s in ALIGNMENTS),
         *rest,
     ]
     if subprocess.run(command).returncode:
@@ -52,17 +52,15 @@ def read(workdir: Path) -> dict[str, float]:
 
     Seconds are those of training: without compiling, scoring and writing.
     """
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    config = json.loads((workdir / "config.json").read_text())
+    rows, config = Run(workdir).rows(), Run(workdir).config()
     rates = [r["images_per_second"] for r in rows if "loss" in r]
-    seconds = config["batch_size"] / np.median(rates)  # of a step
+    seconds = config.batch_size / np.median(rates)  # of a step
     scores = {r["step"]: r for r in rows if "eval/accuracy" in r}
     passed = (s for s, r in sorted(scores.items()) if r["eval/accuracy"] >= LEVEL)
     reached = next(passed, float("nan"))
     found = {"steps": reached, "seconds": reached * seconds, "ms": 1000 * seconds}
     for share in SHOWN:
-        step = round(share * config["steps"])
+        step = round(share * config.steps)
         for key in ("accuracy", "frechet"):
             found[f"{key} {step}"] = scores[step][f"eval/{key}"]
     return found
@@ -94,11 +92,12 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.epilog = "Further flags go to main.py, as --config.steps=500"
-    arguments, rest = parser.parse_known_args()
+    parser.epilog = "Keys of the config go to main.py, as --config.steps=500"
+    arguments, pairs = parser.parse_known()
+    rest = [f"--config.{key}={value}" for key, value in pairs]
     out = arguments.out.absolute()
     if not (out / "latents").exists():
         names = {"images": "digits", "vae": "digits"}

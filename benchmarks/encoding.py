@@ -6,8 +6,6 @@ Made-up images and random weights, through the class that `sra2_jax.data.encode`
 Runs without TensorFlow. Reading and decoding of image files is not in it.
 """
 
-import argparse
-import json
 import time
 from typing import Any
 
@@ -15,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.data.encode import Encoder, encoded
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from tools.measure import machine, spread
+from tools.measure import machine, spread, write
 
 
 def measure(
@@ -45,9 +44,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--batch_sizes", default="64", help="such as 16,64 (%(default)s)")
     add("--resolution", type=int, default=256, help="pixels (%(default)s)")
@@ -74,9 +71,7 @@ def main() -> None:
             f"({rate['p10']:.3g} to {rate['p90']:.3g})",
             flush=True,
         )
-    if arguments.json:
-        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
-        arguments.json.write_text(text + "\n")
+    write(arguments.json, facts, rows)
 
 
 if __name__ == "__main__":

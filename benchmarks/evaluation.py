@@ -7,7 +7,6 @@ the Frechet distance between two such sets, and the seconds of Precision and Rec
 what they add to the memory of the features themselves.
 """
 
-import argparse
 import resource
 import sys
 import time
@@ -15,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from sra2_jax.command import run_program
+from sra2_jax.command import Parser, run_program
 from sra2_jax.metrics.moments import Moments, frechet_distance
 from sra2_jax.metrics.neighbours import precision_recall
 
@@ -45,9 +44,7 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--reference", type=int, default=10_000)
     parser.add_argument("--features", type=int, default=2048)

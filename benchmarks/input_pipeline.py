@@ -9,8 +9,6 @@ run that resumes at the end of an epoch waits for its first batch. With --train,
 times the training step fed with them against one made-up batch, by turns.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,23 +17,22 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from sra2_jax import config as configuration
+from sra2_jax.command import Parser, run_program, writable
+from sra2_jax.config import Config
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
 from sra2_jax.data.writer import ShardWriter, manifest
-from sra2_jax.errors import UserError, run_program, writable
+from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
-from tools.measure import machine, prepare, spread, turns
+from tools.measure import machine, prepare, spread, turns, write
 
 WARM_UP = 20  # batches: buffers fill, files are in the page cache
 
 
-def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> None:
+def write_records(folder: Path, config: Config, count: int, shards: int) -> None:
     """A dataset of latents, numbers made up, of the config's shape."""
-    side, channels = config.latents.size, config.latents.channels
-    shape, draw = (side, side, channels), np.random.default_rng(0)
+    shape, draw = config.latent_shape, np.random.default_rng(0)
     pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
     with ShardWriter(folder, "train", shards) as writer:
         for i in range(count):
@@ -52,8 +49,8 @@ def write_records(folder: Path, config: ConfigDict, count: int, shards: int) -> 
         num_classes=config.data.num_classes,
         class_names=(),
         splits={"train": manifest(list(writer.facts.values()))},
-        latent_mean=(0.0,) * channels,
-        latent_std=(1.0,) * channels,
+        latent_mean=(0.0,) * shape[-1],
+        latent_std=(1.0,) * shape[-1],
         crop=records.CROP,
         versions={},
     )
@@ -75,10 +72,10 @@ def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
 
 
 def read_cases(
-    folder: Path, config: ConfigDict, count: int, rounds: int
+    folder: Path, config: Config, count: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Numpy batches and batches on the devices, by turns."""
-    sharding = batch_sharding(make_mesh(-1, 1, batch_size=config.batch_size))
+    sharding = batch_sharding(make_mesh())
     found: dict[str, list[dict[str, float]]] = {"numpy": [], "on devices": []}
     for _, name in turns(list(found), rounds - 1):
         rows = batches(folder, Order.of(config))
@@ -101,7 +98,7 @@ def read_cases(
 
 
 def resume_case(
-    folder: Path, config: ConfigDict, count: int, rounds: int
+    folder: Path, config: Config, count: int, rounds: int
 ) -> dict[str, Any]:
     """Seconds to the first batch of a new run and of one that has read all records."""
     last = count // config.batch_size
@@ -123,13 +120,11 @@ def resume_case(
     return row
 
 
-def train_case(
-    folder: Path, config: ConfigDict, rounds: int, steps: int
-) -> dict[str, Any]:
+def train_case(folder: Path, config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """The step fed with records over the step fed with one made-up batch."""
     run = prepare(config)
     fed: dict[str, list[float]] = {"made up": [], "records": []}
-    sharding = batch_sharding(make_mesh(**config.mesh, batch_size=config.batch_size))
+    sharding = batch_sharding(run.program.mesh)
     with prefetch_to_device(batches(folder, Order.of(config)), sharding) as placed:
         for number, name in turns(list(fed), rounds):
             began = time.perf_counter()
@@ -137,7 +132,7 @@ def train_case(
                 batch = run.batch
                 if name == "records":
                     batch = {k: v for k, v in next(placed).items() if k in run.batch}
-                run.state, metrics = run.step(run.state, batch, None)
+                metrics = run(batch)
             jax.block_until_ready((run.state, metrics))
             if number:
                 fed[name].append((time.perf_counter() - began) / steps)
@@ -156,9 +151,7 @@ def train_case(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--records", type=int, default=40_000, help="to write (%(default)s)")
     add("--batches", type=int, default=200, help="to read in a round (%(default)s)")
@@ -166,7 +159,7 @@ def main() -> None:
     add("--train", action="store_true", help="time the training step as well")
     add("--steps", type=int, default=5, help="of the training step a round")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
-    arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
+    arguments, config = parser.parse_config("sra2_xl")
     shards = 2 * config.data.streams
     if arguments.records < max(config.batch_size, shards):
         raise UserError(f"--records={arguments.records}: give at least one batch")
@@ -179,9 +172,7 @@ def main() -> None:
         rows.append(resume_case(folder, config, arguments.records, arguments.rounds))
         if arguments.train:
             rows.append(train_case(folder, config, arguments.rounds, arguments.steps))
-    if arguments.json:
-        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
-        arguments.json.write_text(text + "\n")
+    write(arguments.json, facts, rows)
 
 
 if __name__ == "__main__":

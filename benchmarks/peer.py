@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program, writable
+from sra2_jax.command import Parser, run_program, writable
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -107,15 +106,13 @@ class Process:
         return answer
 
 
-def parse() -> tuple[argparse.Namespace, ConfigDict]:
+def parse() -> tuple[argparse.Namespace, Config]:
     """The flags, and the checked config with one reader a batch.
 
     Raises:
       UserError: a flag or a config that cannot work.
     """
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--modes", default=",".join(MODES), help="(%(default)s)")
     parser.add_argument("--batch_size", type=int, help="(the config's)")
     parser.add_argument(
@@ -129,7 +126,7 @@ def parse() -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument(
         "--json", type=writable, metavar="FILE", help="write the figures there"
     )
-    arguments, config = configuration.parse_arguments(parser, "configs/sra2_s.py")
+    arguments, config = parser.parse_config("sra2_s")
     arguments.modes = arguments.modes.split(",")
     unknown = set(arguments.modes) - set(MODES)
     if unknown or "ours" not in arguments.modes:
@@ -137,11 +134,10 @@ def parse() -> tuple[argparse.Namespace, ConfigDict]:
     for flag in ("rounds", "steps"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag} must be at least 1")
-    if arguments.batch_size is not None:
-        config.batch_size = arguments.batch_size
-    config.data.streams = 1
-    configuration.check(config)
-    flat = dict(configuration.flatten(config))
+    given = arguments.batch_size
+    rows = config.batch_size if given is None else given
+    config = config.override({"batch_size": rows, "data.streams": 1})
+    flat = config.flat()
     for key, value in PEER.items():
         if flat[key] != value:
             raise UserError(f"config.{key}={flat[key]!r}: the peer has only {value!r}")
@@ -176,7 +172,7 @@ def same_device(facts: dict[str, dict[str, Any]]) -> str:
 
 
 def difference(
-    live: dict[str, Process], config: ConfigDict, folder: Path
+    live: dict[str, Process], config: Config, folder: Path
 ) -> dict[str, tuple[float, str]]:
     """Each peer's error against ours where it is largest, and of what it is.
 
@@ -265,7 +261,7 @@ def show(rows: list[dict[str, Any]], device: str) -> None:
 
 
 def describe(
-    config: ConfigDict, facts: dict[str, dict[str, Any]]
+    config: Config, facts: dict[str, dict[str, Any]]
 ) -> dict[str, str | int | bool | list[str]]:
     """What the figures depend on besides the program."""
     return {
@@ -281,14 +277,13 @@ def describe(
 
 
 def compare(
-    live: dict[str, Process], arguments: argparse.Namespace, config: ConfigDict
+    live: dict[str, Process], arguments: argparse.Namespace, config: Config
 ) -> int:
     """Check, time by turns, print and write; the program's status."""
     facts = {mode: worker.ask("facts") for mode, worker in live.items()}
     device = same_device(facts)
     own = "float32" if device == "cpu" else config.model.dtype
-    config.model.dtype = arguments.dtype or own
-    configuration.check(config)
+    config = config.override({"model.dtype": arguments.dtype or own})
     about = describe(config, facts)
     for key, value in about.items():
         print(f"{key}: {'; '.join(value) if isinstance(value, list) else value}")

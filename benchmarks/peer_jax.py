@@ -8,27 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from ml_collections import ConfigDict
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import build_networks, init_state
 
-from sra2_jax import config as configuration
+from sra2_jax.alignment import HEAD_NAMES
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
-from sra2_jax.step import make_loss
-from sra2_jax.transport import Transport
+from sra2_jax.models import apply
+from sra2_jax.sharding import make_mesh
+from sra2_jax.step import Program
 from sra2_jax.weights.sit import to_reference
 from tools.measure import prepare
 
 ROWS = 2  # of the check: float32 without rematerialisation is large
 
 
-def random_weights(config: ConfigDict) -> Any:
+def random_weights(shapes: Any) -> Any:
     """Parameters of network and heads, none of them zero, so that every part counts."""
-    network, heads = build_networks(config)
-    transform, _ = make_optimizer(**config.optim)
-    shapes = jax.eval_shape(
-        lambda: init_state(network, heads, transform, jax.random.key(0)).params
-    )
     draw, flat = np.random.default_rng(0), traverse_util.flatten_dict(shapes)
     for path, leaf in flat.items():
         scale = leaf.shape[-2] ** -0.5 if path[-1] == "kernel" else 0.1
@@ -36,10 +30,9 @@ def random_weights(config: ConfigDict) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def random_inputs(config: ConfigDict) -> dict[str, np.ndarray]:
+def random_inputs(config: Config) -> dict[str, np.ndarray]:
     """Data, posterior mean and noise (B, h, w, c), times and labels (B,), one null."""
-    side, draw = config.latents.size, np.random.default_rng(1)
-    shape = ROWS, side, side, config.latents.channels
+    shape, draw = (ROWS, *config.latent_shape), np.random.default_rng(1)
     inputs = {
         name: draw.standard_normal(shape, np.float32) for name in ("z", "mean", "noise")
     }
@@ -72,15 +65,15 @@ class Worker:
         The first holds random weights under SiT's names and random inputs; the second
         velocity, loss and grad_norm.
         """
-        c = configuration.from_saved(config, "the request")
-        c = ConfigDict(c.to_dict())
-        c.model.dtype, c.model.attention = "float32", "xla"
-        network, _ = build_networks(c)
-        loss, apply = make_loss(c), network.apply
-        params, inputs = random_weights(c), random_inputs(c)
+        plain = {"model.dtype": "float32", "model.attention": "xla"}
+        c = Config.of(config).override(plain)
+        program = Program(c, make_mesh(), "xla")
+        params = random_weights(program.abstract.params)
+        inputs = random_inputs(c)
         reference = to_reference(
             params["network"],
             params["heads"],
+            HEAD_NAMES,
             size=c.latents.size,
             patch_size=c.model.patch_size,
         )
@@ -89,13 +82,13 @@ class Worker:
         del reference, arrays
 
         def answers(params: Any, z: Any, mean: Any, noise: Any, t: Any, y: Any) -> Any:
-            x_t, target = Transport(**c.transport).interpolate(z, noise, t)
+            x_t, target = program.transport.interpolate(z, noise, t)
             draws = {"x_t": x_t, "t": t, "y": y, "target": target}
             draws |= {"latent_sample": z, "latent_mean": mean}
-            frozen = {"teacher": None, "encoder": None}
-            values = jax.value_and_grad(loss, has_aux=True)
-            (total, _), grads = values(params, frozen, draws, jnp.zeros((), jnp.int32))
-            velocity, _, _ = apply({"params": params["network"]}, x_t, t, y)
+            values = jax.value_and_grad(program.loss, has_aux=True)
+            rest = None, {}, draws, jnp.zeros((), jnp.int32)
+            (total, _), grads = values(params, *rest)
+            velocity, _, _ = apply(program.running, params["network"], x_t, t, y)
             return velocity, total, optax.tree.norm(grads)
 
         with jax.default_matmul_precision("highest"):
@@ -105,23 +98,17 @@ class Worker:
 
     def prepare(self, config: dict[str, Any], batch: str) -> dict[str, Any]:
         """Compile the step and write the made-up batch to a file; warms up."""
-        self.timed = prepare(configuration.from_saved(config, "the request"))
+        self.timed = prepare(Config.of(config))
         np.savez(batch, **{k: np.asarray(v) for k, v in self.timed.batch.items()})
-        self.step()
+        self.timed()
         return {"prepare_seconds": self.timed.compile_seconds}
-
-    def step(self) -> Any:
-        """One step, not waited for; its metrics."""
-        run = self.timed
-        run.state, metrics = run.step(run.state, run.batch, run.encoder_params)
-        return metrics
 
     def run(self, steps: int) -> dict[str, Any]:
         """One step to wake up, then `steps` timed ones; seconds of one of them."""
-        jax.block_until_ready((self.step(), self.timed.state))
+        jax.block_until_ready((self.timed(), self.timed.state))
         began, cpu = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            metrics = self.step()
+            metrics = self.timed()
         jax.block_until_ready((metrics, self.timed.state))
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         statistics = jax.devices()[0].memory_stats() or {}

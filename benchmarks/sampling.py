@@ -7,8 +7,6 @@ runs all three. Network rows an image are what the interval leaves: two inside i
 outside. Runs without TensorFlow.
 """
 
-import argparse
-import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,20 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
-from sra2_jax.state import build_networks
 
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program, writable
+from sra2_jax.chips import of_device
+from sra2_jax.command import Parser, run_program, writable
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
-from sra2_jax.generate import batch_size, make_sampler
+from sra2_jax.generate import make_sampler
+from sra2_jax.programs.fit import peak_bytes
 from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated
+from sra2_jax.step import Program
 from sra2_jax.transport import Transport
-from tools.chips import of_device
-from tools.cost import dit_macs
-from tools.measure import machine, matmul_speed, spread, turns
+from tools.measure import machine, matmul_speed, spread, turns, write
 
 # name -> (guidance scale; None: the config's or 1.8, top of the interval)
 CASES: dict[str, tuple[float | None, float]] = {
@@ -43,56 +39,55 @@ CASES: dict[str, tuple[float | None, float]] = {
 class Case:
     """A compiled sampler; seconds a batch, one entry a round."""
 
-    config: ConfigDict
-    run: Any
+    config: Config
+    compiled: Any
+    inputs: tuple[Any, ...]
     compile_seconds: float
-    peak_bytes: int
     seconds: list[float] = field(default_factory=list)
 
 
-def network_rows(config: ConfigDict) -> int:
+def network_rows(config: Config) -> int:
     """Rows that the network sees for one image, by the times of the sampler."""
     s = config.sampling
-    times = time_grid(s.method, s.steps, Transport(**config.transport))[:-1]
+    times = time_grid(s.method, s.steps, Transport(**vars(config.transport)))[:-1]
     inside = (s.guidance_low <= times) & (times <= s.guidance_high)
     rows = np.where(inside & (s.guidance != 1.0), 2, 1)
     # Heun calls twice in every step but the last.
     return int(2 * rows.sum() - rows[-1] if s.method == "heun" else rows.sum())
 
 
-def prepare(config: ConfigDict, mesh: Mesh, params: Any) -> Case:
-    """Compile the sampler of `config`."""
-    numbers = jnp.arange(batch_size(config, mesh), dtype=jnp.int32)
-    labels = numbers % config.data.num_classes
+def prepare(program: Program, params: Any, images: int) -> Case:
+    """Compile the sampler of a program."""
+    numbers = jnp.arange(images, dtype=jnp.int32)
+    inputs = params, numbers, numbers % program.config.data.num_classes
     began = time.perf_counter()
-    compiled = make_sampler(config, mesh).lower(params, numbers, labels).compile()
-    seconds = time.perf_counter() - began
-    memory: Any = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak += memory.temp_size_in_bytes
-    return Case(config, lambda: compiled(params, numbers, labels), seconds, peak)
+    compiled = make_sampler(program).lower(*inputs).compile()
+    return Case(program.config, compiled, inputs, time.perf_counter() - began)
 
 
-def measure(config: ConfigDict, rounds: int) -> list[dict[str, Any]]:
+def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
     """Time the three cases by turns; figures of each, the keys of --json."""
-    mesh = make_mesh(-1, 1, batch_size=jax.device_count())
-    network, _ = build_networks(config)
-    x = jnp.zeros((1, network.size, network.size, network.channels))
+    mesh = make_mesh()
+    images = -(-config.sampling.batch_size // mesh.size) * mesh.size
+    network, wanted = Program(config, mesh).network, config.sampling.guidance
+    x = jnp.zeros((1, *config.latent_shape))
     init = jax.jit(network.init, out_shardings=replicated(mesh))
     zero = jnp.zeros(1), jnp.zeros(1, jnp.int32)
     params = init(jax.random.key(0), x, *zero)["params"]
     cases = {}
     for name, (scale, high) in CASES.items():
-        made = config.copy_and_resolve_references()
-        wanted = made.sampling.guidance
-        made.sampling.guidance = scale or (1.8 if wanted == 1.0 else wanted)
-        made.sampling.guidance_low, made.sampling.guidance_high = 0.0, high
-        cases[name] = prepare(made, mesh, params)
+        guided = {
+            "sampling.guidance": scale or (1.8 if wanted == 1.0 else wanted),
+            "sampling.guidance_low": 0.0,
+            "sampling.guidance_high": high,
+        }
+        program = Program(config.override(guided), mesh)
+        cases[name] = prepare(program, params, images)
         seconds = cases[name].compile_seconds
         print(f"{name}: compiled in {seconds:.1f} s", flush=True)
     for number, case in turns(list(cases.values()), rounds):
         began = time.perf_counter()
-        latents = jax.block_until_ready(case.run())
+        latents = jax.block_until_ready(case.compiled(*case.inputs))
         if number:
             case.seconds.append(time.perf_counter() - began)
         elif not bool(jnp.isfinite(latents).all()):
@@ -101,10 +96,9 @@ def measure(config: ConfigDict, rounds: int) -> list[dict[str, Any]]:
     chip = of_device(jax.devices()[0].device_kind)
     base, rows = cases["guided everywhere"].seconds, []
     for name, case in cases.items():
-        images = batch_size(case.config, mesh)
         rate = spread(images / np.array(case.seconds))
         evaluated = network_rows(case.config)
-        flops = 2.0 * dit_macs(network, network.depth) * evaluated * rate["p50"]
+        flops = 2.0 * network.macs(network.depth) * evaluated * rate["p50"]
         ratio = float(np.median(np.array(case.seconds) / np.array(base)))
         row = {
             "case": f"{config.name}, {name}",
@@ -118,7 +112,7 @@ def measure(config: ConfigDict, rounds: int) -> list[dict[str, Any]]:
             "mfu_nominal": flops / (mesh.size * chip.flops) if chip else None,
             "time_over_guided": ratio,
             "compile_seconds": case.compile_seconds,
-            "peak_bytes": case.peak_bytes,
+            "peak_bytes": peak_bytes(case.compiled),
             "rounds": len(case.seconds),
         }
         rows.append(row)
@@ -134,15 +128,14 @@ def measure(config: ConfigDict, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--batch_size", type=int, help="images at a time (config.sampling.batch_size)")
     add("--rounds", type=int, default=3)
     add("--json", type=writable, metavar="FILE", help="write the figures there")
-    arguments, config = configuration.parse_arguments(parser, "configs/sra2_xl.py")
-    config.sampling.batch_size = arguments.batch_size or config.sampling.batch_size
+    arguments, config = parser.parse_config("sra2_xl")
+    images = arguments.batch_size or config.sampling.batch_size
+    config = config.override({"sampling.batch_size": images})
     facts, s = machine(), config.sampling
     print(
         f"{config.name}, {s.steps} steps of {s.method}, batch {s.batch_size}, "
@@ -150,9 +143,7 @@ def main() -> None:
         f"{facts['jax']}; load {facts['load']}"
     )
     rows = measure(config, arguments.rounds)
-    if arguments.json:
-        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
-        arguments.json.write_text(text + "\n")
+    write(arguments.json, facts, rows)
 
 
 if __name__ == "__main__":

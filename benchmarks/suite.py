@@ -7,7 +7,6 @@ the peer; each a command of its own, whose text and JSON go to the folder. One t
 fails or takes too long does not stop the others. Runs without TensorFlow.
 """
 
-import argparse
 import importlib.util
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from sra2_jax.command import run_program
+from sra2_jax.command import Parser, run_program
 from sra2_jax.errors import UserError
 
 XL = "--config=configs/sra2_xl.py"
@@ -54,9 +53,7 @@ def run(name: str, words: list[str], out: Path, limit: float) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder for texts and JSON")
     add("--only", default="", help="commands whose name begins so")

@@ -6,13 +6,12 @@ Needs `pip install -e '.[aot,aot-gpu]'`. Half a minute to two minutes a row on t
 cores. GPUs come first: XLA reads its flags once.
 """
 
-import argparse
 from typing import Any
 
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program
+from sra2_jax import config_file
+from sra2_jax.chips import compile_only
+from sra2_jax.command import Parser, run_program
 from tools.aot import describe
-from tools.chips import compile_only
 
 HEAD = (
     "| px | topology | chips | batch | flags | GB a chip | fits | collectives, GB "
@@ -84,9 +83,7 @@ def row(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="topologies that start so: v5e")
     arguments = parser.parse_args()
     compile_only()
@@ -95,11 +92,7 @@ def main() -> None:
         if not topology.startswith(arguments.only):
             continue
         name = "sra2_xl" if resolution == 256 else "sra2_xl_512"
-        changes = [f"--config.{flag}" for flag in flags.split()]
-        config = configuration.load(
-            f"configs/{name}.py", [*changes, f"--config.batch_size={batch}"]
-        )
-        configuration.check(config)
+        config = config_file.load(name, f"batch_size={batch}", *flags.split())
         facts = describe(config, topology)
         print(row(resolution, topology, batch, flags, facts), flush=True)
 

@@ -4,57 +4,66 @@
     python -m benchmarks.train_step --sizes=S,B,L,XL --json=train_step.json
 
 Runs without TensorFlow. Every round runs both; a ratio is the median of the ratios of
-the rounds. FLOPs are those of the formula (tools.cost), MFU is against the chip's
+the rounds. FLOPs are those of the formula, MFU is against the chip's
 nominal peak and against a matrix product timed here. All five methods:
 python -m tools.cost --measure=CONFIG.
 """
 
-import argparse
-import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from configs import default
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program, writable
+from sra2_jax.chips import of_device
+from sra2_jax.command import Parser, run_program, writable
+from sra2_jax.config import Config
+from sra2_jax.config_file import SIZES, default, set_size
 from sra2_jax.errors import UserError
-from tools.chips import of_device
-from tools.cost import training_flops
+from sra2_jax.programs.fit import peak_bytes
 from tools.measure import (
     Timed,
-    allocated_bytes,
     by_turns,
     machine,
     matmul_speed,
     prepare,
     ratio,
     spread,
+    write,
 )
 
-SIZES = ("S", "B", "L", "XL")
+
+def resized(config: Config, size: str) -> Config:
+    """The config with the network of another size, and its aligned blocks."""
+    named = default()
+    set_size(named, size)
+    sizes = {
+        "name": f"SiT-{size}/{config.model.patch_size}",
+        **{f"model.{key}": named.model[key] for key in ("width", "depth", "heads")},
+        **{f"align.{key}.depth": named.align[key].depth for key in named.align},
+        "align.teacher.teacher_depth": named.align.teacher.teacher_depth,
+    }
+    return config.override(sizes)
 
 
-def describe(config: ConfigDict, run: Timed, matmul: float) -> dict[str, Any]:
+def describe(run: Timed, matmul: float) -> dict[str, Any]:
     """Figures of one case, the keys of --json."""
-    flops = training_flops(config, None)
+    config, flops = run.program.config, run.program.flops()
     speed = spread(config.batch_size / np.array(run.seconds))
     devices = jax.device_count()
     tflops = speed["p50"] * flops / config.batch_size / 1e12
     chip = of_device(jax.devices()[0].device_kind)
+    statistics = jax.local_devices()[0].memory_stats()  # None on a CPU
     return {
         "case": config.name,
         "method": "sra2" if config.align.vae.enabled else "vanilla",
         "batch_size": config.batch_size,
-        "tokens": (config.latents.size // config.model.patch_size) ** 2,
+        "tokens": config.grid**2,
         "dtype": config.model.dtype,
         "attention": config.model.attention,
         "remat": config.model.remat,
         "scan": config.model.scan,
-        "mesh": config.mesh.to_dict(),
+        "mesh": vars(config.mesh),
         "compile_seconds": run.compile_seconds,
         "rounds": len(run.seconds),
         "images_per_second": speed,
@@ -66,8 +75,8 @@ def describe(config: ConfigDict, run: Timed, matmul: float) -> dict[str, Any]:
         "matmul_tflops": devices * matmul / 1e12,
         "mfu_matmul": tflops * 1e12 / (devices * matmul),
         "mfu_nominal": tflops * 1e12 / (devices * chip.flops) if chip else None,
-        "peak_bytes": run.peak_bytes,
-        "allocated_bytes": allocated_bytes(),
+        "peak_bytes": peak_bytes(run.step),
+        "allocated_bytes": (statistics or {}).get("peak_bytes_in_use"),
     }
 
 
@@ -90,20 +99,18 @@ def line(row: dict[str, Any]) -> str:
 
 
 def measure(
-    config: ConfigDict, rounds: int, steps: int, matmul: float
+    config: Config, rounds: int, steps: int, matmul: float
 ) -> list[dict[str, Any]]:
     """Time vanilla and SRA 2 by turns; prints a line each and the ratio."""
-    runs: dict[str, tuple[ConfigDict, Timed]] = {}
+    runs: dict[str, Timed] = {}
     for name, enabled in (("vanilla", False), ("sra2", True)):
-        made = config.copy_and_resolve_references()
-        made.align.vae.enabled = enabled
-        runs[name] = made, prepare(made)
-        seconds = runs[name][1].compile_seconds
+        runs[name] = prepare(config.override({"align.vae.enabled": enabled}))
+        seconds = runs[name].compile_seconds
         print(f"{config.name} {name}: compiled in {seconds:.1f} s", flush=True)
-    by_turns({name: run for name, (_, run) in runs.items()}, rounds, steps)
-    rows = [describe(made, run, matmul) for made, run in runs.values()]
+    by_turns(runs, rounds, steps)
+    rows = [describe(run, matmul) for run in runs.values()]
     print("\n".join(line(row) for row in rows))
-    median, low, high = ratio(runs["sra2"][1], runs["vanilla"][1])
+    median, low, high = ratio(runs["sra2"], runs["vanilla"])
     rows[1]["time_over_vanilla"] = {"median": median, "range": [low, high]}
     print(
         f"{config.name} sra2 / vanilla time: {median:.3f} ({low:.3f} to {high:.3f})",
@@ -113,23 +120,19 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--sizes", default="", help="S,B,L,XL instead of the config's own")
     add("--batch_size", type=int, help="images a step (the config's)")
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=3, help="steps a round and method (%(default)s)")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
-    arguments, config = configuration.parse_arguments(parser, "configs/sra2_s.py")
+    arguments, config = parser.parse_config("sra2_s")
     sizes = arguments.sizes.upper().split(",") if arguments.sizes else []
     if set(sizes) - set(SIZES):
         raise UserError(f"--sizes={arguments.sizes}: known are {','.join(SIZES)}")
-    config.batch_size, config.data.streams = (
-        arguments.batch_size or config.batch_size,
-        1,
-    )
+    rows_a_step = arguments.batch_size or config.batch_size
+    config = config.override({"batch_size": rows_a_step, "data.streams": 1})
     facts = machine()
     matmul = matmul_speed(jnp.dtype(config.model.dtype))
     print(
@@ -137,16 +140,9 @@ def main() -> None:
         f"{config.batch_size}, {config.model.dtype}; load {facts['load']}"
     )
     rows = []
-    for size in sizes or [None]:
-        made = config.copy_and_resolve_references()
-        if size:
-            default.set_size(made, size)
-            made.name = f"SiT-{size}/{made.model.patch_size}"
-            configuration.check(made)
+    for made in [resized(config, size) for size in sizes] or [config]:
         rows += measure(made, arguments.rounds, arguments.steps, matmul)
-    if arguments.json:
-        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
-        arguments.json.write_text(text + "\n")
+    write(arguments.json, facts, rows)
 
 
 if __name__ == "__main__":

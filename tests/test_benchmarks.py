@@ -1,5 +1,6 @@
 """Each benchmark on a small network: what it counts, never how fast it is."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,36 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from sra2_jax.state import build_networks
 
 from benchmarks import suite
 from benchmarks.sampling import network_rows
-from configs import quickstart
-from sra2_jax import config as configuration
-from sra2_jax import xla_flags
-from tools.cost import dit_macs, training_flops
+from sra2_jax import command, config_file
+from sra2_jax.config import Config
 
 ROOT = Path(__file__).parents[1]
-CONFIG = """
-from configs import quickstart
-
-
-def get_config():
-    c = quickstart.get_config()
-    c.model.width, c.model.depth, c.model.heads = 16, 1, 2
-    for section in (c.align.vae, c.align.encoder, c.align.teacher):
-        section.depth = 1
-    c.align.teacher.teacher_depth = 1
-    c.sampling.steps = 3
-    return c
-"""
 
 
 @pytest.fixture
-def small(tmp_path):
-    path = tmp_path / "small.py"
-    path.write_text(CONFIG)
-    return path
+def small(tiny, as_file):
+    tiny.model.depth = tiny.align.teacher.teacher_depth = 1
+    return as_file(tiny)
 
 
 def benchmark(name, folder, *flags):
@@ -76,14 +60,6 @@ def test_sizes_of_train_step_are_checked(small):
     assert done.stderr == "error: --sizes=S,M: known are S,B,L,XL\n"
 
 
-def test_training_flops_are_three_forward_passes():
-    config = quickstart.get_config()
-    config.align.vae.enabled = False
-    network, _ = build_networks(config)
-    macs = dit_macs(network, network.depth)
-    assert training_flops(config, None) == 6 * macs * config.batch_size
-
-
 def test_sampling(small, tmp_path):
     flags = [f"--config={small}", "--batch_size=8", "--rounds=1"]
     text, rows = benchmark("sampling", tmp_path, *flags)
@@ -94,15 +70,17 @@ def test_sampling(small, tmp_path):
 
 def test_network_rows():
     """At the reference's 250 steps of the SDE the interval spares 15% of the work."""
-    config = quickstart.get_config()
-    config.sampling.steps, config.sampling.guidance = 250, 1.8
-    assert network_rows(config) == 500
-    config.sampling.guidance_high = 0.7
+
+    def rows(**given):
+        return network_rows(
+            Config().override({f"sampling.{k}": given[k] for k in given})
+        )
+
+    assert rows(guidance=1.8) == 500
     # 249 times from 1 to 0.04 in steps of 0.96 / 249, then 0.04: 172 lie in [0, 0.7].
     inside = sum(1 - i * 0.96 / 249 <= 0.7 for i in range(250))
-    assert network_rows(config) == 250 + inside
-    config.sampling.method, config.sampling.guidance = "heun", 1.0
-    assert network_rows(config) == 499
+    assert rows(guidance=1.8, guidance_high=0.7) == 250 + inside
+    assert rows(method="heun") == 499
 
 
 def test_encoding(tmp_path):
@@ -135,28 +113,26 @@ def test_suite_goes_on_after_a_failure(tmp_path, monkeypatch, capfd):
     assert "unrecognized" in (tmp_path / "verify.txt").read_text()
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize("name", [k for k in suite.COMMANDS if k.startswith("train")])
-def test_flags_of_the_suite(name, monkeypatch):
+def test_flags_of_the_suite(name):
     """They make a config that can work; the other programs take the same ones."""
-    flags = suite.COMMANDS[name].split()[1:]
-    overrides = [flag for flag in flags if flag.startswith("--config.")]
-    file = next((f[9:] for f in flags if f.startswith("--config=")), "")
-    config = configuration.load(file or "configs/sra2_s.py", overrides)
-    configuration.check(config)
+    flags = [flag.removeprefix("--") for flag in suite.COMMANDS[name].split()[1:]]
+    file = next((f[7:] for f in flags if f.startswith("config=")), "sra2_s")
+    overrides = (f[7:] for f in flags if f.startswith("config."))
+    assert config_file.load(file, *overrides)
 
 
 def test_flags_of_xla(monkeypatch):
     """XLA knows them (it aborts otherwise), and the user's own come last."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: None)
-    xla_flags.set_flags()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command.set_xla_flags()
     assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
-    monkeypatch.setattr(xla_flags.importlib.util, "find_spec", lambda name: True)
-    xla_flags.set_flags()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    command.set_xla_flags()
     words = os.environ["XLA_FLAGS"].split()
-    assert words == [*xla_flags.GPU_FLAGS, "--xla_gpu_autotune_level=0"]
+    assert words == [*command.GPU_FLAGS, "--xla_gpu_autotune_level=0"]
     assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.92"
     code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
     done = subprocess.run(

@@ -9,11 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 from PIL import Image
-from sra2_jax.state import build_networks
 
-from configs import default
-from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from tools.cost import METHODS, counted, dit_macs, of_method
+from sra2_jax.config import Config
+from sra2_jax.config_file import default, set_size
+from tools.cost import METHODS, counted, describe
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,18 +29,21 @@ ROOT = Path(__file__).parents[1]
 )
 def test_published_forward_macs(size, grid, macs):
     """DiT's Table 4 and the 512 px model."""
-    config = default.get_config()
-    default.set_size(config, size)
+    config = default()
+    set_size(config, size)
     config.latents.size = grid
-    network, _ = build_networks(config)
-    assert dit_macs(network, network.depth) / 1e9 == pytest.approx(macs, rel=3e-3)
+    config.align.vae.enabled = False
+    program = describe(Config.of(config))
+    network, batch = program.network, program.config.batch_size
+    assert network.macs(network.depth) / 1e9 == pytest.approx(macs, rel=3e-3)
+    # A step is three forward passes.
+    assert program.flops() == 6 * network.macs(network.depth) * batch
 
 
 def test_xl_costs_what_the_paper_says():
     """675.1M, +18.6M, +4.0% for SRA 2, without a single array."""
     before = {id(x) for x in jax.live_arrays()}
-    encoder = DINOv2(DINOv2Config())
-    rows = {name: counted(default.get_config(), name, encoder) for name in METHODS}
+    rows = {name: counted(Config(), name) for name in METHODS}
     assert not [x for x in jax.live_arrays() if id(x) not in before and x.size > 1000]
     row = rows["SRA 2"]
     assert f"{row['network_parameters'] / 1e6:.1f}" == "675.1"
@@ -62,32 +64,16 @@ def test_xl_costs_what_the_paper_says():
 
 
 def test_stored_features_need_no_encoder():
-    config = default.get_config()
-    config.align.encoder.source = "features"
-    row = counted(config, "REPA", DINOv2(DINOv2Config()))
+    config = Config().override({"align.encoder.source": "features"})
+    row = counted(config, "REPA")
     assert row["external_parameters"] == 0
     assert row["extra_percent"] < 2
-    assert set(of_method(config, "SRA").align.teacher.keys()) >= {"enabled"}
 
 
-CONFIG = """
-from configs import quickstart
-
-
-def get_config():
-    c = quickstart.get_config()
-    c.model.width, c.model.depth, c.model.heads = 16, 1, 2
-    for section in (c.align.vae, c.align.encoder, c.align.teacher):
-        section.depth, section.head_width, section.head_layers = 1, 16, 1
-    c.align.teacher.teacher_depth = 1
-    return c
-"""
-
-
-def test_program(tmp_path):
+def test_program(tiny, as_file, tmp_path):
     """Text, JSON and picture, with all five methods timed."""
-    config = tmp_path / "small.py"
-    config.write_text(CONFIG)
+    tiny.model.depth = tiny.align.teacher.teacher_depth = 1
+    config = as_file(tiny)
     command = [
         sys.executable, "-m", "tools.cost", f"--config={config}",
         f"--measure={config}", "--batch_size=8", "--rounds=1", "--steps=1",

@@ -10,21 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks.peer_jax import Worker
+from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.weights.sit import from_reference
 
 ROOT = Path(__file__).parents[1]
-
-CONFIG = """
-from configs import quickstart
-
-
-def get_config():
-    c = quickstart.get_config()
-    c.name = "small"
-    c.model.width, c.model.depth, c.model.heads = 16, 2, 2
-    c.align.vae.depth, c.align.vae.head_layers = 1, 2
-    return c
-"""
 
 # Answers like a peer that computes FACTOR times what ours does, and takes as many
 # seconds as its answers so far.
@@ -54,10 +43,9 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "small.py"
-    path.write_text(CONFIG)
-    return path
+def config(tiny, as_file) -> Path:
+    tiny.batch_size = 64
+    return as_file(tiny)
 
 
 def program(path: Path, text: str) -> Path:
@@ -142,6 +130,7 @@ def test_missing_torch_is_one_line(config, tmp_path):
         (["--steps=0"], "--steps must be at least 1"),
         (["--config.transport.path=gvp"], "config.transport.path='gvp': the peer has"),
         (["--batch_size=0"], "config.batch_size=0: must lie between"),
+        (["--mode=ours"], "unknown flag --mode: did you mean --modes?"),
     ],
 )
 def test_mistakes_are_one_line(config, flags, line):
@@ -159,7 +148,7 @@ def test_no_weight_of_the_check_is_zero(tiny, tmp_path):
         weights = {k[7:]: file[k] for k in file.files if k.startswith("weight/")}
         labels = file["input/y"]
     assert tiny.data.num_classes in labels
-    assert from_reference(weights)[2].keys() == {"vae"}
+    assert from_reference(weights, HEAD_NAMES)[2].keys() == {"vae"}
     for name, weight in weights.items():
         if name != "pos_embed":
             assert np.all(weight), name

@@ -61,6 +61,7 @@ def xla_flops(config: Config) -> float:
     keys = ("batch_size", "accumulate", "data.streams", "mesh.data", "mesh.fsdp")
     one = dict.fromkeys(keys, 1)
     plain = {"model.scan": False, "model.remat": "none", "model.dtype": "float32"}
+    plain["model.attention"] = "xla"
     program = describe(config.override(one | plain))
     if "encoder" in program.alignments:
         program.alignments["encoder"] = Unrolled(**vars(program.config.align.encoder))
