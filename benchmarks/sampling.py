@@ -19,7 +19,7 @@ from sra2_jax.chips import of_device
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
-from sra2_jax.generate import make_sampler
+from sra2_jax.generator import make_sampler
 from sra2_jax.programs.fit import peak_bytes
 from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated

@@ -17,15 +17,9 @@ EPOCH = 5004  # steps of 256 images in ImageNet
 
 
 @dataclass(frozen=True)
-class Data(Section):
-    where = "data"
-
+class Data(Section, where="data"):
     dir: str = free("", 'latents dataset; "" = WORKDIR/latents')
-    images: str = free(
-        "",
-        "encode these first if data.dir is missing: a folder with one sub-folder a "
-        'class, "tfds:NAME[:SPLIT]" or "digits"; "" = never',
-    )
+    images: str = free("", "encode these if data.dir is missing, see `sra2 encode`")
     resolution: int = key(256, "side of the images, pixels", 1, 2**14)
     num_classes: int = key(1000, "labels, without the null label", 1, 10**7)
     streams: int = key(8, "independent readers that a batch is made from", 1, 2**16)
@@ -33,9 +27,7 @@ class Data(Section):
 
 
 @dataclass(frozen=True)
-class Latents(Section):
-    where = "latents"
-
+class Latents(Section, where="latents"):
     size: int = key(32, "side of the latent grid", 1, 2**12)
     channels: int = key(4, "channels of a latent", 1, 2**12)
     scaling_factor: float = key(0.18215, "latent = scaling * (raw - shift)", 1e-6, 1e6)
@@ -43,9 +35,7 @@ class Latents(Section):
 
 
 @dataclass(frozen=True)
-class Model(Section):
-    where = "model"
-
+class Model(Section, where="model"):
     width: int = key(1152, "channels of a token", 4, 2**16)
     depth: int = key(28, "blocks", 1, 1000)
     heads: int = key(16, "attention heads", 1, 2**12)
@@ -55,10 +45,10 @@ class Model(Section):
     learn_sigma: bool = key(False, "a second half of the output that nothing uses")
     scan: bool = free(True, "blocks as a loop, or unrolled")
     remat: Literal["none", "dots", "attention", "full"] = free(
-        "dots", "rematerialisation: what the backward pass computes again"
+        "dots", "what the backward pass computes again"
     )
     attention: Literal["auto", "xla", "cudnn"] = free(
-        "auto", "implementation; auto: cudnn on GPUs where it works"
+        "auto", "auto: cudnn on GPUs where it works"
     )
     dtype: Literal["bfloat16", "float32"] = free("bfloat16", "compute type")
 
@@ -73,17 +63,13 @@ class Model(Section):
 
 
 @dataclass(frozen=True)
-class Transport(Section):
-    where = "transport"
-
+class Transport(Section, where="transport"):
     path: Literal["linear", "gvp", "vp"] = key("linear", "from data to noise")
     prediction: Literal["velocity", "noise", "data"] = key(
-        "velocity", "what the network's output is"
+        "velocity", "the network's output"
     )
     time: Literal["uniform", "lognormal"] = key("uniform", "density of training times")
-    time_mean: float = key(
-        0.0, "of log(sigma / alpha), lognormal only: SD3's on linear", -100, 100
-    )
+    time_mean: float = key(0.0, "of log(sigma / alpha), lognormal only", -100, 100)
     time_std: float = key(1.0, "see time_mean", 1e-6, 100)
 
 
@@ -100,17 +86,12 @@ class Alignment(Section):
     weight: float = key(1.0, "of the loss, lambda", 0, 1e6)
     schedule: Schedule = key("constant", "of the weight")
     schedule_start: int = key(0, "step at which the weight begins to fall", 0, STEPS)
-    schedule_steps: int = key(
-        1, "steps of the fall to 0 (exponential: tenfold)", 1, STEPS
-    )
+    schedule_steps: int = key(1, "of the fall to 0, or tenfold", 1, STEPS)
     loss: Loss = key("smooth_l1", "between prediction and target")
     beta: float = key(0.05, "of smooth_l1", 1e-9, 1e6)
     zscore: bool = key(False, "standardise both sides per sample")
     t_min: float = key(0.0, "times aligned, 0 = data", 0, 1)
     t_max: float = key(1.0, "times aligned, 1 = noise", 0, 1)
-    head_layers: int = key(3, "linear layers of the head", 1, 100)
-    head_width: int = key(0, "its hidden channels; 0 = twice the model's", 0, 2**17)
-    head_final_layer: bool = key(False, "end in a layer like DiT's final one")
 
     def conflicts(self) -> Iterator[str]:
         if self.enabled and self.t_min >= self.t_max:
@@ -121,65 +102,74 @@ class Alignment(Section):
 
 
 @dataclass(frozen=True)
-class AlignVAE(Alignment):
+class MLPAlignment(Alignment):
+    """One whose head are linear layers."""
+
+    head_layers: int = key(3, "linear layers of the head", 1, 100)
+    head_width: int = key(0, "its hidden channels; 0 = twice the model's", 0, 2**17)
+    head_final_layer: bool = key(False, "end in a layer like DiT's final one")
+
+
+@dataclass(frozen=True)
+class AlignVAE(MLPAlignment, where="align.vae"):
     """SRA 2: the clean latent."""
 
-    where = "align.vae"
-
     enabled: bool = other(Alignment, "enabled", True)
-    head_layers: int = other(Alignment, "head_layers", 5)
+    head_layers: int = other(MLPAlignment, "head_layers", 5)
     target: Literal["sample", "mean"] = key(
-        "sample", "the latent that x_t is built from, or the posterior's mean"
+        "sample", "what x_t is built from, or the mean"
     )
 
 
 @dataclass(frozen=True)
-class AlignEncoder(Alignment):
-    """REPA: patch features of an encoder of the clean image."""
+class EncoderKeys(Alignment):
+    """The keys of those that aim at an encoder's patch features of the image."""
 
-    where = "align.encoder"
-
-    weight: float = other(Alignment, "weight", 0.5)
     loss: Loss = other(Alignment, "loss", "cosine")
-    head_width: int = other(Alignment, "head_width", 2048)
     model: str = key(
         "facebook/dinov2-base", 'folder, hub id, or "digits"', pattern=SOME
     )
     width: int = key(768, "of the encoder's tokens", 1, 2**16)
-    source: Literal["images", "features"] = key(
-        "images", "the encoder runs in the step, or its features are in the records"
-    )
+    source: Literal["images", "features"] = key("images", "run in the step, or stored")
 
 
 @dataclass(frozen=True)
-class AlignTeacher(Alignment):
-    """SRA: a later block of the EMA network, at a lower noise level."""
+class AlignEncoder(EncoderKeys, MLPAlignment, where="align.encoder"):
+    """REPA."""
 
-    where = "align.teacher"
+    weight: float = other(Alignment, "weight", 0.5)
+    head_width: int = other(MLPAlignment, "head_width", 2048)
+
+
+@dataclass(frozen=True)
+class AlignIREPA(EncoderKeys, where="align.irepa"):
+    """iREPA."""
+
+
+@dataclass(frozen=True)
+class AlignTeacher(MLPAlignment, where="align.teacher"):
+    """SRA: a later block of the EMA network, at a lower noise level."""
 
     weight: float = other(Alignment, "weight", 0.2)
     schedule: Schedule = other(Alignment, "schedule", "exponential")
     schedule_start: int = other(Alignment, "schedule_start", 149 * EPOCH)
     schedule_steps: int = other(Alignment, "schedule_steps", 1000 * EPOCH)
-    head_layers: int = other(Alignment, "head_layers", 2)
+    head_layers: int = other(MLPAlignment, "head_layers", 2)
     teacher_depth: int = key(20, "the teacher's block, 1-based", 1, 1000)
     interval: float = key(0.2, "teacher's t = clamp(t - interval U(0, 1), 0, 1)", 0, 1)
 
 
 @dataclass(frozen=True)
-class Align(Section):
-    where = "align"
-
+class Align(Section, where="align"):
     vae: AlignVAE = AlignVAE()
     encoder: AlignEncoder = AlignEncoder()
+    irepa: AlignIREPA = AlignIREPA()
     teacher: AlignTeacher = AlignTeacher()
 
 
 @dataclass(frozen=True)
-class Optim(Section):
+class Optim(Section, where="optim"):
     """AdamW behind a clip."""
-
-    where = "optim"
 
     learning_rate: float = key(1e-4, "after the warm-up", 1e-12, 100)
     warmup_steps: int = key(0, "linear warm-up", 0, STEPS)
@@ -191,9 +181,7 @@ class Optim(Section):
 
 
 @dataclass(frozen=True)
-class Mesh(Section):
-    where = "mesh"
-
+class Mesh(Section, where="mesh"):
     data: int = free(-1, "devices with copies of the state; -1 = the rest", -1, 2**20)
     fsdp: int = free(1, "devices that share one copy", 1, 2**20)
     tensor: int = free(1, "devices that share a layer's heads and hidden", 1, 2**12)
@@ -204,9 +192,7 @@ class Mesh(Section):
 
 
 @dataclass(frozen=True)
-class Sampling(Section):
-    where = "sampling"
-
+class Sampling(Section, where="sampling"):
     method: Literal["euler", "heun", "euler_maruyama"] = free(
         "euler_maruyama", "ODE, ODE, SDE"
     )
@@ -215,11 +201,9 @@ class Sampling(Section):
     guidance_low: float = free(0.0, "guided where low <= t <= high", 0, 1)
     guidance_high: float = free(1.0, "see guidance_low", 0, 1)
     guidance_channels: int = free(0, "guide the first channels; 0 = all", 0, 2**12)
-    rounding: Literal["truncate", "sit"] = free(
-        "truncate", "to uint8, as REPA and SRA or as SiT and DiT"
-    )
+    rounding: Literal["truncate", "sit"] = free("truncate", "to uint8, as REPA or SiT")
     labels: Literal["random", "balanced"] = free(
-        "random", "of scored samples; balanced: i mod classes"
+        "random", "of scored samples; or i mod classes"
     )
     batch_size: int = free(64, "images at a time, over all devices", 1, 2**24)
 
@@ -232,9 +216,7 @@ class Sampling(Section):
 
 
 @dataclass(frozen=True)
-class Run(Section):
-    where = "run"
-
+class Run(Section, where="run"):
     log_every: int = free(100, "steps", 1, STEPS)
     checkpoint_every: int = free(10_000, "steps", 1, STEPS)
     keep_checkpoints: int = free(3, "the newest", 1, STEPS)
@@ -262,9 +244,7 @@ class Run(Section):
 
 
 @dataclass(frozen=True)
-class Eval(Section):
-    where = "eval"
-
+class Eval(Section, where="eval"):
     features: Literal["", "digits", "inception"] = free(
         "", 'score samples: FID, sFID, IS; "digits": proxies; "" = never'
     )
@@ -318,18 +298,25 @@ class Config(Section):
         """(h, w, c) of a latent."""
         return self.latents.size, self.latents.size, self.latents.channels
 
+    def feature_readers(self) -> dict[str, "EncoderKeys"]:
+        """The alignments that read stored features, by name."""
+        found = vars(self.align).items()
+        encoders = {n: s for n, s in found if isinstance(s, EncoderKeys) and s.enabled}
+        return {n: s for n, s in encoders.items() if s.source == "features"}
+
     def conflicts(self) -> Iterator[str]:
-        latents, model, mesh = self.latents, self.model, self.mesh
-        if latents.size % model.patch_size:
+        model, mesh, batch = self.model, self.mesh, self.batch_size
+        size, channels = self.latents.size, self.latents.channels
+        guided = self.sampling.guidance_channels
+        if size % model.patch_size:
             yield (
                 f"config.model.patch_size={model.patch_size} does not divide "
-                f"config.latents.size={latents.size}"
+                f"config.latents.size={size}"
             )
-        if self.sampling.guidance_channels > latents.channels:
+        if guided > channels:
             yield (
-                "config.sampling.guidance_channels="
-                f"{self.sampling.guidance_channels} exceeds "
-                f"config.latents.channels={latents.channels}"
+                f"config.sampling.guidance_channels={guided} exceeds "
+                f"config.latents.channels={channels}"
             )
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
         if self.eval.features == "digits" and not digits:
@@ -345,21 +332,18 @@ class Config(Section):
             ("config.mesh.fsdp=", mesh.fsdp),
             ("config.mesh.data x config.mesh.fsdp x config.accumulate = ", rows),
         ):
-            if self.batch_size % parts:
-                yield (
-                    f"config.batch_size={self.batch_size} is not divisible by "
-                    f"{name}{parts}"
-                )
+            if batch % parts:
+                yield f"config.batch_size={batch} is not divisible by {name}{parts}"
         if model.heads % mesh.tensor:
             yield (
                 f"config.mesh.tensor={mesh.tensor} does not divide "
                 f"config.model.heads={model.heads}"
             )
-        for name, section in vars(self.align).items():
+        for section in vars(self.align).values():
             for block in ("depth", "teacher_depth"):
                 depth = getattr(section, block, 1)
                 if section.enabled and depth > model.depth:
                     yield (
-                        f"config.align.{name}.{block}={depth}: the network has "
+                        f"{section._name(block)}={depth}: the network has "
                         f"config.model.depth={model.depth} blocks"
                     )

@@ -12,7 +12,7 @@ from PIL import Image
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
-from sra2_jax.generate import Generator, describe, draw_labels, grid
+from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features

@@ -95,6 +95,10 @@ class Section:
 
     where: ClassVar[str] = ""
 
+    def __init_subclass__(cls, where: str = "", **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.where = where or cls.where
+
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)

@@ -63,6 +63,11 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, tensor), AXES, auto, devices=devices)
 
 
+def mesh(config: config.Config) -> Mesh:
+    """The mesh of a config over all devices. Raises UserError as `make_mesh`."""
+    return make_mesh(config.mesh)
+
+
 def check_batch(config: config.Config, mesh: Mesh) -> None:
     """Raise UserError where a batch does not divide over the mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]

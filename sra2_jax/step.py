@@ -155,7 +155,8 @@ class Program:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """What the step reads of a record besides latent and label."""
-        return tuple(f for a in self.alignments.values() for f in a.fields)
+        found = (f for a in self.alignments.values() for f in a.fields)
+        return tuple(dict.fromkeys(found))
 
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -169,12 +170,14 @@ class Program:
         c = self.config
         sharding.check_batch(c, self.mesh)
         side = c.data.resolution
+        readers = (a for a in self.alignments.values() if "features" in a.fields)
+        width = next((a.features(self.network) for a in readers), 0)
         rows: dict[str, tuple[tuple[int, ...], Any]] = {
             "mean": (c.latent_shape, jnp.float16),
             "std": (c.latent_shape, jnp.float16),
             "label": ((), jnp.int32),
             "image": ((side, side, 3), jnp.uint8),
-            "features": ((c.grid**2, c.align.encoder.width), jnp.float16),
+            "features": ((c.grid**2, width), jnp.float16),
         }
         place = sharding.batch_sharding(self.mesh)
         return {
@@ -281,9 +284,19 @@ class Program:
         step = jax.jit(self.update, donate_argnums=0, out_shardings=out)
         return step.lower(self.abstract, self.batch, self.frozen)
 
-    def compile(self) -> Any:
-        """The compiled step of `lower`; it cannot recompile later."""
-        return self.lower().compile()
+    def compile(self, frozen: Any = None) -> Callable[[State, Batch], Any]:
+        """The compiled step, (state, batch) -> (state, metrics); it cannot recompile
+        later. What a batch has besides is left alone.
+
+        frozen: as `load_frozen` gives it, which is called where None.
+        """
+        compiled = self.lower().compile()
+        frozen = self.load_frozen() if frozen is None else frozen
+
+        def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+            return compiled(state, {k: batch[k] for k in self.batch}, frozen)
+
+        return step
 
     def flops(self) -> float:
         """FLOPs of a step by formula: 2 a multiply-accumulate, network and heads 3 x

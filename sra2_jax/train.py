@@ -1,8 +1,8 @@
 """The training job: open, restore, and the loop, on one screen each."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -11,14 +11,14 @@ from jax.experimental import multihost_utils
 from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.config import Config
-from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
+from sra2_jax.data import pipeline
 from sra2_jax.data.prepare import prepare
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
 from sra2_jax.log import Guard, Log
 from sra2_jax.observe import Observer
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch
-from sra2_jax.sharding import batch_sharding, make_mesh
+from sra2_jax.sharding import batch_sharding, check_batch, make_mesh
 from sra2_jax.step import Program, State
 
 
@@ -35,6 +35,7 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     """
     watch = watch or Watch()
     program = Program(config, make_mesh(config.mesh))
+    check_batch(config, program.mesh)
     run = Run(workdir, jax.process_index() == 0)
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
@@ -63,23 +64,31 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
             observer = Observer(program, run, log, dataset.folder, watch)
             frozen = program.load_frozen()
             began = time.perf_counter()
-            step = program.compile()
+            step = program.compile(frozen)
             seconds = time.perf_counter() - began
         run.write("run", facts(program, seconds) | {"latents": dataset.facts()})
         log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
-        rows = batches(
-            dataset.folder,
-            Order.of(config),
-            start,
-            program.fields,
-            jax.process_index(),
-            jax.process_count(),
-        )
-        place = batch_sharding(program.mesh)
-        with prefetch_to_device(rows, place) as ready:
-            loop = Loop(program, step, frozen, state, log, checkpoints, observer, watch)
+        with closing(batches(config, program, start, dataset.folder)) as ready:
+            loop = Loop(program, step, state, log, checkpoints, observer, watch)
             loop.run(ready)
         log.message(f"done: {run.report}")
+
+
+def batches(
+    config: Config, program: Program, start: int = 0, folder: Any = None
+) -> Generator[dict[str, jax.Array]]:
+    """Batches of steps start + 1, ... on the devices, read ahead.
+
+    folder: of the dataset, config.data.dir by default.
+
+    Raises:
+      UserError: as `data.pipeline.batches`.
+    """
+    order, processes = pipeline.Order.of(config), jax.process_count()
+    process = jax.process_index()
+    folder = folder or config.data.dir
+    rows = pipeline.batches(folder, order, start, program.fields, process, processes)
+    return pipeline.prefetch_to_device(rows, batch_sharding(program.mesh))
 
 
 def facts(program: Program, seconds: float) -> dict[str, Any]:
@@ -106,21 +115,20 @@ class Loop:
     for the host, and all processes see a stop at the same step.
 
     Args:
-      step: compiled, (state, batch, frozen) -> (state, metrics).
+      step: compiled, (state, batch) -> (state, metrics).
     """
 
     def __init__(
         self,
         program: Program,
         step: Any,
-        frozen: Any,
         state: State,
         log: Log,
         checkpoints: Checkpoints,
         observer: Observer,
         watch: Watch,
     ) -> None:
-        self._config, self._update, self._frozen = program.config, step, frozen
+        self._config, self._update = program.config, step
         self._state, self._step = state, int(state.step)
         self._log, self._checkpoints = log, checkpoints
         self._observer, self._watch = observer, watch
@@ -157,8 +165,8 @@ class Loop:
         """One step, and what is due after it. Raises Stop on all processes at once."""
         config, observer = self._config, self._observer
         self._watch.progress("step")
-        index = batch.pop("index")
-        self._state, metrics = self._update(self._state, batch, self._frozen)
+        index = batch["index"]
+        self._state, metrics = self._update(self._state, batch)
         self._step += 1
         metrics["stop"] = self._anywhere(bool(self._watch.stopping))
         stop = self._read()

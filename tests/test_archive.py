@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sra2_jax.data.digits import load_digits
-from sra2_jax.data.images import center_crop
+from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images, write_npz
 

@@ -30,7 +30,7 @@ NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # config -> the sections of config.align that it switches on
 METHODS = {name: {"vae"} for name in NAMES} | {
     "sit_xl": set(),
-    "repa_b": {"encoder"}, "repa_xl": {"encoder"},
+    "irepa_b": {"irepa"}, "repa_b": {"encoder"}, "repa_xl": {"encoder"},
     "sra_b": {"teacher"}, "sra_xl": {"teacher"},
     "repa_sra2_b": {"encoder", "vae"}, "repa_sra2_xl": {"encoder", "vae"},
 }  # fmt: skip
@@ -42,7 +42,7 @@ def test_configs_are_valid(name):
     config = config_file.load(name)
     program = Program(config, make_mesh(config.mesh))
     assert set(program.heads) == METHODS[name]
-    on = {"image"} if "encoder" in METHODS[name] else set()
+    on = {"image"} if METHODS[name] & {"encoder", "irepa"} else set()
     assert program.batch.keys() == {"mean", "std", "label"} | on
     after, metrics = jax.eval_shape(
         program.update, program.abstract, program.batch, program.frozen

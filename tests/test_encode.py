@@ -9,6 +9,7 @@ from PIL import Image
 
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import EncodeOptions, encode, main
+from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
@@ -80,7 +81,7 @@ def test_center_crop_is_exactly_adm():
     assert len(cases) == 4
     for case in cases:
         _, number, size = case.split("_")
-        cropped = images.center_crop(data[f"in_{number}"], int(size))
+        cropped = center_crop(data[f"in_{number}"], int(size))
         np.testing.assert_array_equal(cropped, data[case])
 
 
@@ -100,7 +101,7 @@ def test_read_keeps_order_and_reports_what_cannot_be_decoded(folder):
 
 def test_modes_become_rgb(folder):
     decoded = {
-        p.stem: images.decode_rgb(p)
+        p.stem: decode_rgb(p)
         for p in (folder / "bee").glob("*.[pP]*")
         if p.stem != "text"
     }
@@ -155,9 +156,7 @@ def test_tfds_source(tmp_path, monkeypatch):
     ):
         assert (index, label) == (whole[0], whole[3])
         np.testing.assert_array_equal(image, whole[2])
-    wanted = {
-        images.center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)
-    }
+    wanted = {center_crop(p, SIDE).tobytes(): i % 3 for i, p in enumerate(pixels)}
     assert {image.tobytes(): label for _, _, image, label in rows} == wanted
     scored = list(open_images("tfds:tiny:test", SIDE).batches(2))
     assert [len(part) for part in scored] == [2, 2, 1]

@@ -5,7 +5,7 @@ import pytest
 
 from sra2_jax.config import Config
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.generate import Generator, draw_labels, grid, to_uint8
+from sra2_jax.generator import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.metrics.moments import frechet_distance, gaussian
@@ -74,7 +74,7 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
         sent.append(list(indices))
         return jnp.ones((len(indices), 4, 4, 4)) * indices[:, None, None, None]
 
-    monkeypatch.setattr("sra2_jax.generate.make_sampler", lambda *_: run)
+    monkeypatch.setattr("sra2_jax.generator.make_sampler", lambda *_: run)
     tiny.sampling.batch_size = 2
     generate = Generator(program_of(tiny), *load_vae("digits"))
     batches = generate(np.arange(10, 15), np.zeros(5))

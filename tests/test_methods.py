@@ -56,13 +56,13 @@ def test_trains_on_digits(tiny, digits, name):
     config = switch(tiny, on)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
     program = program_of(config)
-    state, frozen, step = program.start(), program.load_frozen(), program.compile()
+    state, step = program.start(), program.compile()
     first = jax.device_get(state.params["heads"])
     assert set(first) == set(on)
     rows = []
     for number in range(60):
         batch = {k: digits[number % len(digits)][k] for k in program.batch}
-        state, metrics = step(state, batch, frozen)
+        state, metrics = step(state, batch)
         rows.append({k: float(v) for k, v in metrics.items()})
     assert {k[11:] for k in rows[0] if k.startswith("loss_align_")} == set(on)
     for key in ("loss", "loss_denoise", *(f"loss_align_{n}" for n in on)):
@@ -135,7 +135,7 @@ def test_teacher_is_the_ema_of_the_state_before_the_step(tiny, batch):
         state.params, moved["network"], {}, draws, state.step
     )
     expected = jax.device_get(expected)
-    _, metrics = program.compile()(state.replace(ema=moved), batch, {})
+    _, metrics = program.compile()(state.replace(ema=moved), batch)
     for name in ("loss", "loss_align_teacher"):
         assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
     assert float(metrics["loss_align_teacher"]) > 0.1

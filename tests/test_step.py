@@ -22,12 +22,11 @@ def program_of(config, devices=1):
 def run(config, batch, steps=2, devices=1, batches=None):
     """Final state and the metrics of each step, all on one batch or each on its own."""
     program = program_of(config, devices)
-    state, rows, frozen = program.start(), [], program.load_frozen()
-    step = program.compile()
+    state, rows, step = program.start(), [], program.compile()
     for one in batches or [batch] * steps:
         rows_in = {k: one[k] for k in program.batch}
         placed = jax.device_put(rows_in, sharding.batch_sharding(program.mesh))
-        state, metrics = step(state, placed, frozen)
+        state, metrics = step(state, placed)
         rows.append({k: float(v) for k, v in metrics.items()})
     return state, rows
 

@@ -191,7 +191,7 @@ def test_samples_that_cannot_be_scored_stop_nothing(tiny):
     )
     observer.metrics = functools.partial(Observer.metrics, observer)
     assert Observer._score(observer, 2, None) == {}
-    assert "step 2: not scored: samples: all 80 images have the same" in heard[0]
+    assert "step 2: not scored: samples: 80 images, all with the same" in heard[0]
 
 
 def snapshot(folder):
@@ -238,13 +238,15 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
         if path.is_file():
             flip(path)
     train(config, str(workdir))
-    said = capfd.readouterr().err
-    assert f"{newest} is damaged (" in said
-    assert "set aside as damaged-4" in said
+    heard = capfd.readouterr().err
+    assert f"{newest} is damaged (" in heard
+    assert "set aside as damaged-4" in heard
     reason = (workdir / "checkpoints" / "damaged-4" / "reason.txt").read_text()
-    assert reason.strip() in said
+    assert reason.strip() in heard
     jax.tree.map(np.testing.assert_array_equal, expected, final_state(config, workdir))
-    (event,) = map(json.loads, (workdir / "events.jsonl").read_text().splitlines())
+    events = (workdir / "events.jsonl").read_text().splitlines()
+    told, event = map(json.loads, events)
+    assert told["line"] in heard
     assert (event["event"], event["step"], event["instead_of"]) == ("restored", 2, 4)
 
 

@@ -42,6 +42,7 @@ def describe(
     """
     devices, chip = find_devices(topology)
     mesh = make_mesh(config.mesh, devices)
+    present: contextlib.AbstractContextManager[None]
     if chip is CHIPS["h200"]:
         present, attention = absent_gpu.present(), absent_gpu.attention(config.model)
     else:

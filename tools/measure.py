@@ -67,7 +67,7 @@ def prepare(config: Config) -> Timed:
     batch = {name: made_up(shape, draw) for name, shape in program.batch.items()}
     small = jax.tree.map(lambda s: 0.02 * made_up(s, draw), program.frozen)
     began = time.perf_counter()
-    compiled = program.compile()
+    compiled = program.lower().compile()
     seconds = time.perf_counter() - began
     return Timed(program, compiled, program.start(), batch, small, seconds)
 

@@ -19,7 +19,7 @@ from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.data import records
 from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
-from sra2_jax.generate import to_uint8
+from sra2_jax.generator import to_uint8
 from sra2_jax.models import apply
 from sra2_jax.models.dit import patchify
 from sra2_jax.run import Run
@@ -58,8 +58,8 @@ class Images:
 
     def take(self, rows: np.ndarray) -> "Images":
         """The records at these positions."""
-        parts = (x[rows] for x in (self.raw, self.z, self.label, self.index))
-        return Images(*parts, self.split)
+        raw, z = self.raw[rows], self.z[rows]
+        return Images(raw, z, self.label[rows], self.index[rows], self.split)
 
     def choose(self, count: int) -> "Images":
         """The first `count` by turns of the classes: one of each, then a second, ..."""

@@ -6,12 +6,14 @@ Any combination of them trains in one step.
 
 from sra2_jax.alignment.base import Alignment as Alignment
 from sra2_jax.alignment.encoder import EncoderAlignment
+from sra2_jax.alignment.irepa import SpatialAlignment
 from sra2_jax.alignment.teacher import TeacherAlignment
 from sra2_jax.alignment.vae import LatentAlignment
 
 ALIGNMENTS: dict[str, type[Alignment]] = {
     "vae": LatentAlignment,
     "encoder": EncoderAlignment,
+    "irepa": SpatialAlignment,
     "teacher": TeacherAlignment,
 }
 # of their heads in checkpoints of PyTorch code, see `weights.sit`

@@ -59,18 +59,8 @@ class Alignment(config.Alignment):
         raise NotImplementedError
 
     def head(self, network: DiT) -> nn.Module:
-        """(tokens (B, T, D), condition (B, D)) -> predictions (B, T, features).
-
-        `head_layers` linear layers, hidden ones of `head_width` (0: twice D). SRA 2: 5
-        to p*p*C; REPA: 3 with hidden 2048 to the encoder's width; SRA: 2 back to D.
-        With `head_final_layer` the last hidden layer returns to D, and a layer like
-        DiT's final one is the last.
-        """
-        sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
-        if self.head_final_layer and sizes:
-            sizes[-1] = network.width
-        features = self.features(network)
-        return MLPHead(tuple(sizes), features, self.head_final_layer, network.dtype)
+        """(tokens (B, T, D), condition (B, D)) -> predictions (B, T, features)."""
+        raise NotImplementedError
 
     def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
         """What the target needs besides the record's fields.
@@ -127,6 +117,23 @@ class Alignment(config.Alignment):
         losses = elementwise(self.loss, prediction, target, self.beta)
         losses = losses.reshape(losses.shape[0], -1).mean(axis=1)
         return jnp.mean(losses * ((t >= self.t_min) & (t <= self.t_max)))
+
+
+class MLPAlignment(config.MLPAlignment, Alignment):
+    """One whose head are linear layers."""
+
+    def head(self, network: DiT) -> nn.Module:
+        """`head_layers` linear layers, hidden ones of `head_width` (0: twice D).
+
+        SRA 2: 5 to p*p*C; REPA: 3 with hidden 2048 to the encoder's width; SRA: 2 back
+        to D. With `head_final_layer` the last hidden layer returns to D, and a layer
+        like DiT's final one is the last.
+        """
+        sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
+        if self.head_final_layer and sizes:
+            sizes[-1] = network.width
+        features = self.features(network)
+        return MLPHead(tuple(sizes), features, self.head_final_layer, network.dtype)
 
 
 class MLPHead(nn.Module):

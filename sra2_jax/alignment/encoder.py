@@ -6,19 +6,15 @@ from typing import Any
 from jaxtyping import Array
 
 from sra2_jax import config
-from sra2_jax.alignment.base import Alignment, Arrays
+from sra2_jax.alignment.base import Alignment, Arrays, MLPAlignment
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, patch_features
 from sra2_jax.models.dit import DiT
 from sra2_jax.weights import describe_dinov2, load_dinov2
 
 
-class EncoderAlignment(config.AlignEncoder, Alignment):
-    """One feature for each of the network's tokens."""
-
-    title = "REPA"
-    aim = "an encoder's features of the image"
-    reference = "projectors.0"
+class EncoderTarget(config.EncoderKeys, Alignment):
+    """One feature of an encoder for each of the network's tokens."""
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -52,3 +48,11 @@ class EncoderAlignment(config.AlignEncoder, Alignment):
 
     def macs(self, network: DiT) -> int:
         return self.frozen.macs(network.grid) if self.frozen else 0
+
+
+class EncoderAlignment(config.AlignEncoder, EncoderTarget, MLPAlignment):
+    """REPA: the head is a perceptron, token by token."""
+
+    title = "REPA"
+    aim = "an encoder's features of the image"
+    reference = "projectors.0"

@@ -5,11 +5,11 @@ from typing import Any
 from jaxtyping import Array
 
 from sra2_jax import config
-from sra2_jax.alignment.base import Alignment, Arrays
+from sra2_jax.alignment.base import Arrays, MLPAlignment
 from sra2_jax.models.dit import DiT, patchify
 
 
-class LatentAlignment(config.AlignVAE, Alignment):
+class LatentAlignment(config.AlignVAE, MLPAlignment):
     """The scaled latent in the token layout of the network's output."""
 
     title = "SRA 2"

@@ -25,8 +25,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sra2_jax.command import Parser
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.build import Build, Options, option
+from sra2_jax.data.build import Build
 from sra2_jax.data.check import run_check
+from sra2_jax.data.options import Options, option
+from sra2_jax.data.pixels import to_png
 from sra2_jax.data.writer import ShardWriter
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, patch_features
@@ -165,7 +167,7 @@ def _write(writer: ShardWriter, batch: Batch, pool: Executor | None) -> None:
     """Write a batch, and its images as PNG, made in a pool, where one is given."""
     pngs: Iterable[bytes | None] = itertools.repeat(None)
     if pool is not None:
-        pngs = pool.map(image_sources.to_png, batch.images)
+        pngs = pool.map(to_png, batch.images)
     rows = zip(batch.indices, batch.labels, pngs, strict=False)
     for row, (index, label, image) in enumerate(rows):
         arrays = {name: x[row] for name, x in batch.arrays.items()}

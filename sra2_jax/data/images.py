@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from sra2_jax.data import records
+from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -64,48 +64,6 @@ class ImageSource:
     entries: Entries
     fingerprint: str
     at_once: int = 1
-
-
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Centre crop of ADM: the square of `size` pixels that the VAE gets to see.
-
-    Halves with BOX while the short side is at least 2 * size, resizes with BICUBIC so
-    that the short side is `size`, crops the centre.
-
-    Args:
-      image: uint8 (H, W, 3).
-
-    Returns:
-      uint8 (size, size, 3).
-
-    Source: openai/guided-diffusion `center_crop_arr`, REPA `center-crop-dhariwal`.
-    """
-    picture = Image.fromarray(image)
-    while min(picture.size) >= 2 * size:
-        halves = (picture.width // 2, picture.height // 2)
-        picture = picture.resize(halves, resample=Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(x * scale) for x in picture.size)
-    picture = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
-    x, y = (width - size) // 2, (height - size) // 2
-    return np.asarray(picture)[y : y + size, x : x + size]
-
-
-def decode_rgb(file: str | os.PathLike | io.BytesIO) -> np.ndarray:
-    """An image file of any mode as uint8 (H, W, 3); alpha is dropped, as upstream.
-
-    Raises:
-      Exception: whatever Pillow raises for a file that it cannot decode.
-    """
-    with Image.open(file) as image:
-        if image.mode.startswith("I;16"):
-            # Pillow clips 16 bit greys at 255 instead of scaling them.
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[..., None], 3, axis=-1)
-        if image.mode == "P" and "transparency" in image.info:
-            # Pillow warns when it goes from here to RGB directly.
-            return np.asarray(image.convert("RGBA").convert("RGB"))
-        return np.asarray(image.convert("RGB"))
 
 
 def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
@@ -295,13 +253,6 @@ def read(
 
     for entry, image in in_threads(work, source.entries(stride, offsets)):
         yield entry.index, entry.name, image, entry.label
-
-
-def to_png(image: np.ndarray) -> bytes:
-    """A uint8 image (H, W, 3) as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG")
-    return file.getvalue()
 
 
 def readable(

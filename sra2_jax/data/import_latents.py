@@ -24,8 +24,9 @@ import numpy as np
 
 from sra2_jax.command import Parser
 from sra2_jax.data import records
-from sra2_jax.data.build import Build, Options, option
+from sra2_jax.data.build import Build
 from sra2_jax.data.images import positions
+from sra2_jax.data.options import Options, option
 from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
 

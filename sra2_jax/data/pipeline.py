@@ -13,7 +13,7 @@ import collections
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -262,11 +262,10 @@ def _one_line(error: Any) -> str:
     return f"{type(error).__name__}: {text.strip()[:120]}"
 
 
-@contextlib.contextmanager
 def prefetch_to_device(
     iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int = 2
-) -> Iterator[Iterator[dict[str, jax.Array]]]:
-    """Batches placed on the devices ahead of time, in a thread, which ends with this.
+) -> Generator[dict[str, jax.Array]]:
+    """Batches placed on the devices ahead of time, in a thread that ends with this.
 
     Args:
       iterator: local rows of global batches, as `batches` yields them.
@@ -274,7 +273,7 @@ def prefetch_to_device(
       size: batches that wait on the devices.
 
     Yields:
-      An iterator of dicts of global jax.Array, which raises what `iterator` raises.
+      Dicts of global jax.Array. Raises what `iterator` raises.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch_to_device")
 
@@ -285,8 +284,7 @@ def prefetch_to_device(
         }
 
     waiting = collections.deque(pool.submit(place) for _ in range(size))
-
-    def placed() -> Iterator[dict[str, jax.Array]]:
+    try:
         while True:
             try:
                 batch = waiting.popleft().result()
@@ -294,9 +292,6 @@ def prefetch_to_device(
                 return
             waiting.append(pool.submit(place))
             yield batch
-
-    try:
-        yield placed()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         # Not without end: a read may hang (network disks).

@@ -58,15 +58,15 @@ def prepare(
                 f"no latents dataset in {folder}: encode it on one machine first "
                 f"({records.ENCODE})"
             )
-        stored = "features" in fields
+        encoders = [s.model for s in config.feature_readers().values()]
         options = EncodeOptions(
             out=str(folder),
             vae=config.vae,
             resolution=config.data.resolution,
             images=config.data.images,
             store_images="image" in fields,
-            encoder=config.align.encoder.model if stored else "",
-            grid=config.grid if stored else 0,
+            encoder=encoders[0] if encoders else "",
+            grid=config.grid if encoders else 0,
         )
         encode(options, lambda done, total: watch.progress("start"))
     info = records.LatentsInfo.read(folder)

@@ -180,7 +180,7 @@ def check(
       UserError: one line with every contradiction, and the config key of each.
     """
     check_fields(info, folder, fields)
-    data, latents, encoder = config.data, config.latents, config.align.encoder
+    data, latents = config.data, config.latents
     h, w, channels = info.latent_shape
     # Only the flags of the encoder can change the dataset; the rest follows.
     rows: list[tuple[str, str, Any, Any]] = [
@@ -191,12 +191,14 @@ def check(
         ("latents.scaling_factor", "vae", latents.scaling_factor, info.scaling_factor),
         ("latents.shift_factor", "vae", latents.shift_factor, info.shift_factor),
     ]
-    if "features" in fields and (stored := info.features):
+    stored = info.features
+    for name, reader in config.feature_readers().items() if stored else ():
+        assert stored
         # The side of a patch; as text, 2 and not 2.0.
         patch, side = str(config.model.patch_size), f"{h / stored.grid:g}"
         rows += [
-            ("align.encoder.model", "encoder", encoder.model, stored.encoder),
-            ("align.encoder.width", "encoder", encoder.width, stored.width),
+            (f"align.{name}.model", "encoder", reader.model, stored.encoder),
+            (f"align.{name}.width", "encoder", reader.width, stored.width),
             ("model.patch_size", "grid", patch, side),
         ]
     problems = [

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from sra2_jax.data import images as sources
+from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import Gaussian, check_gaussian
 
@@ -118,12 +119,12 @@ def _folder(folder: Path, resolution: int | None) -> tuple[sources.ImageSource, 
     if not paths:
         raise UserError(f"{folder}: no images ({', '.join(sources.SUFFIXES)}) in it")
     try:
-        side = resolution or len(sources.decode_rgb(paths[0]))
+        side = resolution or len(decode_rgb(paths[0]))
     except Exception as error:  # Pillow raises nearly anything
         raise UserError(f"{paths[0]} cannot be used ({_reason(error)})") from error
 
     def load(path: Path) -> np.ndarray:
-        image = sources.decode_rgb(path)
+        image = decode_rgb(path)
         if resolution is None and image.shape != (side, side, 3):
             height, width = image.shape[:2]
             raise ValueError(

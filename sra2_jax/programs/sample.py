@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sra2_jax import runtime
 from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
-from sra2_jax.generate import (
+from sra2_jax.generator import (
     Generator,
     draw_labels,
     open_run,

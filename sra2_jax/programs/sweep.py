@@ -18,7 +18,7 @@ from etils import epath
 from sra2_jax import runtime
 from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.generate import (
+from sra2_jax.generator import (
     Generator,
     draw_labels,
     open_run,

@@ -21,7 +21,7 @@ from sra2_jax import sampler
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.alignment.base import MLPHead, elementwise
 from sra2_jax.command import Parser
-from sra2_jax.data.images import center_crop
+from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import (
     InceptionScore,
@@ -154,6 +154,7 @@ def samplers(path: Path, data: Arrays) -> Iterator[Result]:
         return 0.5 * x * jnp.cos(2 * t) + 0.1 * (k + 1) * jnp.sin(3 * x) + t
 
     steps = int(data["steps"])
+    paths: dict[str, Any] = {"linear": "linear", "cosine": "gvp", "vp": "vp"}
     for dtype, tolerance in (("float32", TRAJECTORY32), ("float64", FLOAT64)):
         with jax.enable_x64(dtype == "float64"):
             noise = jnp.asarray(data["noise"], dtype).__getitem__
@@ -166,7 +167,7 @@ def samplers(path: Path, data: Arrays) -> Iterator[Result]:
                     null=1000,
                     method=method,
                     steps=steps,
-                    transport=Transport({"cosine": "gvp"}.get(path_name, path_name)),
+                    transport=Transport(paths[path_name]),
                     guidance=sampler.Guidance(float(scale), float(low), float(high)),
                     noise=noise,
                 )

@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 def no_data(after):
     """The disk hangs: no batch after so many."""
-    from sra2_jax import train
+    from sra2_jax.data import pipeline
 
-    whole = train.batches
+    whole = pipeline.batches
 
     def batches(*arguments, **named):
         for i, batch in enumerate(whole(*arguments, **named)):
@@ -29,14 +29,14 @@ def no_data(after):
                 time.sleep(1e6)
             yield batch
 
-    train.batches = batches
+    pipeline.batches = batches
 
 
 def infinite(batches_of_infinity):
     """Latents of infinity in these batches, the first is 0."""
-    from sra2_jax import train
+    from sra2_jax.data import pipeline
 
-    whole = train.batches
+    whole = pipeline.batches
 
     def batches(*arguments, **named):
         for i, batch in enumerate(whole(*arguments, **named)):
@@ -45,21 +45,21 @@ def infinite(batches_of_infinity):
                 batch["mean"][0] = float("inf")
             yield batch
 
-    train.batches = batches
+    pipeline.batches = batches
 
 
 def slow_steps(seconds):
     """For every batch."""
-    from sra2_jax import train
+    from sra2_jax.data import pipeline
 
-    whole = train.batches
+    whole = pipeline.batches
 
     def batches(*arguments, **named):
         for batch in whole(*arguments, **named):
             time.sleep(seconds)
             yield batch
 
-    train.batches = batches
+    pipeline.batches = batches
 
 
 def slow_samples(seconds):

@@ -1,7 +1,7 @@
 """Images of a run: open it, sample latents, decode, round to uint8."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -179,6 +179,24 @@ class Generator:
                 yield np.asarray(behind)
         if ahead is not None:
             yield np.asarray(ahead)[: (len(indices) - 1) % batch + 1]
+
+
+def generate(
+    program: Program, params: Any, labels: Sequence[int], **sampling: Any
+) -> np.ndarray:
+    """uint8 images (N, H, W, 3) of classes, with the program's VAE.
+
+    params: the network's, as state.ema["network"]; sampling: keys of config.sampling
+    to change, guidance=1.8.
+
+    Raises:
+      UserError: no such key, value or VAE.
+    """
+    vae, vae_params = load_vae(program.config.vae)
+    vae_params = jax.device_put(vae_params, replicated(program.mesh))
+    values = {f"sampling.{name}": value for name, value in sampling.items()}
+    images = Generator(program, vae, vae_params, params).override(values)
+    return np.concatenate([*images(np.arange(len(labels)), np.asarray(labels))])
 
 
 def read_settings(workdir: str, overrides: Pairs) -> Config:
