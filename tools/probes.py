@@ -58,8 +58,8 @@ class Images:
 
     def take(self, rows: np.ndarray) -> "Images":
         """The records at these positions."""
-        parts = (x[rows] for x in (self.raw, self.z, self.label, self.index))
-        return Images(*parts, self.split)
+        raw, z = self.raw[rows], self.z[rows]
+        return Images(raw, z, self.label[rows], self.index[rows], self.split)
 
     def choose(self, count: int) -> "Images":
         """The first `count` by turns of the classes: one of each, then a second, ..."""
