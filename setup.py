@@ -18,7 +18,9 @@ setup(
     description="SRA 2 in JAX/Flax: diffusion transformers aligned with VAE latents",
     python_requires=">=3.11",
     packages=find_packages(include=["sra2_jax", "sra2_jax.*"]),
-    package_data={"sra2_jax": ["assets/*/*", "report/*.html", "report/*.css", "report/*.js"]},
+    package_data={
+        "sra2_jax": ["assets/*/*", "report/*.html", "report/*.css", "report/*.js"]
+    },
     install_requires=requirements(),
     extras_require={
         "gpu": ["jax[cuda12]==0.10.2"],

@@ -101,8 +101,10 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     out = arguments.out.absolute()
     if not (out / "latents").exists():
-        folder, names = str(out / "latents"), {"images": "digits", "vae": "digits"}
-        encode(EncodeOptions(folder, resolution=32, store_images=True, **names))
+        names = {"images": "digits", "vae": "digits"}
+        encode(
+            EncodeOptions(out / "latents", resolution=32, store_images=True, **names)
+        )
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in range(arguments.seeds):
         for name in METHODS:

@@ -22,7 +22,7 @@ XL = "--config=configs/sra2_xl.py"
 FAST = "--config.model.scan=false --config.model.remat=none"
 # Name -> module and flags; the targets stand in docs/benchmarks.md.
 COMMANDS = {
-    "verify": "sra2_jax.programs.verify tests/golden",
+    "verify": "sra2_jax verify tests/golden",
     "train_xl": f"benchmarks.train_step {XL} {FAST} --batch_size=256",
     "train_xl_scan": f"benchmarks.train_step {XL} --batch_size=256",
     "train_xl_512": (

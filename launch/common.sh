@@ -49,11 +49,12 @@ ${examples[*]} launch/${0##*/} ${command:-}"
 }
 
 # Sets `program`: main.py on WORKDIR, or another program of several processes, as in
-# MODULE=sra2_jax.programs.sample, which says in its arguments where it writes.
+# MODULE="sra2_jax sample", which says in its arguments where it writes.
 # shellcheck disable=SC2034 # read where this is sourced
 choose_program() {
   if [[ -n ${MODULE:-} ]]; then
-    program=("$1" -m "$MODULE")
+    # shellcheck disable=SC2206 # its words, such as sra2_jax and sample
+    program=("$1" -m $MODULE)
   else
     need WORKDIR="$2"
     program=("$1" main.py --workdir="$WORKDIR")

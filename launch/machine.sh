@@ -13,7 +13,7 @@
 # (50), after PAUSE seconds (10). --dry-run or DRY_RUN=1 prints the commands.
 #
 #   WORKDIR   folder of the run; the same folder goes on from its last checkpoint
-#   MODULE    runs python -m MODULE instead of main.py: sra2_jax.programs.sample, sra2_jax.programs.sweep
+#   MODULE    runs python -m MODULE instead of main.py: "sra2_jax sample", "sra2_jax sweep"
 #   EXTRA     what to install: gpu (if not set), tpu, or empty for the CPU
 #   GRACE     seconds between asking a program to stop and killing it (120)
 #

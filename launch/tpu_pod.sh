@@ -17,7 +17,7 @@
 #   TPU_NAME     name of the machines, and of the request in the queue
 #   ZONE         zone, as in us-west4-a
 #   WORKDIR      gs:// folder of the run; the same folder goes on from its checkpoint
-#   MODULE       runs python -m MODULE instead of main.py: sra2_jax.programs.sample
+#   MODULE       runs python -m MODULE instead of main.py: "sra2_jax sample"
 #   ACCELERATOR  to create: v5litepod-16, v5p-128, v6e-64
 #   RUNTIME      to create: v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
 #   PROVISION    spot, reserved, or on-demand (if not set)

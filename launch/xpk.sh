@@ -16,7 +16,7 @@
 #   WORKLOAD     name of the run on the cluster
 #   ACCELERATOR  one slice: v5litepod-16, v5p-128; SLICES: how many (1)
 #   WORKDIR      gs:// folder of the run; the same folder goes on from its checkpoint
-#   MODULE       runs python -m MODULE instead of main.py: sra2_jax.programs.sample
+#   MODULE       runs python -m MODULE instead of main.py: "sra2_jax sample"
 #   GRACE        seconds that a run has to stop (120)
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"

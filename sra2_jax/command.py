@@ -131,6 +131,13 @@ class Parser(argparse.ArgumentParser):
             found.append((key, text))
         return arguments, found
 
+    def parse(self) -> argparse.Namespace:
+        """The flags of a program that has no config."""
+        arguments, overrides = self.parse_known()
+        if overrides:
+            self.error(f"unknown flag --config.{overrides[0][0]}")
+        return arguments
+
     def parse_config(self, default: str) -> tuple[argparse.Namespace, Config]:
         """The parser's own flags, and the config of --config, `default` if there is
         none, and --config.KEY=VALUE; with --keys lists its keys and ends."""

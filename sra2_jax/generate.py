@@ -1,24 +1,35 @@
-"""From a trained network to pictures: sample latents, decode, round to uint8."""
+"""Images of a run: open it, sample latents, decode, round to uint8."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
-from ml_collections import ConfigDict
 
 from sra2_jax import sampler
+from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.config import Config
+from sra2_jax.errors import UserError
+from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL
-from sra2_jax.sharding import batch_sharding, replicated, within
-from sra2_jax.state import build_networks
-from sra2_jax.transport import Transport
+from sra2_jax.run import Run
+from sra2_jax.runtime import versions
+from sra2_jax.section import Pairs, fields, parse
+from sra2_jax.sharding import batch_sharding, make_mesh, replicated, within
+from sra2_jax.step import Program
+from sra2_jax.weights import load_vae
 
-Generate = Callable[[Any, np.ndarray, np.ndarray], Iterator[np.ndarray]]
 # purposes of randomness while sampling; training folds in steps, which stay below
 NOISE, LABELS = 2**31, 2**31 + 1
+# keys of a run's config that sampling may change
+CHANGEABLE = ("sampling.", "seed", "vae")
+# settings of samples on which no image depends
+WITHOUT_EFFECT = ("batch_size", "versions", "shard")
 
 
 def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b h w 3"]:
@@ -32,7 +43,7 @@ def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b 
     return (255 * jnp.clip((images + 1) / 2, 0, 1)).astype(jnp.uint8)
 
 
-def draw_labels(config: ConfigDict, indices: np.ndarray) -> np.ndarray:
+def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
     """Class (N,) of each image: a function of (config.seed, index) alone.
 
     config.sampling.labels: "random", uniform and independent, as ADM, SiT and REPA; or
@@ -47,20 +58,17 @@ def draw_labels(config: ConfigDict, indices: np.ndarray) -> np.ndarray:
     return np.asarray(draw(keys)).astype(np.int64)
 
 
-def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
+def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (network params, indices (B,), labels (B,)) -> scaled latents.
 
     All noise of image i depends on (config.seed, i) alone: not on the batch it is in,
     nor on the number of devices.
     """
-    network, _ = build_networks(config)
-    transport = Transport(**config.transport)
-    s = config.sampling
+    config, mesh, transport = program.config, program.mesh, program.transport
+    s, shape = config.sampling, config.latent_shape
     guidance = sampler.Guidance(
         s.guidance, s.guidance_low, s.guidance_high, s.guidance_channels
     )
-    apply: Any = network.apply
-    shape = (network.size, network.size, network.channels)
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         base = jax.random.fold_in(jax.random.key(config.seed), NOISE)
@@ -72,7 +80,7 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
 
         def velocity(x: Array, t: Array, y: Array) -> Array:
             with within(mesh):
-                output, _, _ = apply({"params": params}, x, t, y)
+                output, _, _ = apply(program.running, params, x, t, y)
             return transport.velocity(output, x, t)
 
         x = jax.lax.with_sharding_constraint(noise(s.steps), batch_sharding(mesh))
@@ -91,62 +99,161 @@ def make_sampler(config: ConfigDict, mesh: Mesh) -> Callable[..., Array]:
     return jax.jit(run, out_shardings=batch_sharding(mesh))
 
 
-def make_generate(
-    config: ConfigDict, mesh: Mesh, vae: AutoencoderKL, vae_params: Any
-) -> Generate:
-    """(network params, indices (N,), labels (N,)) -> batches of uint8 (n, H, W, 3).
+@dataclass(frozen=True)
+class Generator:
+    """Samples with a program's network, decodes and rounds, on the program's mesh.
 
-    A batch is on its way to the device before the one before it is handed out, so
-    that whatever is done with that (files, features) costs the device no time.
+    Attributes:
+      vae, vae_params: the decoder; its parameters on every device.
+      params: the network's, for calls without any.
+      settings: what its samples are, for the file they go to.
     """
-    run = make_sampler(config, mesh)
-    rounding = config.sampling.rounding
-    latents = config.latents
 
-    @jax.jit
-    def decode(vae_params: Any, z: Array) -> Array:
-        raw = z / latents.scaling_factor + latents.shift_factor
-        images: Any = vae.apply({"params": vae_params}, raw, method="decode")
-        images = to_uint8(images, rounding)
-        return jax.lax.with_sharding_constraint(images, replicated(mesh))
+    program: Program
+    vae: AutoencoderKL
+    vae_params: Any
+    params: Any = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    batch = batch_size(config, mesh)
+    @property
+    def config(self) -> Config:
+        return self.program.config
 
-    def generate(
-        params: Any, indices: np.ndarray, labels: np.ndarray
+    @property
+    def batch(self) -> int:
+        """Images at a time: a multiple of the devices."""
+        devices = self.program.mesh.size
+        return -(-self.config.sampling.batch_size // devices) * devices
+
+    def override(self, values: Mapping[str, Any]) -> "Generator":
+        """The same with other keys of its config."""
+        config = self.config.override(values)
+        return replace(self, program=Program(config, self.program.mesh))
+
+    @cached_property
+    def _sample(self) -> Callable[..., Array]:
+        return make_sampler(self.program)
+
+    @cached_property
+    def _decode(self) -> Callable[[Any, Array], Array]:
+        latents, rounding = self.config.latents, self.config.sampling.rounding
+
+        @jax.jit
+        def decode(vae_params: Any, z: Array) -> Array:
+            raw = z / latents.scaling_factor + latents.shift_factor
+            images = to_uint8(
+                apply(self.vae, vae_params, raw, method="decode"), rounding
+            )
+            place = replicated(self.program.mesh)
+            return jax.lax.with_sharding_constraint(images, place)
+
+        return decode
+
+    def decode(self, raw: np.ndarray | Array) -> np.ndarray:
+        """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
+        rounding = self.config.sampling.rounding
+
+        @jax.jit
+        def decode(params: Any, raw: Array) -> Array:
+            return to_uint8(apply(self.vae, params, raw, method="decode"), rounding)
+
+        return np.asarray(decode(self.vae_params, raw))
+
+    def __call__(
+        self, indices: np.ndarray, labels: np.ndarray, params: Any = None
     ) -> Iterator[np.ndarray]:
-        ahead = None
+        """Images of indices (N,) and labels (N,), in batches of uint8 (n, H, W, 3).
+
+        A batch is on its way to the device before the one before it is handed out, so
+        that whatever is done with that (files, features) costs the device no time.
+        """
+        params = self.params if params is None else params
+        batch, ahead = self.batch, None
         for start in range(0, len(indices), batch):
             # The last batch is filled up with copies: one shape, one compilation.
             rows = np.arange(start, start + batch).clip(max=len(indices) - 1)
-            z = run(
-                params, indices[rows].astype(np.int32), labels[rows].astype(np.int32)
-            )
-            behind, ahead = ahead, decode(vae_params, z)
+            numbers, classes = (x[rows].astype(np.int32) for x in (indices, labels))
+            z = self._sample(params, numbers, classes)
+            behind, ahead = ahead, self._decode(self.vae_params, z)
             if behind is not None:
                 yield np.asarray(behind)
         if ahead is not None:
             yield np.asarray(ahead)[: (len(indices) - 1) % batch + 1]
 
-    return generate
+
+def read_settings(workdir: str, overrides: Pairs) -> Config:
+    """A run's config with overrides of what sampling may change.
+
+    Raises:
+      UserError: no run, a key that is none or that sampling must not change.
+    """
+    values = parse(Config, overrides)
+    for name in values:
+        free = name.startswith("model.") and fields(Config)[name].metadata["key"].free
+        if not (free or name.startswith(CHANGEABLE)):
+            raise UserError(
+                f"config.{name} is part of the run: sampling can change "
+                "config.sampling.*, config.seed, config.vae"
+            )
+    return Run(workdir).config().override(values)
 
 
-def batch_size(config: ConfigDict, mesh: Mesh) -> int:
-    """Images sampled at a time: a multiple of the devices."""
-    return -(-config.sampling.batch_size // mesh.size) * mesh.size
+def open_run(
+    workdir: str, config: Config, weights: str = "ema", step: int | None = None
+) -> Generator:
+    """A run's weights ("ema" or "raw") and its VAE, on all devices.
+
+    Optimizer moments and the other set of weights are not read: a quarter of the file.
+
+    Args:
+      config: as `read_settings` gives it.
+      step: of the checkpoint, the newest by default.
+
+    Raises:
+      UserError: no such run or checkpoint, or no such VAE.
+    """
+    vae, vae_params = load_vae(config.vae)
+    program = Program(config, make_mesh())
+    key = {"ema": "ema", "raw": "params"}[weights]
+    network = getattr(program.abstract, key)["network"]
+    with Checkpoints(Run(workdir)) as checkpoints:
+        wanted = {key: {"network": network}, "step": program.abstract.step}
+        state = checkpoints.restore(wanted, step)
+    facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
+    settings = describe(config, **facts, versions=versions())
+    vae_params = jax.device_put(vae_params, replicated(program.mesh))
+    return Generator(program, vae, vae_params, state[key]["network"], settings)
 
 
-def describe(config: ConfigDict, **more: Any) -> dict[str, Any]:
+def describe(config: Config, **more: Any) -> dict[str, Any]:
     """What made a set of samples, for the file it goes to."""
     return {
         "config": config.name,
         **more,
         "seed": config.seed,
         "vae": config.vae,
-        **config.sampling,
+        **vars(config.sampling),
         "resolution": config.data.resolution,
         "num_classes": config.data.num_classes,
     }
+
+
+def refuse_others(
+    where: Any, saved: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Refuse to go on with samples that have other settings than those to be made.
+
+    Raises:
+      UserError: the first setting that differs, of those that matter.
+    """
+    now = json.loads(json.dumps(settings))
+    for key in sorted((now.keys() | saved.keys()) - {*WITHOUT_EFFECT}):
+        if now.get(key) != saved.get(key):
+            raise UserError(
+                f"{where} has samples with other settings: {key} is "
+                f"{saved.get(key)!r} there, {now.get(key)!r} now: use another --out or "
+                "remove it"
+            )
 
 
 def grid(images: np.ndarray, columns: int, border: int = 2) -> np.ndarray:

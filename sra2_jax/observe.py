@@ -12,11 +12,11 @@ from PIL import Image
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pipeline import Order, batches
 from sra2_jax.errors import UserError
-from sra2_jax.generate import Generator, batch_size, describe, draw_labels, grid
+from sra2_jax.generate import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
 from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_reference
+from sra2_jax.metrics.sets import open_images
 from sra2_jax.models import apply
 from sra2_jax.report.page import write_report
 from sra2_jax.run import Run
@@ -67,12 +67,12 @@ class Observer:
 
     def _scorer(self, program: Program) -> tuple[Features, Summary]:
         """The network that scores samples, and what they are held against."""
-        e, batch = self.config.eval, batch_size(self.config, program.mesh)
+        e, batch = self.config.eval, self.generate.batch
         features = make_features(e.features, e.inception, program.mesh, batch)
         if e.features == "digits":
             real, _ = load_digits("test")
             return features, summarise(features, [real], "digits", total=len(real))
-        reference = open_reference(e.reference, self.config.data.resolution)
+        reference = open_images(e.reference, self.config.data.resolution)
         return features, summarise_reference(features, reference, batch, manifold=False)
 
     def _picture(self, path: Any, images: np.ndarray) -> np.ndarray:
@@ -99,11 +99,11 @@ class Observer:
             buffer = self.config.data.shuffle_buffer
             order = Order(rows, self.config.seed, streams=1, shuffle_buffer=buffer)
             means = next(batches(dataset, order))["mean"].astype(np.float32)
-            decoded = np.asarray(self.generate.decode(means))
+            decoded = self.generate.decode(means)
             self._picture(pictures / "reconstruction.png", decoded)
             return {}
         images, labels = load_digits("test")
-        decoded = np.asarray(self.generate.decode(self._encode(images)))
+        decoded = self.generate.decode(self._encode(images))
         rows_of = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
         chosen = np.concatenate(rows_of)
         self._picture(pictures / "real.png", images[chosen])

@@ -11,8 +11,7 @@ from jax.experimental import multihost_utils
 from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.config import Config
-from sra2_jax.data.pipeline import Order, batches
-from sra2_jax.data.prefetch import prefetch_to_device
+from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
 from sra2_jax.data.prepare import prepare
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
 from sra2_jax.log import Guard, Log
@@ -39,7 +38,7 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     run = Run(workdir, jax.process_index() == 0)
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
-    dataset = prepare(config, run.latents(config), program.fields, watch.progress)
+    dataset = prepare(config, run.latents(config), program.fields, watch)
     run.claim_dataset(dataset.folder, dataset.sha256)
     with ExitStack() as stack:
         log = stack.enter_context(Log(run, config))

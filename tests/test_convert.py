@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from sra2_jax.restore import restore_run
 
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
 from sra2_jax.programs import convert
 from sra2_jax.programs.convert import export_run, import_file
+from sra2_jax.run import Run
 from sra2_jax.train import train
 from sra2_jax.weights import files
 from sra2_jax.weights.files import read_file
 from tests.test_reference import assert_same, golden_weights, random_weights
+from tests.test_train import final_state
 
 ENCODER = ("encoder.enabled=true", "encoder.width=48", "encoder.head_width=80")
 TEACHER = ("teacher.enabled=true", "teacher.head_width=0")
@@ -87,13 +89,13 @@ def test_raw_and_ema_apart(tiny, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", steps=3, **flat)
     tiny.align.vae.enabled = False
     tiny.align.encoder.enabled = True
-    import_file(tmp_path / "in.npz", str(tmp_path / "run"), tiny)
+    import_file(tmp_path / "in.npz", str(tmp_path / "run"), Config.of(tiny))
     said = capsys.readouterr().out
     assert "raw and ema weights" in said
     assert "config.align.vae: left out" in said
     assert "config.align.encoder: not in the file, initialised afresh" in said
-    config, state = restore_run(str(tmp_path / "run"))
-    assert config.to_dict() == tiny.to_dict()
+    state = final_state(tiny, tmp_path / "run")
+    assert Run(tmp_path / "run").config() == Config.of(tiny)
     assert state.step == 3
     assert state.params["heads"].keys() == {"encoder"}
     jax.tree.map(
@@ -126,8 +128,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
 
 def test_training_goes_on_from_an_imported_checkpoint(finished, tmp_path):
     """Sampling first; then the very loss of the run that the weights came from."""
-    tiny, workdir = finished[0].copy_and_resolve_references(), finished[1]
-    tiny.eval.features = ""
+    tiny, workdir = finished[0].override({"eval.features": ""}), finished[1]
     merged = {}
     for prefix, name in files.SETS.items():
         out = tmp_path / f"{name}.safetensors"
@@ -136,8 +137,7 @@ def test_training_goes_on_from_an_imported_checkpoint(finished, tmp_path):
     save_file(merged, tmp_path / "both.safetensors")
     import_file(tmp_path / "both.safetensors", str(tmp_path / "b"), tiny, step=2)
 
-    tiny.steps = 2
-    train(tiny, str(tmp_path / "b"))
+    train(tiny.override({"steps": 2}), str(tmp_path / "b"))
     results = json.loads((tmp_path / "b" / "results.json").read_text())
     assert results["step"] == 2
     assert results["method"] == "euler_maruyama"
@@ -145,8 +145,7 @@ def test_training_goes_on_from_an_imported_checkpoint(finished, tmp_path):
     assert "metrics" not in results
     assert (tmp_path / "b" / "samples" / "step_00000002.png").exists()
 
-    tiny.steps = 3
-    train(tiny, str(tmp_path / "b"))
+    train(tiny.override({"steps": 3}), str(tmp_path / "b"))
     first, second = (
         [json.loads(line) for line in text.splitlines() if '"loss"' in line]
         for text in (
@@ -178,7 +177,7 @@ def refused(path, config, run, **flags):
     """The one line that an import is refused with; it leaves nothing."""
     before = sorted(run.parent.rglob("*"))
     with pytest.raises(UserError) as error:
-        import_file(path, str(run), config, **flags)
+        import_file(path, str(run), Config.of(config), **flags)
     assert sorted(run.parent.rglob("*")) == before
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -258,12 +257,12 @@ def test_nothing_is_overwritten_or_left_half(tiny, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.configuration, "to_json", full)
+        patch.setattr(Run, "write", full)
         assert "No space left" in refused(path, tiny, run)
         run.mkdir()
         (run / "config.json").write_text("{}")
         assert "No space left" in refused(path, tiny, run)
-    import_file(path, str(run), tiny)
+    import_file(path, str(run), Config.of(tiny))
     assert "holds checkpoints already" in refused(path, tiny, run)
     assert "not a folder" in refused(path, tiny, path)
 
@@ -280,5 +279,5 @@ def test_nothing_is_overwritten_or_left_half(tiny, tmp_path, monkeypatch):
     assert "no checkpoint of step 9" in export_refused(tmp_path / "a.npz", step=9)
     monkeypatch.setattr(files, "save_file", full)
     assert "No space left" in export_refused(tmp_path / "a.safetensors")
-    assert Checkpoints(run / "checkpoints", 3).latest() == 1
+    assert Checkpoints(Run(run)).latest() == 1
     assert read_file(path).step is None

@@ -11,9 +11,8 @@ import pytest
 from PIL import Image
 
 from sra2_jax.data import images, records
-from sra2_jax.data.build import building
 from sra2_jax.data.check import faults
-from sra2_jax.data.encode import encode
+from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.errors import UserError
 from tests.test_pipeline import read_with_tfds
 
@@ -21,6 +20,12 @@ ROOT = Path(__file__).parents[1]
 VAE = str(ROOT / "tests" / "golden" / "vae")
 SIDE, COUNT, SHARDS = 16, 26, 4
 FLAGS = {"shards": SHARDS, "batch_size": 8, "max_bad": 0.2}
+FLAGS |= {"vae": VAE, "resolution": SIDE}
+
+
+def run(source, out, progress=lambda done, total: None, **changes):
+    options = FLAGS | changes
+    return encode(EncodeOptions(images=str(source), out=str(out), **options), progress)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def contents(folder):
 def whole(source, tmp_path_factory):
     """What nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "latents"
-    encode(source, out, VAE, SIDE, **FLAGS)
+    run(source, out)
     assert [path.name for path in out.parent.iterdir()] == ["latents"]
     return contents(out)
 
@@ -86,14 +91,14 @@ def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, nu
             patch.setattr(Path, name, dying(name))
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
         try:
-            encode(source, out, VAE, SIDE, **FLAGS)
+            run(source, out)
         except Killed:
             pass
         else:
             assert number > 15  # there were fewer
         assert not (out / records.FILE).exists() or contents(out).keys() >= whole.keys()
     seen = []
-    encode(source, out, VAE, SIDE, **FLAGS, progress=lambda *x: seen.append(x))
+    run(source, out, progress=lambda *x: seen.append(x))
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
     if number >= 4:  # shard 0 and its facts had their names
@@ -105,7 +110,7 @@ def test_killed_and_shared_by_processes(source, whole, tmp_path):
     out = tmp_path / "latents"
     work = tmp_path / ".latents.incomplete"
     command = [
-        *(sys.executable, "-m", "sra2_jax.data.encode", f"--images={source}"),
+        *(sys.executable, "-m", "sra2_jax", "encode", f"--images={source}"),
         *(f"--out={out}", f"--vae={VAE}", f"--resolution={SIDE}", "--max_bad=0.2"),
         *(f"--shards={SHARDS}", "--batch_size=8"),
     ]
@@ -127,54 +132,53 @@ def test_killed_and_shared_by_processes(source, whole, tmp_path):
 
 def test_processes_one_after_another(source, whole, tmp_path):
     out = tmp_path / "latents"
-    both = [
-        encode(source, out, VAE, SIDE, **FLAGS, process_index=i, process_count=2)
-        for i in (1, 0)
-    ]
+    both = [run(source, out, process_index=i, process_count=2) for i in (1, 0)]
     assert both == [None, records.LatentsInfo.read(out)]
     assert contents(out) == whole
     # Done is done, for a process that comes late as well.
-    again = encode(source, out, VAE, SIDE, **FLAGS, process_index=1, process_count=2)
+    again = run(source, out, process_index=1, process_count=2)
     assert again == both[1]
 
 
 def test_half_done_work_is_not_mixed(source, whole, tmp_path):
     out = tmp_path / "latents"
     half = {"process_index": 0, "process_count": 2}
-    assert encode(source, out, VAE, SIDE, **FLAGS, **half) is None
+    assert run(source, out, **half) is None
     for changes, match in [
         ({"shards": 3}, "shards: 4 there, 3 now"),
         ({"batch_size": 16}, "batch_size: 8 there, 16 now"),
         ({"mirror": True}, "mirror: False there, True now"),
+        ({"resolution": 8}, "resolution: 16 there, 8 now"),
+        ({"vae": "digits"}, r"vae: .* there, 'digits' now"),
     ]:
         with pytest.raises(UserError, match=match):
-            encode(source, out, VAE, SIDE, **(FLAGS | changes))
-    with pytest.raises(UserError, match="resolution: 16 there, 8 now"):
-        encode(source, out, VAE, 8, **FLAGS)
-    with pytest.raises(UserError, match=r"vae: .* there, 'digits' now"):
-        encode(source, out, "digits", SIDE, **FLAGS)
+            run(source, out, **changes)
     (source / "class1" / "later.png").write_bytes(b"")
     try:
         with pytest.raises(UserError, match=r"\(listing: .* there, .* now\)"):
-            encode(source, out, VAE, SIDE, **FLAGS)
+            run(source, out)
     finally:
         (source / "class1" / "later.png").unlink()
     assert not out.exists()
     # A shard that was lost, or cut, is written again.
     lost = next((tmp_path / ".latents.incomplete").glob("*-00002-of-*"))
     lost.write_bytes(lost.read_bytes()[:-1])
-    encode(source, out, VAE, SIDE, **FLAGS)
+    run(source, out)
     assert contents(out) == whole
 
 
-def test_two_processes_of_one_index(tmp_path):
-    with (
-        building(tmp_path / "x", "train", 2, {}) as first,
-        pytest.raises(UserError, match="another process is writing"),
-        building(tmp_path / "x", "train", 2, {}),
-    ):
-        pass
-    assert list(first.groups(1)) == [[0], [1]]
+def test_two_processes_of_one_index_write_the_same(source, whole, tmp_path):
+    """A mistake: one begins while the other is at work, and ends first."""
+    out, begun = tmp_path / "latents", []
+
+    def progress(done, total):
+        if not begun:
+            begun.append(run(source, out))
+
+    with pytest.raises(UserError, match="another process has written it too"):
+        run(source, out, progress)
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 
 
 def test_a_source_read_in_passes_gives_the_same(source, whole, tmp_path, monkeypatch):
@@ -192,7 +196,7 @@ def test_a_source_read_in_passes_gives_the_same(source, whole, tmp_path, monkeyp
         return images.dataclasses.replace(listing, entries=entries, at_once=3)
 
     monkeypatch.setattr(images, "open_source", sequential)
-    encode(source, tmp_path / "latents", VAE, SIDE, **FLAGS)
+    run(source, tmp_path / "latents")
     assert passes == [(0, 1, 2), (3,)]
     assert contents(tmp_path / "latents") == whole
 
@@ -209,10 +213,9 @@ def test_mirrored_records(source, tmp_path):
             target.write_bytes(b"not an image")
             continue
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
-    extra = FLAGS | {"store_images": True}
-    info = encode(source, tmp_path / "both", VAE, SIDE, **extra, mirror=True)
-    plain = encode(source, tmp_path / "plain", VAE, SIDE, **extra)
-    encode(flipped, tmp_path / "mirrored", VAE, SIDE, **extra)
+    info = run(source, tmp_path / "both", store_images=True, mirror=True)
+    plain = run(source, tmp_path / "plain", store_images=True)
+    run(flipped, tmp_path / "mirrored", store_images=True)
     assert (info.num_examples, plain.num_examples) == (50, 25)
     assert (info.mirror_offset, plain.mirror_offset) == (28, 0)
     assert faults(tmp_path / "both", info) == []

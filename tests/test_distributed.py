@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sra2_jax import distributed
+from sra2_jax import runtime
 from sra2_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_two_processes_train_checkpoint_and_sample_as_one(finished, as_file, tmp
     assert scores[0]["eval/frechet"] == pytest.approx(scores[1]["eval/frechet"], 0.01)
 
     samples = [tmp_path / "two.npz", tmp_path / "one.npz"]
-    program = ["-m", "sra2_jax.programs.sample", run, "--num=20", f"--out={samples[0]}"]
+    program = ["-m", "sra2_jax", "sample", run, "--num=20", f"--out={samples[0]}"]
     said = together(*program)
     assert sum("20 images in" in text for text in said) == 1
     program[-1] = f"--out={samples[1]}"
@@ -85,7 +85,7 @@ def test_flags():
         keys = ("coordinator", "num_processes", "process_id")
         arguments = dict.fromkeys(keys) | {"distributed": False, "join_seconds": 9}
         arguments |= {"heartbeat_seconds": 9} | flags
-        distributed.initialize(SimpleNamespace(**arguments))
+        runtime.join(SimpleNamespace(**arguments))
 
     initialize()  # one process: nothing to do
     with pytest.raises(UserError, match="go together"):

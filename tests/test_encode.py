@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from sra2_jax.data import images, records
-from sra2_jax.data.encode import encode
+from sra2_jax.data.encode import EncodeOptions, encode, main
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.archive import open_images
+from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.weights import load_dinov2, load_vae
 from tests.test_pipeline import BATCH, read_with_tfds, take
@@ -19,6 +19,12 @@ GOLDEN = Path(__file__).parent / "golden"
 VAE = str(GOLDEN / "vae")
 SIDE, CLASSES = 16, ("ant", "bee")
 BAD = {"ant/cut.jpg", "bee/text.png"}
+OPTIONS = {"vae": VAE, "resolution": SIDE, "max_bad": 0.2, "batch_size": 4}
+
+
+def run(source, out, **changes):
+    options = {"images": str(source), "out": str(out)} | OPTIONS | changes
+    return encode(EncodeOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoded") / "latents"
-    info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4)
+    info = run(folder, out)
     assert [p.name for p in out.parent.iterdir()] == ["latents"]  # no leftovers
     return out, info
 
@@ -65,9 +71,7 @@ def encoded(folder, tmp_path_factory):
 def extended(folder, tmp_path_factory):
     """The same latents with images and features beside them."""
     out = tmp_path_factory.mktemp("extended") / "latents"
-    extra = {"store_images": True, "encoder": "digits"}
-    info = encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4, **extra)
-    return out, info
+    return out, run(folder, out, store_images=True, encoder="digits")
 
 
 def test_center_crop_is_exactly_adm():
@@ -245,48 +249,64 @@ def test_encode_refuses(folder, encoded, tmp_path):
     out, _ = encoded
     before = sorted(p.name for p in out.iterdir())
     with pytest.raises(UserError, match=r"\(dtype: 'float32' there, 'bfloat16' now\)"):
-        encode(folder, out, VAE, SIDE, max_bad=0.2, batch_size=4, dtype="bfloat16")
+        run(folder, out, dtype="bfloat16")
     assert sorted(p.name for p in out.iterdir()) == before
     with pytest.raises(UserError, match="nothing is overwritten"):
-        encode(folder, folder, VAE, SIDE)
-    with pytest.raises(UserError, match=r"more than --max_bad=0.1 .*(cut|text)"):
-        encode(folder, tmp_path / "bad", VAE, SIDE, max_bad=0.1)
-    with pytest.raises(UserError, match="not a multiple of 2"):
-        encode(folder, tmp_path / "a", VAE, 15)
-    with pytest.raises(UserError, match="--grid=4 is of features"):
-        encode(folder, tmp_path / "a", VAE, SIDE, grid=4)
-    with pytest.raises(UserError, match="--grid=-1"):
-        encode(folder, tmp_path / "a", VAE, SIDE, encoder="digits", grid=-1)
-    with pytest.raises(UserError, match="--shards=14 for 13 images"):
-        encode(folder, tmp_path / "a", VAE, SIDE, shards=14)
+        run(folder, folder)
     empty = tmp_path / "empty"
     (empty / "class").mkdir(parents=True)
     with pytest.raises(UserError, match="no images"):
-        encode(empty, tmp_path / "a", VAE, SIDE)
+        run(empty, tmp_path / "a")
     (empty / "class" / "x.png").write_text("nothing")
-    with pytest.raises(UserError, match="none of its images"):
-        encode(empty, tmp_path / "a", VAE, SIDE, max_bad=1.0)
-    for flags in ({"split": "../x"}, {"process_index": 1}):
-        with pytest.raises(UserError, match=f"--{next(iter(flags))}"):
-            encode(folder, tmp_path / "a", VAE, SIDE, **flags)
+    with pytest.raises(UserError, match="none of the images"):
+        run(empty, tmp_path / "a", max_bad=1.0)
+    for changes, match in [
+        ({"resolution": 15}, "not a multiple of 2"),
+        ({"grid": 4}, "--grid=4: .* of an --encoder"),
+        ({"encoder": "digits", "grid": -1}, "--grid=-1"),
+        ({"shards": 14}, "--shards=14 for 13 images"),
+        ({"split": "../x"}, "--split"),
+        ({"process_index": 1}, "--process_index"),
+        ({"batch_size": 0}, "--batch_size=0"),
+        ({"out": "gs://bucket/x"}, "gs://bucket/x: give a local folder"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            run(folder, tmp_path / "a", **changes)
     # Good shards of a source with too many bad images are kept.
+    with pytest.raises(UserError, match=r"more than --max_bad=0.1 .*(cut|text)"):
+        run(folder, tmp_path / "bad", max_bad=0.1)
     assert {p.name for p in tmp_path.iterdir()} == {"empty", ".bad.incomplete"}
 
 
-@pytest.mark.parametrize("what", ["latent", "features"])
+@pytest.mark.parametrize("what", ["mean", "features"])
 def test_numbers_too_large_for_float16_are_refused(tmp_path, monkeypatch, what):
     source = tmp_path / "source" / "class"
     source.mkdir(parents=True)
     Image.new("RGB", (SIDE, SIDE)).save(source / "x.png")
-    if what == "latent":
-        module, params = load_vae(VAE)
-        params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1e5
-        loader, culprit = "encode.load_vae", VAE
-    else:
-        module, params = load_dinov2("digits")
-        params["norm"]["bias"] = params["norm"]["bias"] + 1e5
-        loader, culprit = "encoders.load_dinov2", "digits"
-    monkeypatch.setattr(f"sra2_jax.data.{loader}", lambda name: (module, params))
-    with pytest.raises(UserError, match=f"^{culprit}: the {what} of .* float16"):
-        encode(source.parent, tmp_path / "out", VAE, SIDE, encoder="digits")
+    loader = "load_vae" if what == "mean" else "load_dinov2"
+    load = {"load_vae": load_vae, "load_dinov2": load_dinov2}[loader]
+    module, params = load(VAE if what == "mean" else "digits")
+    layer = params["quant_conv"] if what == "mean" else params["norm"]
+    layer["bias"] = layer["bias"] + 1e5
+    monkeypatch.setattr(f"sra2_jax.data.encode.{loader}", lambda _: (module, params))
+    with pytest.raises(UserError, match=f"^the {what} of image 0 is .* float16"):
+        run(source.parent, tmp_path / "out", encoder="digits")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_flags(capsys, monkeypatch):
+    """One line for a wrong flag, and no default that the class does not have."""
+    for line, match in [
+        ("--images=digits --vae=digits", "--out must be given"),
+        ("--resolution=x", "--resolution: invalid int value: 'x' "),
+        ("--dtype=float64", "--dtype: invalid choice"),
+        ("--image=x", "unrecognized arguments: --image=x"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["encode", *line.split()])
+        with pytest.raises(UserError, match=match):
+            main()
+    monkeypatch.setattr("sys.argv", ["encode", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in EncodeOptions.__dataclass_fields__)

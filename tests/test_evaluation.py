@@ -2,16 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import create_sharded
 
+from sra2_jax.config import Config
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.generate import draw_labels, grid, make_generate, to_uint8
+from sra2_jax.generate import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.metrics.moments import frechet_distance, gaussian
-from sra2_jax.sharding import make_mesh
 from sra2_jax.weights import load_vae
+from tests.test_step import program_of
 
 
 def test_to_uint8():
@@ -39,24 +38,20 @@ def test_grid():
 def make(tiny):
     """images(devices, batch_size, indices) of one random network."""
     vae, vae_params = load_vae("digits")
-    transform, _ = make_optimizer(**tiny.optim)
-    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    _, init = create_sharded(tiny, transform, one)
     # Zero-initialised layers would hide the label.
     params = jax.device_get(
         jax.tree.map(
             lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)),
-            init().params["network"],
+            program_of(tiny).start().params["network"],
         )
     )
 
     def images(devices, batch_size, indices, label=3, **sampling):
         tiny.sampling.batch_size = batch_size
         tiny.sampling.update(sampling)
-        mesh = make_mesh(-1, 1, 8, devices=jax.devices()[:devices])
-        generate = make_generate(tiny, mesh, vae, vae_params)
+        generate = Generator(program_of(tiny, devices), vae, vae_params, params)
         labels = np.full(len(indices), label)
-        return np.concatenate([*generate(params, np.array(indices), labels)])
+        return np.concatenate([*generate(np.array(indices), labels)])
 
     return images
 
@@ -81,10 +76,8 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
 
     monkeypatch.setattr("sra2_jax.generate.make_sampler", lambda *_: run)
     tiny.sampling.batch_size = 2
-    mesh = make_mesh(1, 1, 8, devices=jax.devices()[:1])
-    batches = make_generate(tiny, mesh, *load_vae("digits"))(
-        None, np.arange(10, 15), np.zeros(5)
-    )
+    generate = Generator(program_of(tiny), *load_vae("digits"))
+    batches = generate(np.arange(10, 15), np.zeros(5))
     first = next(batches)
     assert sent == [[10, 11], [12, 13]]
     rest = list(batches)
@@ -111,17 +104,17 @@ def test_sampling_settings_act(make):
 def test_labels_follow_from_seed_and_index(tiny):
     """Random ones are uniform, and neither order nor company matters."""
     tiny.sampling.labels = "random"
-    labels = draw_labels(tiny, np.arange(5000))
+    labels = draw_labels(Config.of(tiny), np.arange(5000))
     np.testing.assert_array_equal(
-        draw_labels(tiny, np.array([4000, 7])), labels[[4000, 7]]
+        draw_labels(Config.of(tiny), np.array([4000, 7])), labels[[4000, 7]]
     )
     counts = np.bincount(labels, minlength=10)
     assert np.sum((counts - 500) ** 2) / 500 < 27.9  # chi-squared, 9 dof, p = 0.001
     assert abs(np.corrcoef(labels[1:], labels[:-1])[0, 1]) < 0.05
     tiny.seed = 1
-    assert np.mean(draw_labels(tiny, np.arange(5000)) == labels) < 0.2
+    assert np.mean(draw_labels(Config.of(tiny), np.arange(5000)) == labels) < 0.2
     tiny.sampling.labels = "balanced"
-    counts = np.bincount(draw_labels(tiny, np.arange(5000)))
+    counts = np.bincount(draw_labels(Config.of(tiny), np.arange(5000)))
     np.testing.assert_array_equal(counts, 500)
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
+from sra2_jax.report.rundir import Run
 
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.errors import UserError
-from sra2_jax.report.rundir import Run
 from tools import figures, plots, probes
 
 

@@ -242,7 +242,7 @@ def calls(*texts):
         ("slurm.sbatch --config=a", SLURM, SRUN),
         (
             "machine.sh run --num=5",
-            {"MODULE": "sra2_jax.programs.sample", "PYTHON": "python"},
+            {"MODULE": "sra2_jax sample", "PYTHON": "python"},
             "python -m sra2_jax sample --num=5",
         ),
         (

@@ -195,8 +195,14 @@ def test_help_and_keys():
     for flag in ("--workdir", "--config", "--keys", "--distributed", "--config.KEY="):
         assert flag in done.stdout
     done = python("main.py", "--keys", "--config.steps=7")
-    assert "--config.steps=7  optimizer steps of the whole run (must lie between 1 and" in done.stdout
-    assert "--config.align.teacher.loss=smooth_l1  between prediction and target (must" in done.stdout
+    assert (
+        "--config.steps=7  optimizer steps of the whole run (must lie between 1 and"
+        in done.stdout
+    )
+    assert (
+        "--config.align.teacher.loss=smooth_l1  between prediction and target (must"
+        in done.stdout
+    )
 
 
 def test_nobody_listens():

@@ -76,9 +76,9 @@ def test_covariances_without_full_rank():
     ("mean", "cov", "message"),
     [
         (np.zeros(3), np.eye(3), "features, the other"),
-        (np.zeros(3), np.eye(2), r"\(3,\) and a covariance of shape \(2, 2\)"),
-        (np.array([0, np.nan]), np.eye(2), "not finite"),
-        (np.zeros(2), np.diag([np.inf, 1]), "not finite"),
+        (np.zeros(3), np.eye(2), r"mean \(3,\) and covariance \(2, 2\)"),
+        (np.array([0, np.nan]), np.eye(2), "finite numbers"),
+        (np.zeros(2), np.diag([np.inf, 1]), "finite numbers"),
         (np.zeros(2), np.diag([1, -1e-3]), "negative eigenvalue -0.001"),
         (np.zeros(2), np.array([[1, 0.5], [0, 1]]), "not symmetric"),
     ],
@@ -128,16 +128,11 @@ def test_unusable_features():
         bad[6, 1] = value
         with pytest.raises(UserError, match=r"samples\.npz: image 6 .* not finite"):
             moments(bad, [5])
-    summary = moments(points, [])
-    with pytest.raises(UserError, match=r"samples\.npz: images from 9 on have 3"):
-        summary.add(points[:, :3])
-    with pytest.raises(UserError, match=r"samples\.npz: 1 images .* at least 2"):
-        moments(points[:1], []).cov()
     same = np.tile(points[:1], (1500, 1))
     same[::2] *= 1 + 1e-7  # the last bit of a float32
-    for features in (same, np.zeros((5, 4))):
-        with pytest.raises(UserError, match="the same picture"):
-            moments(features, [3]).cov()
+    for features in (points[:1], same, np.zeros((5, 4))):
+        with pytest.raises(UserError, match=r"samples\.npz: .* different pictures"):
+            moments(features, []).cov()
 
 
 # Inception Score
@@ -158,14 +153,6 @@ def test_inception_score_of_certain_classes_and_a_short_split():
     score.add(np.eye(4)[np.arange(40) % 4])
     score.add(np.eye(4)[np.zeros(3, int)])
     assert score.value() == pytest.approx((4 + 1) / 2, rel=1e-12)
-
-
-def test_no_probabilities():
-    with pytest.raises(UserError, match="no images"):
-        InceptionScore().value()
-    for value in (np.nan, -0.1):
-        with pytest.raises(UserError, match="not finite"):
-            InceptionScore().add(np.array([[value, 1]]))
 
 
 # Precision and recall

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sra2_jax.state import build_networks
 
+from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.errors import UserError
 from sra2_jax.models.dit import DiT
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
+from tests.test_step import program_of
 
 
 def golden_weights(golden, name):
@@ -18,20 +19,13 @@ def golden_weights(golden, name):
 
 def random_weights(config, seed):
     """A state dict of the config's network and heads, no number like another."""
-    network, heads = build_networks(config)
-    side = network.size
-    x = np.zeros((1, side, side, network.channels), np.float32)
-    tokens = np.zeros((1, 1, network.width), np.float32)
-    c = tokens[:, 0]
-    t, y = np.zeros(1, np.float32), np.zeros(1, np.int32)
-    key = jax.random.key(0)
-    shapes = [jax.eval_shape(network.init, key, x, t, y)["params"]]
-    shapes += [
-        {n: jax.eval_shape(h.init, key, tokens, c)["params"] for n, h in heads.items()}
-    ]
+    program = program_of(config)
     draw = np.random.default_rng(seed)
-    made = jax.tree.map(lambda s: draw.normal(size=s.shape).astype(np.float32), shapes)
-    return to_reference(*made, size=side, patch_size=network.patch_size)
+    made = jax.tree.map(
+        lambda s: draw.normal(size=s.shape).astype(np.float32), program.abstract.params
+    )
+    sizes = {"size": program.network.size, "patch_size": program.network.patch_size}
+    return to_reference(made["network"], made["heads"], HEAD_NAMES, **sizes)
 
 
 def assert_same(ours, reference):
@@ -48,12 +42,12 @@ def test_heads_of_any_shape_round_trip(final, layers, tiny):
         section.enabled, section.head_layers = True, layers
         section.head_final_layer = final
     weights = random_weights(tiny, 0)
-    settings, params, heads = from_reference(weights)
+    settings, params, heads = from_reference(weights, HEAD_NAMES)
     assert settings["mlp_ratio"] == 4
     assert heads.keys() == {"vae", "encoder", "teacher"}
-    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+    assert_same(to_reference(params, heads, HEAD_NAMES, size=4, patch_size=1), weights)
     tokens, c = jnp.ones((1, 3, 16)), jnp.ones((1, 16))
-    for name, head in build_networks(tiny)[1].items():
+    for name, head in program_of(tiny).heads.items():
         head.apply({"params": heads[name]}, tokens, c)
 
 
@@ -62,14 +56,14 @@ def test_older_repa_names(tiny):
     weights = random_weights(tiny, 0)
     older = {k.replace("blocks.1.", "decoder_blocks.0."): v for k, v in weights.items()}
     assert older.keys() != weights.keys()
-    _, params, heads = from_reference(older)
-    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+    _, params, heads = from_reference(older, HEAD_NAMES)
+    assert_same(to_reference(params, heads, HEAD_NAMES, size=4, patch_size=1), weights)
 
 
 def test_reverse_time(golden):
     """Computes -f(x, 1 - t); twice it is the same network again."""
     data = np.load(golden / "sit.npz")
-    settings, params, _ = from_reference(golden_weights(golden, "sit"))
+    settings, params, _ = from_reference(golden_weights(golden, "sit"), HEAD_NAMES)
     model = DiT(heads=4, time_scale=2.0, **settings)
     x, t, y = np.moveaxis(data["x"], 1, -1), data["t"], data["y"]
     apply = jax.jit(lambda p, *inputs: model.apply({"params": p}, *inputs)[0])
@@ -87,8 +81,8 @@ def test_a_position_table_off_by_rounding_is_the_fixed_one(tiny):
     """As EMAs of the reference code hold it."""
     weights = random_weights(tiny, 0)
     drifted = weights | {"pos_embed": weights["pos_embed"] * np.float32(1 + 2e-4)}
-    _, params, heads = from_reference(drifted)
-    assert_same(to_reference(params, heads, size=4, patch_size=1), weights)
+    _, params, heads = from_reference(drifted, HEAD_NAMES)
+    assert_same(to_reference(params, heads, HEAD_NAMES, size=4, patch_size=1), weights)
 
 
 def changed(weights, **changes):
@@ -139,5 +133,5 @@ SIX = np.zeros(6, np.float32)
 )
 def test_what_does_not_fit_is_named(change, message, tiny):
     with pytest.raises(UserError, match=message) as error:
-        from_reference(change(random_weights(tiny, 0)))
+        from_reference(change(random_weights(tiny, 0)), HEAD_NAMES)
     assert "\n" not in str(error.value)

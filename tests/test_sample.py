@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.archive import open_images
-from sra2_jax.programs import evaluate, sample, shards, sweep
-from sra2_jax.programs.subject import read_settings
+from sra2_jax.metrics.sets import open_images
+from sra2_jax.programs import evaluate, sample, sweep, verify
 
 DIGITS = ("--features=digits", "--reference=digits", "--split=test")
 
@@ -55,12 +54,12 @@ def test_the_file_says_what_made_it(finished, whole):
 def test_a_killed_program_goes_on_and_gives_the_same_images(
     finished, whole, program, tmp_path, monkeypatch
 ):
-    """Only what is missing is made again; a shard cut off in the middle counts as
+    """Only what is missing is made again; a part cut off in the middle counts as
     missing, and a damaged one is found at the end."""
-    monkeypatch.setattr(shards, "IMAGES", 16)
+    monkeypatch.setattr(sample, "IMAGES", 16)
     out = tmp_path / "samples.npz"
     call = finished[1], f"--out={out}", "--num=80", "--config.sampling.batch_size=16"
-    write, made = shards.Shards.write, []
+    write, made = sample.Parts.write, []
 
     def killed(self, number, images):
         if number == 3:
@@ -69,7 +68,7 @@ def test_a_killed_program_goes_on_and_gives_the_same_images(
         made.append(number)
         write(self, number, images)
 
-    monkeypatch.setattr(shards.Shards, "write", killed)
+    monkeypatch.setattr(sample.Parts, "write", killed)
     with pytest.raises(KeyboardInterrupt):
         program(sample, *call)
     assert made == [0, 1, 2]
@@ -82,7 +81,7 @@ def test_a_killed_program_goes_on_and_gives_the_same_images(
         made.append(number)
         write(self, number, images)
 
-    monkeypatch.setattr(shards.Shards, "write", go_on)
+    monkeypatch.setattr(sample.Parts, "write", go_on)
     with pytest.raises(UserError, match=r"000001.npy: was damaged and is removed"):
         program(sample, *call)
     assert made == [0, 1, 2, 3, 4]
@@ -113,7 +112,10 @@ def test_seed_and_weights_act(finished, whole, program, tmp_path):
     [
         (["--out=a.npy"], "--out=a.npy: must end in .npz"),
         (["--out={whole}"], "exists already: remove it or use another"),
+        (["--out={whole}/x.npz"], "x.npz: "),
         (["--num=0"], "--num=0: must be at least 1"),
+        (["--num=2", "--num=3"], "--num is given twice"),
+        (["--nun=3"], "did you mean --num?"),
         (["--config.model.width=32"], "config.model.width is part of the run"),
         (["--config.sampling.method=rk4"], "config.sampling.method='rk4': must be"),
         (["--config.sampling.guidence=2"], "did you mean config.sampling.guidance?"),
@@ -123,10 +125,11 @@ def test_seed_and_weights_act(finished, whole, program, tmp_path):
     ],
 )
 def test_refusals(finished, whole, program, tmp_path, flags, message):
-    defaults = [f"--out={tmp_path / 'x.npz'}"]
     flags = [flag.format(whole=whole) for flag in flags]
+    if not flags[0].startswith("--out"):
+        flags.append(f"--out={tmp_path / 'x.npz'}")
     with pytest.raises(UserError) as error:
-        program(sample, finished[1], *defaults, *flags)
+        program(sample, finished[1], *flags)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -174,8 +177,14 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
     )
     small = tmp_path / "small.npz"
     np.savez(small, arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    stats = tmp_path / "stats.npz"
+    np.savez(stats, mu=np.zeros(64), sigma=np.eye(64))
     for arguments, message in (
-        ([small, *DIGITS], "small.npz has images of 16x16 pixels, digits of 32x32"),
+        ([small, *DIGITS], r"small.npz has images \(9, 16, 16, 3\), digits \(360, 32"),
+        ([stats, *DIGITS], "stats.npz: has statistics alone"),
+        ([small], "give one of --reference and --make_reference"),
+        ([small, *DIGITS, "--splitt=a"], "did you mean --split"),
+        ([small, *DIGITS, "--config.seed=1"], "unrecognized arguments: --config"),
         ([few, f"--reference={made}", "--out={other}"], "the Inception weights of FID"),
         ([whole, "--features=digits", f"--reference={few}", "--out=x"], "end in .json"),
         ([few, *DIGITS], "few.json: exists already"),
@@ -193,12 +202,12 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
     call += ["--guidance=4,1", "--interval=0:1,0:0.5"]
     run_cell, cells = sweep.run_cell, []
 
-    def counted(subject, features, reference, cell, count):
+    def counted(generate, features, reference, cell, count):
         if len(cells) == 2:
             cells.append("killed")
             raise KeyboardInterrupt
-        cells.append(tuple(cell.values()))
-        return run_cell(subject, features, reference, cell, count)
+        cells.append(cell)
+        return run_cell(generate, features, reference, cell, count)
 
     monkeypatch.setattr(sweep, "run_cell", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -208,8 +217,7 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
     written = json.loads((out / "sweep.json").read_text())
     found = {tuple(c[n] for n in sweep.NAMES): c["metrics"] for c in written["cells"]}
     assert len({m["frechet"] for m in found.values()}) == 3
-    config = read_settings(str(finished[1]), [])
-    assert written["settings"]["seed"] == config.seed
+    assert written["settings"]["seed"] == finished[0].seed
     program(evaluate, whole, *DIGITS, f"--out={tmp_path / 'plain.json'}")
     plain = json.loads((tmp_path / "plain.json").read_text())["metrics"]
     assert found[1, 0, 1] == pytest.approx(plain, rel=1e-6)
@@ -219,6 +227,7 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
     assert table in capsys.readouterr().out
     with Image.open(out / "sweep.png") as picture:
         assert min(picture.size) > 300
+    call.remove("--num=80")
     with pytest.raises(UserError, match="num_samples is 80 there, 40 now"):
         program(sweep, *call, "--num=40")
 
@@ -231,9 +240,20 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
         ("--interval=0.7:0.2", "give intervals low:high"),
         ("--interval=0.5", "give intervals low:high"),
         ("--num=1", "--num=1: must be at least 2"),
+        ("--num=9 --num=9", "--num is given twice"),
     ],
 )
 def test_sweep_refusals(finished, program, tmp_path, flag, message):
     with pytest.raises(UserError, match=message):
-        program(sweep, finished[1], f"--out={tmp_path / 'o'}", *DIGITS, flag)
+        program(sweep, finished[1], f"--out={tmp_path / 'o'}", *DIGITS, *flag.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_verify_refusals(program):
+    for arguments, message in (
+        (["--strikt"], "did you mean --strict"),
+        (["--strict", "--strict"], "--strict is given twice"),
+        (["a", "b"], "unrecognized arguments: b"),
+    ):
+        with pytest.raises(UserError, match=message):
+            program(verify, *arguments)

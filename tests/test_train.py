@@ -9,16 +9,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import create_sharded
 
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.observe import Observer
 from sra2_jax.programs import sample
+from sra2_jax.run import Run
+from sra2_jax.runtime import keep_compiled
 from sra2_jax.sharding import make_mesh
-from sra2_jax.train import keep_compiled, train
+from sra2_jax.step import Program
+from sra2_jax.train import train
 from tests.test_checkpoint import flip
 
 
@@ -28,17 +30,13 @@ def run(finished, tmp_path):
     config, workdir = finished
     shutil.copytree(workdir, tmp_path / "run")
     (tmp_path / "run" / "results.json").unlink()
-    return config.copy_and_resolve_references(), tmp_path / "run"
+    return config, tmp_path / "run"
 
 
 def final_state(config, workdir):
-    transform, _ = make_optimizer(**config.optim)
-    mesh = make_mesh(-1, 1, config.batch_size)
-    abstract, _ = create_sharded(config, transform, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
-    state = jax.device_get(checkpoints.restore(abstract))
-    checkpoints.close()
-    return state
+    program = Program(Config.of(config), make_mesh())
+    with Checkpoints(Run(workdir)) as checkpoints:
+        return jax.device_get(checkpoints.restore(program.abstract))
 
 
 def rows(workdir):
@@ -82,21 +80,21 @@ def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatc
     which is saved by then: the resumed run scores it first. Rows after the checkpoint
     are replaced."""
     config, workdir = finished
-    score, seen = Observer.score, []
+    score, seen = Observer._score, []
 
-    def killed(self, step, params, alive):
+    def killed(self, step, params):
         raise KeyboardInterrupt
 
-    def counted(self, step, params, alive):
+    def counted(self, step, params):
         seen.append(step)
-        return score(self, step, params, alive)
+        return score(self, step, params)
 
-    monkeypatch.setattr(Observer, "score", killed)
+    monkeypatch.setattr(Observer, "_score", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config, str(tmp_path / "run"))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
-    monkeypatch.setattr(Observer, "score", counted)
+    monkeypatch.setattr(Observer, "_score", counted)
     train(config, str(tmp_path / "run"))
     assert seen == [2, 4]
     jax.tree.map(
@@ -139,15 +137,17 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     images; the distances follow from the moments of the samples, which are those of
     `sample`."""
     config, _ = finished
-    config = config.copy_and_resolve_references()
     mu, sigma = np.full(8, 2.0), np.eye(8)
     reference = tmp_path / "reference.npz"
     np.savez(reference, mu=mu, sigma=sigma, mu_s=mu[:4], sigma_s=sigma[:4, :4])
-    config.eval.features, config.eval.reference = "inception", str(reference)
-    config.steps, config.eval.every, config.eval.num_samples = 2, 1, 24
-    config.sampling.labels, config.align.vae.enabled = "random", False
-    config.run.checkpoint_every = config.run.keep_checkpoints = 1
-    config.run.sample_every = 1
+    config = config.override(
+        {
+            "eval.features": "inception", "eval.reference": str(reference), "steps": 2,
+            "eval.every": 1, "eval.num_samples": 24, "sampling.labels": "random",
+            "align.vae.enabled": False, "run.checkpoint_every": 1,
+            "run.keep_checkpoints": 1, "run.sample_every": 1,
+        }
+    )  # fmt: skip
     monkeypatch.setattr("sra2_jax.observe.make_features", TinyInception)
     workdir = tmp_path / "run"
     train(config, str(workdir))
@@ -178,18 +178,19 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
 
 
 def test_samples_that_cannot_be_scored_stop_nothing(tiny):
-    said = []
+    heard = []
     black = np.zeros((80, 32, 32, 3), np.uint8)
     observer = types.SimpleNamespace(
-        config=tiny,
+        config=Config.of(tiny),
         features=DigitsFeatures(),
         reference="not reached",
         generate=lambda *_: iter([black]),
-        log=types.SimpleNamespace(message=said.append),
+        log=types.SimpleNamespace(message=heard.append),
+        _between=lambda batches: batches,
     )
     observer.metrics = functools.partial(Observer.metrics, observer)
-    assert Observer.score(observer, 2, None, lambda: None) == {}
-    assert "step 2: not scored: samples: all 80 images have the same" in said[0]
+    assert Observer._score(observer, 2, None) == {}
+    assert "step 2: not scored: samples: all 80 images have the same" in heard[0]
 
 
 def snapshot(folder):
@@ -207,9 +208,8 @@ def snapshot(folder):
 def test_foreign_workdir_is_left_alone(run, changes, message):
     config, workdir = run
     before = snapshot(workdir / "checkpoints")
-    config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        train(config, str(workdir))
+        train(config.override(changes), str(workdir))
     assert snapshot(workdir / "checkpoints") == before
 
 
@@ -219,7 +219,7 @@ def test_lost_config_and_foreign_checkpoint(run):
     (workdir / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         train(config, str(workdir))
-    config.model.width = 32
+    config = config.override({"model.width": 32})
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     with pytest.raises(UserError, match="is of another model: ema/heads/vae/linear_0"):
         train(config, str(workdir))
@@ -264,8 +264,7 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
 )
 def test_refusals(finished, tmp_path, changes, message):
     config, _ = finished
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(changes)
+    config = config.override(changes)
     with pytest.raises(UserError) as error:
         train(config, str(tmp_path / "run"))
     assert message in str(error.value)

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.transport import PATHS, PREDICTIONS, Transport, coefficients
+from sra2_jax.transport import Transport, coefficients
+
+PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "data")
 
 T = jnp.array([0.1, 0.4, 0.75, 0.95])
 

@@ -7,18 +7,16 @@ status 1, and a line for each figure that grew by more than 3%; --update writes 
 instead.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from sra2_jax import config as configuration
-from sra2_jax.command import run_program
+from sra2_jax import config_file
+from sra2_jax.chips import compile_only, compiler
+from sra2_jax.command import Parser, run_program
 from sra2_jax.errors import UserError
-from tools.aot import advice, compiler, describe
-from tools.chips import compile_only, find_devices
+from sra2_jax.programs.fit import advice
+from tools.aot import describe, find_devices
 
 GATES = Path(__file__).parents[1] / "benchmarks" / "gates.json"
 TOLERANCE = 0.03
@@ -67,17 +65,14 @@ def gate(path: Path, topology: str, update: bool = False) -> list[str]:
     if not chosen:
         raise UserError(f"{path} has no case of --topology={topology}")
     _, chip = find_devices(topology)  # says how to get a compiler that is missing
-    versions, grown = f"jax {jax.__version__}", []
-    if extra := compiler(chip):
-        versions += f", {extra}"
+    versions, grown = compiler(chip), []
     for name, case in chosen.items():
         if not update and case["compiler"] != versions:
             raise UserError(
                 f"{path}: {name} was recorded with {case['compiler']}, this is "
                 f"{versions}: record it again with --update"
             )
-        config = configuration.load(case["config"], case["overrides"])
-        configuration.check(config)
+        config = config_file.load(case["config"], *case["overrides"])
         figures = gate_figures(describe(config, topology))
         print(f"{name}: " + ", ".join(f"{k} {v:,.0f}" for k, v in figures.items()))
         grown += [f"{name}: {line}" for line in compare(figures, case["figures"])]
@@ -89,9 +84,7 @@ def gate(path: Path, topology: str, update: bool = False) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--topology", default="cpu:8", help="whose cases (%(default)s)")
     add("--update", action="store_true", help="write the figures into the file")

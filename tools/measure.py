@@ -4,24 +4,22 @@ Machines are shared and clocks vary, so what is compared runs alternately in one
 process, and medians and ratios within a round count.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import create_sharded
 
-from sra2_jax import config as configuration
-from sra2_jax.models.dinov2 import DINOv2
-from sra2_jax.sharding import batch_sharding, make_mesh, replicated
-from sra2_jax.step import batch_shapes, make_step
+from sra2_jax.config import Config
+from sra2_jax.sharding import make_mesh
+from sra2_jax.step import Program
 
 T = TypeVar("T")
 
@@ -30,62 +28,48 @@ T = TypeVar("T")
 class Timed:
     """A compiled step with its state; seconds a step, one entry a round."""
 
+    program: Program
     step: Any
     state: Any
     batch: Any
-    encoder_params: Any
+    frozen: Any
     compile_seconds: float
-    peak_bytes: int  # on each device: arguments, results and temporaries
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)  # of all threads
     dispatch_seconds: list[float] = field(default_factory=list)  # until a call returns
 
+    def __call__(self, batch: Any = None) -> Any:
+        """One step, not waited for; its metrics."""
+        batch = self.batch if batch is None else batch
+        self.state, metrics = self.step(self.state, batch, self.frozen)
+        return metrics
 
-def made_up(shape: jax.ShapeDtypeStruct, draw: np.random.Generator) -> np.ndarray:
+
+def made_up(shape: jax.ShapeDtypeStruct, draw: np.random.Generator) -> jax.Array:
     """Numbers that a batch's array may hold."""
     if shape.dtype == jnp.uint8:
-        return draw.integers(256, size=shape.shape, dtype=np.uint8)
-    if shape.dtype == jnp.int32:
-        return np.zeros(shape.shape, np.int32)
-    return np.abs(draw.normal(size=shape.shape)).astype(shape.dtype)
+        values = draw.integers(256, size=shape.shape, dtype=np.uint8)
+    elif shape.dtype == jnp.int32:
+        values = np.zeros(shape.shape, np.int32)
+    else:
+        values = np.abs(draw.normal(size=shape.shape)).astype(shape.dtype)
+    return jax.device_put(values, shape.sharding)
 
 
-def prepare(config: ConfigDict, encoder: DINOv2 | None = None) -> Timed:
-    """Compile the training step and make its first state and a batch.
-
-    Args:
-      encoder: run in the step if the config aligns with one on images; its weights are
-        made up.
+def prepare(config: Config) -> Timed:
+    """Compile the training step and make its first state and a batch; the weights of
+    networks that targets run are made up.
 
     Raises:
-      UserError: a config that cannot work.
+      UserError: the mesh or the batch does not fit the devices.
     """
-    configuration.check(config)
-    mesh = make_mesh(**config.mesh, batch_size=config.batch_size, n=config.accumulate)
-    transform, schedule = make_optimizer(**config.optim)
-    abstract, init = create_sharded(config, transform, mesh)
-    shapes, draw = batch_shapes(config, mesh), np.random.default_rng(0)
-    batch = {name: made_up(shape, draw) for name, shape in shapes.items()}
-    params = None
-    if "image" in shapes:
-        assert encoder is not None
-        side = encoder.config.image_size
-        pixels = jnp.zeros((1, side, side, 3))
-        place = jax.jit(encoder.init, out_shardings=replicated(mesh))
-        params = place(jax.random.key(0), pixels)["params"]
-    step = make_step(config, transform, schedule, mesh, abstract, encoder)
+    program, draw = Program(config, make_mesh(config.mesh)), np.random.default_rng(0)
+    batch = {name: made_up(shape, draw) for name, shape in program.batch.items()}
+    small = jax.tree.map(lambda s: 0.02 * made_up(s, draw), program.frozen)
     began = time.perf_counter()
-    compiled = step.lower(abstract, shapes, params).compile()
+    compiled = program.compile()
     seconds = time.perf_counter() - began
-    memory: Any = compiled.memory_analysis()
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    return Timed(compiled, init(), batch, params, seconds, peak)
+    return Timed(program, compiled, program.start(), batch, small, seconds)
 
 
 def by_turns(runs: Mapping[str, Timed], rounds: int, steps: int) -> None:
@@ -94,7 +78,7 @@ def by_turns(runs: Mapping[str, Timed], rounds: int, steps: int) -> None:
         began, processor, returned = time.perf_counter(), time.process_time(), []
         for _ in range(steps):
             called = time.perf_counter()
-            run.state, metrics = run.step(run.state, run.batch, run.encoder_params)
+            metrics = run()
             returned.append(time.perf_counter() - called)
         jax.block_until_ready((run.state, metrics))
         if number:  # the first round warms up
@@ -116,7 +100,7 @@ def ratio(run: Timed, base: Timed) -> tuple[float, float, float]:
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Any) -> dict[str, float]:
     """The 10th, 50th and 90th percentile: p10, p50, p90."""
     quantiles = np.quantile(np.array(values), (0.1, 0.5, 0.9))
     return dict(zip(("p10", "p50", "p90"), map(float, quantiles), strict=True))
@@ -167,7 +151,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def allocated_bytes() -> int | None:
-    """The most memory that this process had on its first device; None on a CPU."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use")
+def write(file: Path | None, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The file of a benchmark's --json, if it is asked for."""
+    if file:
+        text = json.dumps({"machine": facts, "cases": rows}, indent=2)
+        file.write_text(text + "\n")

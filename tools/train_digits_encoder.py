@@ -8,10 +8,8 @@ fits a DINOv2 network to the train part of scikit-learn's digits without their l
 minutes on two CPU cores, about 1.3 GB of memory.
 """
 
-import argparse
-import time
+import functools
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,10 +22,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
 from sra2_jax.weights.dinov2 import load_dinov2, save_dinov2
 from sra2_jax.weights.tree import Params
+from tools.digits import SEED, halved, minimise, run
 
 CONFIG = DINOv2Config(
     hidden_size=64,
@@ -37,7 +38,6 @@ CONFIG = DINOv2Config(
     patch_size=8,
     use_mask_token=False,
 )
-SEED = 0
 STEPS = 1000
 BATCH = 128  # digits, each seen in two views
 LEARNING_RATE = 2e-3
@@ -93,17 +93,21 @@ def contrast(first: jax.Array, second: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(alike, partner).mean()
 
 
-def train(model: DINOv2, pixels: np.ndarray) -> Params:
+def train(model: DINOv2, pixels: np.ndarray, steps: int = STEPS) -> Params:
     """The encoder's parameters after STEPS of AdamW; pixels: uint8 (N, 32, 32, 3)."""
     inks = jnp.asarray(pixels[..., 0], jnp.float32) / 255
     projector = nn.Sequential([nn.Dense(256), nn.gelu, nn.Dense(64)])
 
-    def project(params: Params, views: jax.Array) -> Any:
+    def batch_loss(params: Params, key: jax.Array) -> jax.Array:
+        draw, distort = jax.random.split(key)
+        batch = inks[jax.random.permutation(draw, len(inks))[:BATCH]]
+        keys = jax.random.split(distort, 2 * BATCH)
+        views = jax.vmap(view)(keys, jnp.concatenate([batch, batch]))
         rgb = jnp.repeat(views[..., None], 3, axis=-1)
-        tokens: Any = model.apply({"params": params["encoder"]}, standardise(rgb))
+        tokens = apply(model, params["encoder"], standardise(rgb))
         # The patches alone: they are what an alignment takes.
-        pooled = tokens[:, 1:].mean(1)
-        return projector.apply({"params": params["projector"]}, pooled)
+        found = apply(projector, params["projector"], tokens[:, 1:].mean(1))
+        return contrast(*jnp.split(found, 2))
 
     keys = jax.random.split(jax.random.key(SEED))
     image, token = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, CONFIG.hidden_size))
@@ -111,37 +115,8 @@ def train(model: DINOv2, pixels: np.ndarray) -> Params:
         "encoder": model.init(keys[0], image)["params"],
         "projector": projector.init(keys[1], token)["params"],
     }
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 100, STEPS)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=WEIGHT_DECAY)
-    )
-
-    @jax.jit
-    def update(
-        params: Params, moments: optax.OptState, step: int
-    ) -> tuple[Params, optax.OptState, jax.Array]:
-        key = jax.random.fold_in(jax.random.key(SEED + 1), step)
-        draw, distort = jax.random.split(key)
-        batch = inks[jax.random.permutation(draw, len(inks))[:BATCH]]
-        views = jax.vmap(view)(
-            jax.random.split(distort, 2 * BATCH), jnp.concatenate([batch, batch])
-        )
-
-        def loss(params: Params) -> jax.Array:
-            return contrast(*jnp.split(project(params, views), 2))
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(gradients, moments, params)
-        return optax.apply_updates(params, updates), moments, value
-
-    moments = optimizer.init(params)
-    start = time.monotonic()
-    for step in range(STEPS):
-        params, moments, value = update(params, moments, step)
-        if step % 100 == 0 or step == STEPS - 1:
-            seconds = time.monotonic() - start
-            print(f"step {step:5d}  loss {value:.4f}  {seconds:.0f} s", flush=True)
-    return params["encoder"]
+    adamw = functools.partial(optax.adamw, weight_decay=WEIGHT_DECAY)
+    return minimise(batch_loss, params, adamw, LEARNING_RATE, steps)["encoder"]
 
 
 def pooled_features(model: DINOv2, params: Params, pixels: np.ndarray) -> np.ndarray:
@@ -176,10 +151,7 @@ def measure(folder: Path) -> dict[str, str]:
     return figures
 
 
-def describe(figures: dict[str, str], minutes: float) -> str:
-    """Text of the README beside the weights."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return f"""# Encoder of handwritten digits
+README = f"""# Encoder of handwritten digits
 
 A small network of the DINOv2 kind (transformers' folder format, float16 weights) that
 turns 32x32 RGB images of digits into 4x4 tokens of 64 numbers. It stands in for DINOv2
@@ -191,7 +163,7 @@ digits of `sra2_jax.data.digits.load_digits("train")` by
 
     python -m tools.train_digits_encoder --out DIR
 
-({STEPS} steps of {BATCH} digits, {minutes:.1f} minutes on two CPU cores; another
+({STEPS} steps of {BATCH} digits, {{minutes}} minutes on two CPU cores; another
 machine gives slightly other numbers). The digits are UCI's "Optical Recognition of
 Handwritten Digits", CC BY 4.0.
 
@@ -200,26 +172,14 @@ features are the mean of the 16 patch tokens, scaled to length 1:
 
 | figure | value |
 |---|---|
-{rows}
+{{rows}}
 """
 
 
-def main() -> None:
-    """Train, save, measure what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    folder = parser.parse_args().out
-    start = time.monotonic()
-    pixels, _ = load_digits("train")
-    params = train(DINOv2(CONFIG), pixels)
-    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
-    save_dinov2(folder, CONFIG, half)
-    minutes = (time.monotonic() - start) / 60
-    figures = measure(folder)
-    for name, value in figures.items():
-        print(f"{name}: {value}")
-    (folder / "README.md").write_text(describe(figures, minutes), encoding="utf-8")
+def save(pixels: np.ndarray, folder: Path) -> None:
+    """Train and write the weights."""
+    save_dinov2(folder, CONFIG, halved(train(DINOv2(CONFIG), pixels)))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda: run(__doc__ or "", save, measure, README))

@@ -8,11 +8,8 @@ DIR/README.md with the figures measured on the 360 held-out digits. Some minutes
 CPU cores, about 1.5 GB of memory.
 """
 
-import argparse
 import dataclasses
-import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +17,13 @@ import numpy as np
 import optax
 from sklearn.svm import SVC
 
+from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae, save_vae
 from sra2_jax.weights.tree import Params
+from tools.digits import SEED, halved, minimise, run
 
 CONFIG = VAEConfig(
     block_out_channels=(16, 16, 32, 64),
@@ -31,7 +31,6 @@ CONFIG = VAEConfig(
     norm_num_groups=8,
     scaling_factor=1.0,  # replaced by 1 / std of the latents after training
 )
-SEED = 0
 STEPS = 1200
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -64,10 +63,6 @@ def augment(key: jax.Array, images: jax.Array) -> jax.Array:
     return crop(ink, corners) - 1
 
 
-def _apply(model: AutoencoderKL, params: Params, x: jax.Array, method: str) -> Any:
-    return model.apply({"params": params}, x, method=method)
-
-
 def loss(
     model: AutoencoderKL, params: Params, images: jax.Array, key: jax.Array
 ) -> jax.Array:
@@ -75,47 +70,30 @@ def loss(
 
     The negative bound of Kingma and Welling 2014, eq. 10, with weights of our own.
     """
-    mean, std = _apply(model, params, images, "encode")
+    mean, std = apply(model, params, images, method="encode")
     latents = mean + std * jax.random.normal(key, mean.shape)
-    error = _apply(model, params, latents, "decode") - images
+    error = apply(model, params, latents, method="decode") - images
     kl = 0.5 * (mean**2 + std**2 - 1) - jnp.log(std)
     return (jnp.abs(error) + error**2).mean() + KL_WEIGHT * kl.mean()
 
 
-def train(model: AutoencoderKL, pixels: np.ndarray) -> Params:
+def train(model: AutoencoderKL, pixels: np.ndarray, steps: int = STEPS) -> Params:
     """Parameters after STEPS of Adam; pixels: uint8 (N, 32, 32, 3)."""
     images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
-    params = model.init(jax.random.key(SEED), images[:1])["params"]
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, 100, STEPS)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
-    @jax.jit
-    def update(
-        params: Params, moments: optax.OptState, step: int
-    ) -> tuple[Params, optax.OptState, jax.Array]:
-        key = jax.random.fold_in(jax.random.key(SEED + 1), step)
+    def batch_loss(params: Params, key: jax.Array) -> jax.Array:
         draw, shift, noise = jax.random.split(key, 3)
         batch = images[jax.random.randint(draw, (BATCH,), 0, len(images))]
-        value, gradients = jax.value_and_grad(loss, argnums=1)(
-            model, params, augment(shift, batch), noise
-        )
-        updates, moments = optimizer.update(gradients, moments)
-        return optax.apply_updates(params, updates), moments, value
+        return loss(model, params, augment(shift, batch), noise)
 
-    moments = optimizer.init(params)
-    start = time.monotonic()
-    for step in range(STEPS):
-        params, moments, value = update(params, moments, step)
-        if step % 200 == 0 or step == STEPS - 1:
-            seconds = time.monotonic() - start
-            print(f"step {step:5d}  loss {value:.4f}  {seconds:.0f} s", flush=True)
-    return params
+    params = model.init(jax.random.key(SEED), images[:1])["params"]
+    return minimise(batch_loss, params, optax.adam, LEARNING_RATE, steps)
 
 
 def latent_std(model: AutoencoderKL, params: Params, pixels: np.ndarray) -> float:
     """Standard deviation of all numbers in sampled latents of uint8 images."""
     images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
-    mean, std = _apply(model, params, images, "encode")
+    mean, std = apply(model, params, images, method="encode")
     noise = jax.random.normal(jax.random.key(SEED + 2), mean.shape)
     return float((mean + std * noise).std())
 
@@ -126,14 +104,14 @@ def measure(folder: Path) -> dict[str, str]:
     train_pixels, train_labels = load_digits("train")
     pixels, labels = load_digits("test")
     images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
-    mean, std = _apply(model, params, images, "encode")
+    mean, std = apply(model, params, images, method="encode")
     noise = jax.random.normal(jax.random.key(SEED + 3), mean.shape)
     classifier = SVC().fit(to_8x8(train_pixels), train_labels)
     figures = {
         "SVC on the held-out digits themselves": _accuracy(classifier, pixels, labels)
     }
     for name, latents in (("mean", mean), ("sample", mean + std * noise)):
-        decoded = _apply(model, params, latents, "decode")
+        decoded = apply(model, params, latents, method="decode")
         rebuilt = np.asarray(jnp.clip(127.5 * decoded + 127.5, 0, 255).round())
         error = np.square(rebuilt - pixels).mean()
         psnr = 10 * np.log10(255**2 / error)
@@ -157,10 +135,7 @@ def _numbers(values: jax.Array) -> str:
     return ", ".join(f"{value:.3f}" for value in np.asarray(values))
 
 
-def describe(figures: dict[str, str], minutes: float) -> str:
-    """Text of the README beside the weights."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return f"""# Autoencoder of handwritten digits
+README = f"""# Autoencoder of handwritten digits
 
 A small AutoencoderKL (diffusers' folder format, float16 weights) that turns 32x32 RGB
 images of digits into 4x4 latents of 4 numbers. It lets the whole pipeline run without a
@@ -171,7 +146,7 @@ Trained on the 1,437 digits of `sra2_jax.data.digits.load_digits("train")` by
 
     python -m tools.train_digits_vae --out DIR
 
-({STEPS} steps of {BATCH} images, {minutes:.1f} minutes on two CPU cores; another
+({STEPS} steps of {BATCH} images, {{minutes}} minutes on two CPU cores; another
 machine gives slightly other numbers). The digits are UCI's "Optical Recognition of
 Handwritten Digits", CC BY 4.0.
 
@@ -179,29 +154,18 @@ On the 360 held-out digits, with a classifier fitted to the real train digits:
 
 | figure | value |
 |---|---|
-{rows}
+{{rows}}
 """
 
 
-def main() -> None:
-    """Train, save, measure what was saved."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    folder = parser.parse_args().out
-    start = time.monotonic()
+def save(pixels: np.ndarray, folder: Path) -> None:
+    """Train and write the weights."""
     model = AutoencoderKL(CONFIG)
-    pixels, _ = load_digits("train")
     params = train(model, pixels)
     scale = 1 / latent_std(model, params, pixels)
     config = dataclasses.replace(CONFIG, scaling_factor=round(scale, 6))
-    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), params)
-    save_vae(folder, config, half)
-    minutes = (time.monotonic() - start) / 60
-    figures = measure(folder)
-    for name, value in figures.items():
-        print(f"{name}: {value}")
-    (folder / "README.md").write_text(describe(figures, minutes), encoding="utf-8")
+    save_vae(folder, config, halved(params))
 
 
 if __name__ == "__main__":
-    main()
+    run_program(lambda: run(__doc__ or "", save, measure, README))

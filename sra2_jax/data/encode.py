@@ -41,7 +41,7 @@ DTYPES = ("float32", "bfloat16")
 class EncodeOptions(Options):
     """What a dataset of latents is encoded with."""
 
-    images: str = option("", image_sources.SPECS)
+    images: str | os.PathLike = option("", image_sources.SPECS)
     store_images: bool = option(
         False, "keep the cropped images too, as PNG, for methods that need them"
     )

@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from etils import epath
 
+from sra2_jax.config import Config
 from sra2_jax.config_file import no_latents
 from sra2_jax.data import records
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.errors import UserError
+from sra2_jax.runtime import Watch
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of latents: its folder, its description, the SHA-256 of that."""
+
+    folder: epath.Path
+    info: records.LatentsInfo
+    sha256: str
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's run.json says of it."""
+        return {
+            "folder": str(self.folder),
+            "sha256": self.sha256,
+            "num_examples": self.info.num_examples,
+            "scaling_factor": self.info.scaling_factor,
+            "mean": self.info.latent_mean,
+            "std": self.info.latent_std,
+        }
 
 
 def prepare(
-    config: Any,
-    workdir: epath.Path,
-    fields: Sequence[str],
-    progress: Callable[[int, int], None],
-) -> tuple[epath.Path, records.LatentsInfo]:
-    """The folder and the description of a run's dataset; encodes config.data.images
-    first where it is missing.
+    config: Config, folder: epath.Path, fields: Sequence[str], watch: Watch
+) -> Dataset:
+    """A run's dataset; encodes config.data.images into `folder` where it is missing.
 
     Args:
       fields: what the run reads besides latents and labels, see `batches`.
-      progress: called while it is encoded, see `encode`.
+      watch: is told of progress.
 
     Raises:
       UserError: no dataset and no images, or a dataset that contradicts the config.
     """
-    folder = epath.Path(config.data.dir or workdir / "latents")
     if not (folder / records.FILE).exists():
         if not config.data.images:
             raise no_latents(folder)
@@ -41,15 +60,16 @@ def prepare(
             )
         stored = "features" in fields
         options = EncodeOptions(
-            out=str(folder),
+            out=folder,
             vae=config.vae,
             resolution=config.data.resolution,
             images=config.data.images,
             store_images="image" in fields,
             encoder=config.align.encoder.model if stored else "",
-            grid=config.latents.size // config.model.patch_size if stored else 0,
+            grid=config.grid if stored else 0,
         )
-        encode(options, progress)
+        encode(options, lambda done, total: watch.progress("start"))
     info = records.LatentsInfo.read(folder)
     records.check(info, folder, config, fields)
-    return folder, info
+    digest = hashlib.sha256((folder / records.FILE).read_bytes()).hexdigest()
+    return Dataset(folder, info, digest)

@@ -131,6 +131,11 @@ class _ShardFile:
 
     def commit(self) -> None:
         self._try(self._file.close)
+        if not self._temporary.exists():
+            raise UserError(
+                f"{self._path}: another process has written it too; give each a "
+                "--process_index of --process_count"
+            )
         with self._temporary.open("rb") as file:
             self.facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             self.facts.bytes = file.tell()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -11,13 +11,17 @@ import numpy as np
 from tqdm import tqdm
 
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.archive import Reference
+from sra2_jax.metrics import METRICS
 from sra2_jax.metrics.features import Features
-from sra2_jax.metrics.moments import InceptionScore, Moments, frechet_distance
+from sra2_jax.metrics.moments import (
+    Gaussian,
+    InceptionScore,
+    Moments,
+    frechet_distance,
+)
 from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.metrics.sets import ImageSet
 
-Gaussian = tuple[np.ndarray, np.ndarray]
 MANIFOLD = 10_000  # reference images whose features precision and recall use, as ADM
 
 
@@ -77,8 +81,6 @@ def summarise(
         if keep:
             kept.append(outputs["pool"][chosen[rows]])
         seen += len(images)
-    if not moments:
-        raise UserError(f"{name}: no images")
     recognises = labels is not None and "predicted" in outputs
     return Summary(
         name,
@@ -90,22 +92,30 @@ def summarise(
     )
 
 
-def watched(images: ImageSet, batch: int) -> Iterator[np.ndarray]:
-    """The batches of a set, with a progress bar."""
-    bar = tqdm(
-        total=images.count,
-        unit="image",
-        desc=Path(images.name).name,
-        disable=jax.process_index() > 0,
-    )
-    with bar:
-        for part in images.batches(batch):
+def watched(
+    batches: Iterable[np.ndarray], total: int, name: str
+) -> Iterator[np.ndarray]:
+    """The same batches, with a progress bar."""
+    hidden = jax.process_index() > 0
+    with tqdm(total=total, unit="image", desc=name, disable=hidden) as bar:
+        for part in batches:
             yield part
             bar.update(len(part))
 
 
+def summarise_set(
+    features: Features, images: ImageSet, batch: int, keep: int = 0
+) -> Summary:
+    """`summarise` of a set, with a progress bar."""
+    total, name = len(images), images.name
+    batches = watched(images.batches(batch), total, Path(name).name)
+    return summarise(
+        features, batches, name, total=total, keep=keep, labels=images.labels
+    )
+
+
 def summarise_reference(
-    features: Features, reference: Reference, batch: int, manifold: bool
+    features: Features, reference: ImageSet, batch: int, manifold: bool
 ) -> Summary:
     """The reference's own statistics where it brings them, else those of its images.
 
@@ -116,50 +126,31 @@ def summarise_reference(
       UserError: statistics of other features than `features` gives, or unusable images.
     """
     made_with = (reference.settings or {}).get("kind", "inception")
-    images = reference.images
-    if reference.mu is None:
-        assert images is not None  # open_reference sees to it
-        return summarise(
-            features,
-            watched(images, batch),
-            reference.name,
-            total=images.count,
-            keep=MANIFOLD if manifold else 0,
-        )
-    if made_with != features.kind:
+    if reference.gaussians and made_with != features.kind:
         raise UserError(
             f"{reference.name}: its statistics are of {made_with} features, not "
             f"{features.kind}: give --features={made_with} or another reference"
         )
-    assert reference.sigma is not None  # nor is there one without the other
-    gaussians = {"pool": (reference.mu, reference.sigma)}
-    if reference.mu_s is not None and reference.sigma_s is not None:
-        gaussians["spatial"] = reference.mu_s, reference.sigma_s
-    kept = None
-    if manifold and images is not None:
-        kept = summarise(
-            features,
-            watched(images, batch),
-            reference.name,
-            total=images.count,
-            keep=MANIFOLD,
-        ).kept
-    return Summary(reference.name, None, gaussians, kept)
+    own = Summary(reference.name, None, reference.gaussians)
+    if own.gaussians and not (manifold and len(reference)):
+        return own
+    found = summarise_set(features, reference, batch, MANIFOLD if manifold else 0)
+    return replace(own, kept=found.kept) if own.gaussians else found
 
 
 def compare(
     features: Features, samples: Summary, reference: Summary
 ) -> dict[str, float]:
-    """The metrics that both summaries allow, in the order papers print them.
-
-    "fid" ("frechet" of other features), "sfid", "inception_score", "accuracy",
-    "precision", "recall".
+    """Those of METRICS that both summaries allow, in its order.
 
     Raises:
       UserError: statistics that cannot be compared.
     """
+    metrics: dict[str, float | None] = {
+        "inception_score": samples.inception_score,
+        "accuracy": samples.accuracy,
+    }
     names = {"pool": features.distance, "spatial": "sfid"}
-    metrics = {}
     try:
         for kind in samples.gaussians.keys() & reference.gaussians.keys():
             metrics[names[kind]] = frechet_distance(
@@ -170,9 +161,5 @@ def compare(
             metrics |= {"precision": precision, "recall": recall}
     except UserError as error:
         raise UserError(f"{samples.name} against {reference.name}: {error}") from error
-    if samples.inception_score is not None:
-        metrics["inception_score"] = samples.inception_score
-    if samples.accuracy is not None:
-        metrics["accuracy"] = samples.accuracy
-    order = (features.distance, "sfid", "inception_score", "accuracy", "precision")
-    return {k: metrics[k] for k in (*order, "recall") if k in metrics}
+    found = ((name, metrics.get(name)) for name in METRICS)
+    return {name: value for name, value in found if value is not None}

@@ -3,8 +3,8 @@
 SAMPLES and REF are .npz files in ADM's format (arr_0, and of a reference mu, sigma,
 mu_s, sigma_s), folders of images, tfds:NAME[:SPLIT] or digits. Prints FID, sFID,
 Inception Score, Precision and Recall, and writes them as JSON with how the samples
-were made. --make_reference=FILE.npz writes the statistics of SAMPLES instead, and
---selftest checks the metrics on this machine. Runs without TensorFlow.
+were made. --make_reference=FILE.npz writes the statistics of SAMPLES instead. Runs
+without TensorFlow.
 """
 
 import argparse
@@ -17,44 +17,27 @@ import jax
 import numpy as np
 from etils import epath
 
-from sra2_jax.command import run_program
+from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.archive import open_images, open_reference, write_npz
+from sra2_jax.metrics import METRICS
 from sra2_jax.metrics.compare import (
     MANIFOLD,
     Summary,
     compare,
-    summarise,
     summarise_reference,
-    watched,
+    summarise_set,
 )
 from sra2_jax.metrics.features import KINDS, Features, make_features
-from sra2_jax.metrics.selftest import selftest
-from sra2_jax.metrics.sets import ImageSet
+from sra2_jax.metrics.sets import (
+    STATISTICS,
+    ImageSet,
+    open_images,
+    write_npz,
+)
+from sra2_jax.programs.sample import new_file
+from sra2_jax.run import write_whole
+from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh
-from sra2_jax.versions import versions
-
-SHOWN = {
-    "fid": "FID",
-    "frechet": "Fréchet distance, proxy",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "accuracy": "Recognised as asked",
-    "precision": "Precision",
-    "recall": "Recall",
-}
-
-
-def summary_of(features: Features, images: ImageSet, batch: int, keep: int) -> Summary:
-    """One pass over a set of images."""
-    return summarise(
-        features,
-        watched(images, batch),
-        images.name,
-        total=images.count,
-        keep=keep,
-        labels=images.labels,
-    )
 
 
 def note_if_few(summary: Summary) -> list[str]:
@@ -73,50 +56,45 @@ def note_if_few(summary: Summary) -> list[str]:
 def evaluate(
     features: Features,
     samples: ImageSet,
-    reference: str,
+    reference: ImageSet,
     out: epath.Path,
     batch: int,
-    resolution: int | None,
-    split: str,
-) -> dict[str, float]:
+) -> None:
     """Print the metrics of `samples` and write them to `out` as JSON.
 
     Raises:
       UserError: unusable samples or reference.
     """
-    held = open_reference(reference, resolution, split)
-    if held.images is not None and held.images.shape != samples.shape:
+    if len(reference) and reference.shape[1:] != samples.shape[1:]:
         raise UserError(
-            f"{samples.name} has images of {samples.shape[0]}x{samples.shape[1]} "
-            f"pixels, {reference} of {held.images.shape[0]}x{held.images.shape[1]}: "
-            "compare images of one size"
+            f"{samples.name} has images {samples.shape}, {reference.name} "
+            f"{reference.shape}: compare images of one size"
         )
-    against = summarise_reference(features, held, batch, manifold=True)
-    keep = samples.count if against.kept is not None else 0
-    summary = summary_of(features, samples, batch, keep)
+    against = summarise_reference(features, reference, batch, manifold=True)
+    keep = len(samples) if against.kept is not None else 0
+    summary = summarise_set(features, samples, batch, keep)
     metrics = compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
-        notes.append(f"{reference}: has no images (arr_0): no Precision and Recall")
+        notes.append(
+            f"{reference.name}: has no images (arr_0): no Precision and Recall"
+        )
     results = {
         "metrics": metrics,
         "num_samples": summary.count,
         "samples": samples.name,
-        "reference": reference,
+        "reference": reference.name,
         **features.facts,
         "notes": notes,
         "sampling": samples.settings or "unknown: the samples do not say",
         "versions": versions(),
     }
-    fresh = out.parent / f"{out.name}.tmp"
-    fresh.write_text(json.dumps(results, indent=2) + "\n")
-    fresh.replace(out)
+    write_whole(out, json.dumps(results, indent=2) + "\n")
     for name, value in metrics.items():
-        print(f"{SHOWN[name]}: {value:.6g}")
+        print(f"{METRICS[name][0]}: {value:.6g}")
     for note in notes:
         print(f"note: {note}")
     print(f"wrote {out}")
-    return metrics
 
 
 def make_reference(
@@ -127,17 +105,17 @@ def make_reference(
     Raises:
       UserError: images that have no statistics.
     """
-    summary = summary_of(features, images, batch, keep=0)
+    summary = summarise_set(features, images, batch)
     for note in note_if_few(summary):
         print(f"note: {note}")
-    count = min(MANIFOLD, images.count)
-    chosen = np.linspace(0, images.count - 1, count).round().astype(int)
-    arrays = {"mu": summary.gaussians["pool"][0], "sigma": summary.gaussians["pool"][1]}
-    if "spatial" in summary.gaussians:
-        arrays["mu_s"], arrays["sigma_s"] = summary.gaussians["spatial"]
+    count = min(MANIFOLD, len(images))
+    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    arrays: dict[str, np.ndarray] = {}
+    for kind, gaussian in summary.gaussians.items():
+        arrays |= dict(zip(STATISTICS[kind], gaussian, strict=True))
     settings = {
         "source": images.name,
-        "count": images.count,
+        "count": len(images),
         "kind": features.kind,
         **features.facts,
         "versions": versions(),
@@ -152,83 +130,54 @@ def make_reference(
             if len(rows):
                 yield part[rows]
 
-    write_npz(out, arrays, images=selected(), shape=(count, *images.shape))
-    print(f"{out}: statistics of {images.count:,} images, {count:,} of them inside")
-
-
-def target(flag: str, text: str, suffix: str) -> epath.Path:
-    """The path of a new file. UserError: it exists, or has another suffix."""
-    out = epath.Path(text)
-    if out.suffix != suffix:
-        raise UserError(f"--{flag}={text}: must end in {suffix}")
-    if out.exists():
-        raise UserError(f"--{flag}={text}: exists already: remove it or use another")
-    return out
+    write_npz(out, arrays, selected(), (count, *images.shape[1:]))
+    print(f"{out}: statistics of {len(images):,} images, {count:,} of them inside")
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that name the network of the metrics."""
-    parser.add_argument(
-        "--features", choices=KINDS, default="inception", help="(%(default)s)"
-    )
-    parser.add_argument(
+    """The flags that name the network of the metrics, and how images are read."""
+    add = parser.add_argument
+    add("--features", choices=KINDS, default="inception", help="(%(default)s)")
+    add(
         "--inception",
         default="inception.safetensors",
         metavar="FILE",
         help="weights, .pth, .npz or .safetensors (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--resolution",
         type=int,
         help="centre-crop a folder or dataset to this side, as ADM does",
     )
-    parser.add_argument(
-        "--split", default="train", help="of a dataset that has splits (%(default)s)"
-    )
+    add("--split", default="train", help="of a dataset with splits (%(default)s)")
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("samples", nargs="?", metavar="SAMPLES", help=".npz, folder, tfds:NAME, digits")
+    add("samples", metavar="SAMPLES", help=".npz, folder, tfds:NAME, digits")
     add("--reference", metavar="REF", help="what to compare them with")
     add("--make_reference", metavar="FILE.npz", help="write statistics of SAMPLES")
     add("--out", metavar="FILE.json", help="results (beside SAMPLES)")
     add("--batch_size", type=int, default=64, help="of the network (%(default)s)")
     add_feature_arguments(parser)
-    add("--selftest", action="store_true", help="check the metrics on this machine")
-    add("--golden", type=Path, metavar="DIR", help="golden files for --selftest")
-    arguments = parser.parse_args()
-    wanted = (arguments.selftest, arguments.reference, arguments.make_reference)
-    if sum(map(bool, wanted)) != 1:
-        parser.error("give one of --reference, --make_reference and --selftest")
-    if not arguments.selftest and not arguments.samples:
-        parser.error("SAMPLES is missing")
-    return arguments
-
-
-def main() -> int:
-    a = parse()
-    if a.selftest:
-        return selftest(a.golden)
-    devices = jax.device_count()
-    batch = -(-max(a.batch_size, 1) // devices) * devices
+    a = parser.parse()
+    if bool(a.reference) == bool(a.make_reference):
+        parser.error("give one of --reference and --make_reference")
     if a.make_reference:
-        out = target("make_reference", a.make_reference, ".npz")
+        out = new_file("make_reference", a.make_reference, ".npz")
     else:
         beside = Path(a.samples.rstrip("/")).with_suffix(".json")
-        out = target("out", a.out or str(beside), ".json")
+        out = new_file("out", a.out or str(beside), ".json")
     samples = open_images(a.samples, a.resolution, a.split)
-    mesh = make_mesh(-1, 1, batch_size=devices)
+    if not len(samples):
+        raise UserError(f"{a.samples}: has statistics alone: give a set with images")
+    devices = jax.device_count()
+    batch = -(-max(a.batch_size, 1) // devices) * devices
+    mesh = make_mesh()
     features: Any = make_features(a.features, a.inception, mesh, batch)
     if a.make_reference:
         make_reference(features, samples, out, batch)
     else:
-        evaluate(features, samples, a.reference, out, batch, a.resolution, a.split)
-    return 0
-
-
-if __name__ == "__main__":
-    run_program(main)
+        reference = open_images(a.reference, a.resolution, a.split)
+        evaluate(features, samples, reference, out, batch)

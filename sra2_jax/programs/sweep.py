@@ -7,8 +7,6 @@ cell; run again, it goes on with the cells that are missing. Runs without Tensor
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,29 +14,44 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
-from sra2_jax import config as configuration
-from sra2_jax import distributed
-from sra2_jax.command import run_program
+from sra2_jax import runtime
+from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.generate import batch_size, draw_labels
-from sra2_jax.metrics.archive import open_reference
-from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
-from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.programs.evaluate import SHOWN, add_feature_arguments
-from sra2_jax.programs.subject import (
-    Subject,
-    add_arguments,
-    open_subject,
+from sra2_jax.generate import (
+    Generator,
+    draw_labels,
+    open_run,
     read_settings,
+    refuse_others,
 )
-from tools import plots
+from sra2_jax.metrics import METRICS
+from sra2_jax.metrics.compare import (
+    Summary,
+    compare,
+    summarise,
+    summarise_reference,
+    watched,
+)
+from sra2_jax.metrics.features import Features, make_features
+from sra2_jax.metrics.sets import open_images
+from sra2_jax.programs.evaluate import add_feature_arguments
+from sra2_jax.programs.sample import add_run_arguments
+from sra2_jax.run import as_json, read_json, write_whole
 
 Interval = tuple[float, float]
-Cell = dict[str, Any]
 FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")
+Cell = tuple[float, float, float]  # of those
+Results = dict[Cell, dict[str, float]]  # metrics of the finished cells
+GREY, BEST = "#666666", "#d55e00"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+}
 
 
 def parse_scales(text: str) -> list[float]:
@@ -71,182 +84,168 @@ def parse_intervals(text: str) -> list[Interval]:
     return pairs
 
 
-def cells_of(scales: Sequence[float], intervals: Sequence[Interval]) -> list[Cell]:
-    """One cell a pair; scale 1 is no guidance, whatever the interval: one cell."""
-    found: list[Cell] = []
-    for scale in scales:
-        for low, high in intervals:
-            if scale == 1:
-                low, high = 0.0, 1.0
-            cell = dict(zip(NAMES, (scale, low, high), strict=True))
-            if cell not in found:
-                found.append(cell)
-    return found
+def cell_of(scale: float, interval: Interval) -> Cell:
+    """Scale 1 is no guidance, whatever the interval: one cell."""
+    return (scale, 0.0, 1.0) if scale == 1 else (scale, *interval)
 
 
-def find(cells: Sequence[Cell], wanted: Cell) -> Cell | None:
-    """The finished cell of a guidance."""
-    for cell in cells:
-        if all(cell[name] == wanted[name] for name in NAMES):
-            return cell
-    return None
+def guidance_of(cell: Cell) -> dict[str, float]:
+    """What a cell changes of the config."""
+    return {f"sampling.{n}": value for n, value in zip(NAMES, cell, strict=True)}
 
 
-def read_finished(path: epath.Path, settings: dict[str, Any]) -> list[Cell]:
+def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
     """The cells of an earlier call.
 
     Raises:
       UserError: it had other settings, or its file cannot be read.
     """
     if not path.exists():
-        return []
-    try:
-        saved = json.loads(path.read_text())
-        cells: list[Cell] = saved["cells"]
-        before = saved["settings"]
-        assert all(isinstance(cell["metrics"], dict) for cell in cells)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise UserError(f"{path}: cannot be read: move it or use another --out") from (
-            error
-        )
-    now = json.loads(json.dumps(settings))
-    for key in sorted((now.keys() | before.keys()) - {"versions", "batch_size"}):
-        if now.get(key) != before.get(key):
-            raise UserError(
-                f"{path} is a sweep with other settings: {key} is "
-                f"{before.get(key)!r} there, {now.get(key)!r} now: use another --out"
-            )
-    return cells
+        return {}
+    saved = read_json(path)
+    refuse_others(path, saved["settings"], settings)
+    return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
 
 
 def run_cell(
-    subject: Subject, features: Features, reference: Summary, cell: Cell, count: int
+    generate: Generator, features: Features, reference: Summary, cell: Cell, count: int
 ) -> dict[str, float]:
     """The metrics of `count` samples with a guidance."""
-    config = subject.config.copy_and_resolve_references()
-    config.sampling.update(cell)
-    generate = subject.make(config)
+    generate = generate.override(guidance_of(cell))
     indices = np.arange(count)
-    labels = draw_labels(config, indices)
-    name = "guidance {:g} in [{:g}, {:g}]".format(*(cell[n] for n in NAMES))
-    batches = tqdm(
-        generate(subject.params, indices, labels),
-        total=-(-count // batch_size(config, subject.mesh)),
-        unit="batch",
-        desc=name,
-        disable=jax.process_index() > 0,
-    )
+    labels = draw_labels(generate.config, indices)
+    name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
+    images = watched(generate(indices, labels), count, name)
     keep = count if reference.kept is not None else 0
-    summary = summarise(features, batches, name, total=count, keep=keep, labels=labels)
+    summary = summarise(features, images, name, total=count, keep=keep, labels=labels)
     return compare(features, summary, reference)
 
 
-def table(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
+def table(results: Results, settings: dict[str, Any]) -> str:
     """The cells as a Markdown table, the smallest distance in bold."""
-    names = list(cells[0]["metrics"])
-    best = min(cells, key=lambda cell: cell["metrics"][names[0]])
+    names = list(next(iter(results.values())))
+    best = min(results, key=lambda cell: results[cell][names[0]])
     lines = [
         f"{settings['num_samples']:,} samples a cell, the same noise and labels in "
         f"each; seed {settings['seed']}, {settings['method']}, {settings['steps']} "
         f"steps, {settings['labels']} labels, {settings['weights']} weights of step "
         f"{settings['step']:,}; {settings['features']}.",
         "",
-        f"| guidance | interval | {' | '.join(SHOWN[name] for name in names)} |",
+        f"| guidance | interval | {' | '.join(METRICS[n][0] for n in names)} |",
         "|" + "---|" * (2 + len(names)),
     ]
-    for cell in sorted(cells, key=lambda c: [c[name] for name in NAMES]):
-        values = [f"{cell['metrics'][name]:.4g}" for name in names]
-        if cell is best:
+    for cell in sorted(results):
+        scale, low, high = cell
+        values = [f"{results[cell][name]:.4g}" for name in names]
+        if cell == best:
             values[0] = f"**{values[0]}**"
-        interval = (
-            "none"
-            if cell["guidance"] == 1
-            else "{:g} to {:g}".format(*(cell[name] for name in NAMES[1:]))
-        )
-        row = [f"{cell['guidance']:g}", interval, *values]
-        lines.append(f"| {' | '.join(row)} |")
+        interval = "none" if scale == 1 else f"{low:g} to {high:g}"
+        lines.append(f"| {' | '.join([f'{scale:g}', interval, *values])} |")
     return "\n".join(lines) + "\n"
 
 
 def write(
     out: epath.Path,
-    cells: Sequence[Cell],
+    results: Results,
     settings: dict[str, Any],
     scales: Sequence[float],
     intervals: Sequence[Interval],
 ) -> None:
     """sweep.json, sweep.md and sweep.png of the finished cells."""
-    text = json.dumps({"settings": settings, "cells": cells}, indent=2) + "\n"
-    fresh = out / f"{FILE}.tmp"
-    fresh.write_text(text)
-    fresh.replace(out / FILE)
-    (out / "sweep.md").write_text(table(cells, settings))
-    metric = next(iter(cells[0]["metrics"]))
-    values = np.full((len(intervals), len(scales)), np.nan)
-    for i, (low, high) in enumerate(intervals):
-        for j, scale in enumerate(scales):
-            (wanted,) = cells_of([scale], [(low, high)])
-            if done := find(cells, wanted):
-                values[i, j] = done["metrics"][metric]
-    name = f"{SHOWN[metric]}, {settings['num_samples']:,} samples"
-    with plots.style():
-        figure = plots.heat_map(values, scales, intervals, name)
-        with (out / "sweep.png").open("wb") as file:
-            figure.savefig(file, dpi=150)
-
-
-def parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    cells = [
+        dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
+        for cell, metrics in results.items()
+    ]
+    write_whole(out / FILE, as_json({"settings": settings, "cells": cells}))
+    (out / "sweep.md").write_text(table(results, settings))
+    metric = next(iter(next(iter(results.values()))))
+    unknown = {metric: math.nan}
+    values = np.array(
+        [
+            [results.get(cell_of(s, interval), unknown)[metric] for s in scales]
+            for interval in intervals
+        ]
     )
-    add_arguments(parser)
+    title = f"{METRICS[metric][0]}, {settings['num_samples']:,} samples"
+    draw(out / "sweep.png", values, scales, intervals, title)
+
+
+def draw(
+    path: epath.Path,
+    values: np.ndarray,
+    scales: Sequence[float],
+    intervals: Sequence[Interval],
+    title: str,
+) -> None:
+    """Write a heat map as a PNG: a distance (rows: intervals, columns: guidance
+    scales), darker is better, the best one framed; NaN: not measured yet."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows, columns = values.shape
+    with matplotlib.rc_context(STYLE):
+        size = 1.9 + 0.95 * columns, 1.3 + 0.6 * rows
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        # steps of equal ratio look equal: distances span powers of ten
+        logs = np.log(np.maximum(values, 1e-12))
+        axis.imshow(logs, cmap="viridis", aspect="auto")
+        bright = np.nanmin(logs) + 0.6 * (np.nanmax(logs) - np.nanmin(logs))
+        best = divmod(int(np.nanargmin(values)), columns)
+        for i, j in np.argwhere(np.isfinite(values)).tolist():
+            look: Any = {"color": "black" if logs[i, j] > bright else "white"}
+            look["weight"] = "bold" if (i, j) == best else "normal"
+            axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", **look)
+        corner = best[1] - 0.48, best[0] - 0.48
+        frame: Any = {"fill": False, "edgecolor": BEST, "linewidth": 2}
+        axis.add_patch(Rectangle(corner, 0.96, 0.96, **frame))
+        names = [f"{s:g}" if s != 1 else "1 (none)" for s in scales]
+        axis.set_xticks(range(columns), names)
+        axis.set_yticks(range(rows), [f"{a:g} to {b:g}" for a, b in intervals])
+        axis.tick_params(length=0)
+        axis.set_xlabel("guidance scale")
+        axis.set_ylabel("interval of t, 0 = data")
+        axis.set_title(title)
+        with path.open("wb") as file:
+            figure.savefig(file, format="png", dpi=150)
+
+
+def main() -> None:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add_run_arguments(parser)
     add = parser.add_argument
-    add(
-        "--reference",
-        required=True,
-        metavar="REF",
-        help="as of sra2_jax.programs.evaluate",
-    )
+    add("--reference", required=True, metavar="REF", help="as that of evaluate")
     add("--out", required=True, metavar="FOLDER", help="for table, picture and JSON")
     add("--guidance", default="1,1.4,1.8,2.2", help="scales (%(default)s)")
     add("--interval", default="0:1,0:0.7", help="low:high, t = 0 is data (%(default)s)")
     add("--num", type=int, default=5000, help="samples a cell (%(default)s)")
     add_feature_arguments(parser)
-    return parser.parse_known_args()
-
-
-def main() -> None:
-    a, overrides = parse()
+    a, overrides = parser.parse_known()
     scales, intervals = parse_scales(a.guidance), parse_intervals(a.interval)
     if a.num < 2:
         raise UserError(f"--num={a.num}: must be at least 2")
     config = read_settings(a.workdir, overrides)
-    for cell in cells_of(scales, intervals):  # fails before anything is loaded
-        changed = config.copy_and_resolve_references()
-        changed.sampling.update(cell)
-        configuration.check(changed)
-    distributed.initialize(a)
-    held = open_reference(a.reference, a.resolution, a.split)
-    subject = open_subject(config, a.workdir, a.weights, a.step)
-    batch = batch_size(config, subject.mesh)
-    features = make_features(a.features, a.inception, subject.mesh, batch)
-    settings = {k: v for k, v in subject.settings.items() if k not in NAMES}
+    cells = {cell_of(s, i): None for s in scales for i in intervals}  # each once
+    for cell in cells:  # fails before anything is loaded
+        config.override(guidance_of(cell))
+    runtime.join(a)
+    held = open_images(a.reference, a.resolution, a.split)
+    generate = open_run(a.workdir, config, a.weights, a.step)
+    batch, mesh = generate.batch, generate.program.mesh
+    features = make_features(a.features, a.inception, mesh, batch)
+    settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
     out = epath.Path(a.out)
-    cells = read_finished(out / FILE, settings)
+    results = read_finished(out / FILE, settings)
     out.mkdir(parents=True, exist_ok=True)
     reference = summarise_reference(features, held, batch, manifold=True)
-    for cell in cells_of(scales, intervals):
-        if not find(cells, cell):
-            metrics = run_cell(subject, features, reference, cell, a.num)
-            cells.append({**cell, "metrics": metrics})
+    for cell in cells:
+        if cell not in results:
+            results[cell] = run_cell(generate, features, reference, cell, a.num)
         if jax.process_index() == 0:
-            write(out, cells, settings, scales, intervals)
+            write(out, results, settings, scales, intervals)
     if jax.process_index() == 0:
-        print(table(cells, settings))
+        print(table(results, settings))
         print(f"wrote {out / 'sweep.md'}, sweep.png, {FILE}")
-    distributed.finish()
-
-
-if __name__ == "__main__":
-    run_program(main)
+    runtime.part()

@@ -1,13 +1,13 @@
-"""Check this machine's numbers against golden files: python -m sra2_jax verify DIR.
+"""Check this machine's numbers against known ones: python -m sra2_jax verify [DIR].
 
-Every file in DIR (format: tests/golden/README.md) is one or more cases computed by
-public reference code. One line a case with its largest relative error; exit status 1
-if any is out of tolerance. Runs without TensorFlow.
+Metrics against closed forms; then, of every file in DIR (format:
+tests/golden/README.md), one or more cases computed by public reference code. One line a
+case with its largest relative error; exit status 1 if any is out of tolerance. Runs
+without TensorFlow.
 """
 
-import argparse
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,20 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from sra2_jax import alignment, sampler
-from sra2_jax.command import run_program
+from sra2_jax import sampler
+from sra2_jax.alignment import HEAD_NAMES
+from sra2_jax.alignment.base import MLPHead, elementwise
+from sra2_jax.command import Parser
 from sra2_jax.data.images import center_crop
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
+from sra2_jax.metrics.moments import (
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    gaussian,
+)
 from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.models.dit import DiT
-from sra2_jax.models.heads import MLPHead
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
 from sra2_jax.weights.inception import from_torch_fidelity
 from sra2_jax.weights.sit import from_reference
 
-FLOAT32, TRAJECTORY32, FLOAT64 = 1e-4, 1e-3, 1e-6
+FLOAT32, TRAJECTORY32, FLOAT64, EXACT = 1e-4, 1e-3, 1e-6, 1e-9
 FLOAT16_DISTANCES = 0.005  # in which ADM finds neighbours; absolute
 
 # (case, error, tolerance)
@@ -51,6 +57,36 @@ def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
     return float(np.abs(a - b).max() / (scale if scale > 0 else 1.0))
 
 
+def closed_forms() -> Iterator[Result]:
+    """Two Gaussians whose covariances share their axes, in uneven batches; ten equally
+    likely, certain classes; samples that fill one of two far clusters."""
+    draw = np.random.default_rng(0)
+    spreads, means = draw.uniform(0.5, 2, size=(2, 64)), draw.normal(size=(2, 64))
+    points = draw.normal(size=(500, 64))
+    # Whitened: mean 0 and covariance 1 up to rounding.
+    points = np.linalg.qr(points - points.mean(axis=0))[0] * np.sqrt(499)
+    sides = []
+    for spread, mean in zip(spreads, means, strict=True):
+        moments = Moments("closed form")
+        for part in np.split(points * spread + mean, [1, 30, 400]):
+            moments.add(part)
+        sides += [moments.mean, moments.cov()]
+    expected = np.sum((means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2)
+    error = relative_error(frechet_distance(*sides), expected)
+    yield "Frechet distance of two Gaussians", error, EXACT
+    score = InceptionScore(100)
+    for rows in np.split(np.tile(np.eye(10), (60, 1)), [250]):
+        score.add(rows)
+    error = relative_error(score.value(), 10.0)
+    yield "Inception Score of 10 certain classes", error, EXACT
+    cluster = draw.uniform(size=(200, 64)).astype(np.float32)
+    real = np.concatenate([cluster, cluster + 100])
+    samples = np.concatenate([cluster, cluster[:50] - 100])
+    found = np.array(precision_recall(real, samples))
+    error = relative_error(found, np.array([0.8, 0.5]))
+    yield "precision 4/5 and recall 1/2", error, EXACT
+
+
 def nhwc(x: np.ndarray) -> jax.Array:
     """Channels last, on the device."""
     return jnp.moveaxis(jnp.asarray(x), 1, -1)
@@ -60,7 +96,7 @@ def sit(path: Path, data: Arrays) -> Iterator[Result]:
     """The backbone with reference weights, and REPA's or SRA's head on its block."""
     config = json.loads(str(data["config"]))
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
-    settings, params, heads = from_reference(weights)
+    settings, params, heads = from_reference(weights, HEAD_NAMES)
     model = DiT(heads=config["num_heads"], **settings)
     depth = config.get("encoder_depth", config.get("align_depth", 1))
     apply: Any = jax.jit(model.apply, static_argnums=4)
@@ -75,9 +111,7 @@ def sit(path: Path, data: Arrays) -> Iterator[Result]:
         projected: Any = head.apply({"params": tree}, kept[depth], c)
         results |= {"z": projected, "projected": projected}
     if "target" in data:
-        losses = alignment.elementwise(
-            "cosine", results["z"], jnp.asarray(data["target"]), 0.0
-        )
+        losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
     for name in sorted({"hidden", "projected", "projection_loss", "z"} & data.keys()):
         yield name, relative_error(results[name], data[name]), FLOAT32
@@ -160,7 +194,7 @@ def alignment_losses(path: Path, data: Arrays) -> Iterator[Result]:
         ("cosine", "cosine", "tokens_a", "tokens_b"),
     ):
         sides = jnp.asarray(data[a]), jnp.asarray(data[b])
-        value = jnp.mean(alignment.elementwise(loss, *sides, 0.05))
+        value = jnp.mean(elementwise(loss, *sides, 0.05))
         yield case, relative_error(value, data[case]), FLOAT32
 
 
@@ -223,24 +257,18 @@ def inception(path: Path, data: Arrays) -> Iterator[Result]:
         yield case, relative_error(ours, data[case]), FLOAT32
 
 
-def kind_of(data: Arrays) -> Check | None:
-    """The check that a file's keys call for; None where none exists yet."""
-    keys = set(data)
-    if "w/y_embedder.embedding_table.weight" in keys:
-        return sit
-    for key, check in {
-        "moments": vae,
-        "last_hidden_state": dinov2,
-        "latents": samplers,
-        "linear|alpha": interpolants,
-        "smooth_l1_beta005": alignment_losses,
-        "in_0": crops,
-        "inception_score_split_all": adm_metrics,
-        "logits_unbiased": inception,
-    }.items():
-        if key in keys:
-            return check
-    return None
+# a key of a golden file -> the check that it calls for
+CHECKS: dict[str, Check] = {
+    "w/y_embedder.embedding_table.weight": sit,
+    "moments": vae,
+    "last_hidden_state": dinov2,
+    "latents": samplers,
+    "linear|alpha": interpolants,
+    "smooth_l1_beta005": alignment_losses,
+    "in_0": crops,
+    "inception_score_split_all": adm_metrics,
+    "logits_unbiased": inception,
+}
 
 
 def passes(where: str, result: Result) -> bool:
@@ -252,60 +280,47 @@ def passes(where: str, result: Result) -> bool:
     return ok
 
 
-def verify(
-    folder: Path, strict: bool = False, kinds: Collection[Check] | None = None
-) -> int:
-    """Check every .npz below `folder`; print a line a case; return the exit status.
-
-    kinds: the checks to run, all by default.
+def verify(folder: Path | None, strict: bool = False) -> int:
+    """Check closed forms and every .npz below `folder`; print a line a case; return the
+    exit status.
 
     Raises:
-      UserError: no such folder, or no golden file in it.
+      UserError: no golden file in `folder`.
     """
-    files = sorted(folder.rglob("*.npz"))
-    if not files:
+    files = sorted(folder.rglob("*.npz")) if folder else []
+    if folder and not files:
         raise UserError(f"{folder} holds no golden .npz files: name their folder")
-    failed = skipped = passed = 0
+    passed = [passes("closed form", result) for result in closed_forms()]
+    skipped = 0
     for path in files:
-        name = str(path.relative_to(folder))
+        name = str(path.relative_to(folder or ""))
         try:
             # Opened here: np.load leaves a file that is no archive open.
             with path.open("rb") as file, np.load(file) as archive:
                 data = dict(archive)
-            check = kind_of(data)
-            if kinds is not None and check not in kinds:
-                continue
-            if check is None:
+            checks = [check for key, check in CHECKS.items() if key in data]
+            if not checks:
                 skipped += 1
                 print(f"{name}: kind not covered yet")
                 continue
-            for result in check(path, data):
-                ok = passes(name, result)
-                failed, passed = failed + (not ok), passed + ok
+            passed += [passes(name, result) for result in checks[0](path, data)]
         except (BadZipFile, KeyError, OSError, ValueError) as error:
-            failed += 1
+            passed.append(False)
             print(f"{name}: FAILED: {type(error).__name__}: {error}")
-    if kinds is not None and not failed + passed:
-        raise UserError(f"{folder} holds no golden files of these kinds")
-    device = jax.devices()[0]
+    device, good = jax.devices()[0], sum(passed)
     print(
-        f"{passed} passed, {failed} failed, {skipped} files not covered; "
+        f"{good} passed, {len(passed) - good} failed, {skipped} files not covered; "
         f"jax {jax.__version__} on {device.platform} ({device.device_kind})"
     )
-    return int(failed > 0 or (strict and skipped > 0))
+    return int(good < len(passed) or (strict and skipped > 0))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="folder of golden files")
-    parser.add_argument(
-        "--strict", action="store_true", help="fail on kinds not covered yet"
-    )
-    args = parser.parse_args()
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, metavar="DIR", help="folder of golden files")
+    add("--strict", action="store_true", help="fail on kinds not covered yet")
+    arguments = parser.parse()
     # Accelerators round float32 products to bf16 or TF32 unless told otherwise.
     with jax.default_matmul_precision("highest"):
-        return verify(args.folder, args.strict)
-
-
-if __name__ == "__main__":
-    run_program(main)
+        return verify(arguments.folder, arguments.strict)

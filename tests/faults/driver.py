@@ -64,17 +64,17 @@ def slow_steps(seconds):
 
 def slow_samples(seconds):
     """Between batches of samples."""
-    from sra2_jax import observe
+    from sra2_jax.observe import Observer
 
-    between = observe.between
+    between = Observer._between
 
-    def slowly(batches, alive):
-        for batch in between(batches, alive):
+    def slowly(self, batches):
+        for batch in between(self, batches):
             print("sampling", flush=True)
             time.sleep(seconds)
             yield batch
 
-    observe.between = slowly
+    Observer._between = slowly
 
 
 def slow_commit(seconds):
@@ -158,7 +158,7 @@ def child(command):
 def serve():
     # All that takes time, and starts no thread nor device.
     import sra2_jax.train  # noqa: F401
-    from sra2_jax.data.records import tensorflow
+    from sra2_jax.runtime import tensorflow
 
     tensorflow()
     import tensorflow_datasets  # noqa: F401

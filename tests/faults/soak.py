@@ -145,7 +145,7 @@ def test_encoding(tmp_path):
     """Killed 20 times, twice a dataset: the same files, byte for byte."""
 
     def encode(name):
-        command = [sys.executable, "-m", "sra2_jax.data.encode", "--images=digits"]
+        command = [sys.executable, "-m", "sra2_jax", "encode", "--images=digits"]
         command += [f"--out={tmp_path / name}", "--vae=digits", "--resolution=32"]
         return subprocess.Popen([*command, "--shards=24", "--mirror"], cwd=ROOT)
 

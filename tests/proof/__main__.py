@@ -1,8 +1,11 @@
-"""python -m tests.proof capture|check [PART ...] [--dump DIR], from the root.
+"""python -m tests.proof capture|check [PART ...] [--only REGEX] [--dump DIR]
+
+From the repository's root.
 
 `capture` writes the hash of each case to hashes.json, `check` computes them again,
 prints the cases that differ and ends with status 1 if any does. Parts: step, sampler,
-order, export, quickstart (minutes). --dump: the texts that are hashed, to be diffed.
+order, export, quickstart (minutes). --only: cases whose name it finds. --dump: the
+texts that are hashed, to be diffed. PROOF_QUICKSTART=DIR: a finished quickstart.
 Programs (StableHLO), order and exports are equal on every machine with the same JAX;
 quickstart's numbers only on the same kind of processor.
 """
@@ -11,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,12 +27,14 @@ from tests.proof import cases
 FILE = Path(__file__).parent / "hashes.json"
 
 
-def compute(parts: list[str], dump: Path | None) -> dict[str, str]:
+def compute(parts: list[str], only: str, dump: Path | None) -> dict[str, str]:
     """Name of the case -> hash of its text, or what went wrong."""
     found = {}
     for part in parts:
         for name, make in cases.PARTS[part]():
             name = f"{part}/{name}"
+            if not re.search(only, name):
+                continue
             try:
                 text = make()
             except Exception as error:
@@ -45,12 +51,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("capture", "check"))
     parser.add_argument("parts", nargs="*", default=[], metavar="PART")
-    parser.add_argument("--dump", type=Path)
+    parser.add_argument("--only", default="", metavar="REGEX")
+    parser.add_argument("--dump", type=Path, metavar="DIR")
     arguments = parser.parse_args()
     parts = arguments.parts or list(cases.PARTS)
-    found = compute(parts, arguments.dump)
+    found = compute(parts, arguments.only, arguments.dump)
     stored = json.loads(FILE.read_text()) if FILE.exists() else {}
-    mine = {k: v for k, v in stored.items() if k.split("/")[0] in parts}
+    mine = {
+        name: value
+        for name, value in stored.items()
+        if name.split("/")[0] in parts and re.search(arguments.only, name)
+    }
     if arguments.command == "capture":
         for name, value in found.items():
             if value.startswith("failed"):

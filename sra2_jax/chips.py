@@ -11,23 +11,19 @@ import importlib.util
 import os
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from sra2_jax.errors import UserError
-from tools import gpu_topology
-from tools.hlo import Counts
 
 GIB = 2**30
-TPUS = ("v4", "v5e", "v5p", "v6e")
-# What an estimate takes for granted, of the nominal figures; those that were measured
-# on an H200.
-MATMUL_SHARE, BANDWIDTH_SHARE = 0.8, 0.9
 KNOWN = (
     "v4 and v5p: 1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, ...; "
-    "v5e and v6e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; h200:N; cpu:N"
+    "v5e and v6e: 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16; cpu:N; "
+    "h200:N with tools.aot, from a checkout"
 )
 # libtpu would look for its machine; a value of the machine's own stays.
 QUIET = {
@@ -49,8 +45,10 @@ class Chip:
     bandwidth: float  # of main memory, bytes a second
     links: float  # bytes a second
     memory: float  # bytes
+    compiler: str = "libtpu"  # the package that compiles for it
 
 
+CUDA = "jax-cuda12-pjrt"
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -58,17 +56,12 @@ CHIPS = {
         Chip("v5e", 197e12, 0.819e12, 100e9, 15.75 * GIB),
         Chip("v5p", 459e12, 2.765e12, 200e9, 95.74 * GIB),
         Chip("v6e", 918e12, 1.64e12, 200e9, 31.25 * GIB),
-        Chip("a100", 312e12, 2.039e12, 600e9, 80e9),
-        Chip("h100", 989e12, 3.35e12, 900e9, 80e9),
-        Chip("h200", 989e12, 4.8e12, 900e9, 140.4 * GIB),
+        Chip("a100", 312e12, 2.039e12, 600e9, 80e9, CUDA),
+        Chip("h100", 989e12, 3.35e12, 900e9, 80e9, CUDA),
+        Chip("h200", 989e12, 4.8e12, 900e9, 140.4 * GIB, CUDA),
     )
 }
-
-
-def compile_only() -> None:
-    """Use no device of this machine: of TPUs and GPUs only the compilers are needed."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # "no GPU found", of the plugin
-    jax.config.update("jax_platforms", "cpu")
+TPUS = tuple(chip.name for chip in CHIPS.values() if chip.compiler == "libtpu")
 
 
 def of_device(kind: str) -> Chip | None:
@@ -78,6 +71,18 @@ def of_device(kind: str) -> Chip | None:
     return next((chip for chip in CHIPS.values() if chip.name in name), None)
 
 
+def compile_only() -> None:
+    """Use no device of this machine: of TPUs and GPUs only the compilers are needed."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # "no GPU found", of the plugin
+    jax.config.update("jax_platforms", "cpu")
+
+
+def compiler(chip: Chip | None) -> str:
+    """What compiles for a chip, in words; a CPU's compiler is JAX's own."""
+    extra = f", {chip.compiler} {version(chip.compiler)}" if chip else ""
+    return f"jax {jax.__version__}{extra}"
+
+
 def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     """The devices of a topology, "v5e:4x4" or "cpu:8", and their chip; CPUs have none.
 
@@ -85,10 +90,8 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
       UserError: there is no such topology, or no libtpu.
     """
     name, _, shape = topology.partition(":")
-    if name in ("cpu", "h200") and shape.isdigit() and int(shape):
-        if name == "cpu":
-            return _processors(int(shape)), None
-        return gpu_topology.find_devices(int(shape)), CHIPS[name]
+    if name == "cpu" and shape.isdigit() and int(shape):
+        return _processors(int(shape)), None
     if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"unknown --topology={topology}: known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
@@ -119,42 +122,3 @@ def _processors(n: int) -> list[Any]:
     if len(devices) < n:
         raise UserError(f"--topology=cpu:{n}: this process has {len(devices)} devices")
     return devices[:n]
-
-
-def estimate(
-    counts: Counts, flops: float, chip: Chip, devices: int
-) -> dict[str, float]:
-    """Seconds of a step, and MFU: a roofline, no measurement.
-
-    An instruction with a matrix product takes the longer of its arithmetic and its
-    traffic, every other one its traffic, at MATMUL_SHARE of the chip's FLOPs and
-    BANDWIDTH_SHARE of its bandwidth, one after the other. Collectives go round a ring
-    along one axis of the network, behind the rest ("hidden") or after it ("exposed").
-
-    Args:
-      flops: of the step by formula, over all devices; MFU is counted from them.
-    """
-    speed, bandwidth = MATMUL_SHARE * chip.flops, BANDWIDTH_SHARE * chip.bandwidth
-    compute = sum(
-        runs * max(flops / speed, size / bandwidth)
-        for flops, size, runs in counts.products
-    )
-    others = sum(counts.traffic[k] for k in ("elementwise", "copy", "custom"))
-    memory = others / bandwidth
-    wire = 0.0
-    for (kind, _), size in counts.collective_bytes.items():
-        # A ring sends an array once to gather or scatter it, twice to reduce it.
-        rounds = 2 if kind == "all-reduce" else 1
-        wire += rounds * size * (devices - 1) / devices / chip.links
-    busy = compute + memory
-    best, worst = max(busy, wire), busy + wire
-    peak = flops / (chip.flops * devices)
-    return {
-        "matmul_seconds": compute,
-        "memory_seconds": memory,
-        "collective_seconds": wire,
-        "step_seconds_hidden": best,
-        "step_seconds_exposed": worst,
-        "mfu_hidden": peak / best,
-        "mfu_exposed": peak / worst,
-    }

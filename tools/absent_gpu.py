@@ -11,11 +11,12 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 from jax.experimental import topologies
 
+from sra2_jax.config import Model
 from sra2_jax.errors import UserError
 
 # What the driver says of an H200 SXM with 141 GB, in XLA's GpuTargetConfigProto.
@@ -62,27 +63,24 @@ def find_devices(n: int) -> list[Any]:
     return list(made.devices)
 
 
+def attention(model: Model) -> Literal["cudnn", "xla"]:
+    """What such a GPU would run, see `sra2_jax.attention.implementation`."""
+    half = model.dtype == "bfloat16"
+    return "cudnn" if half and model.attention != "xla" else "xla"
+
+
 @contextlib.contextmanager
 def present() -> Iterator[None]:
-    """JAX and `sra2_jax.attention` take such a GPU for the first device."""
+    """JAX takes such a GPU for the first device."""
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     def version(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(".")))
 
-    def chosen(wanted: str, dtype: str, *_: int) -> str:
-        return "cudnn" if wanted != "xla" and dtype == "bfloat16" else "xla"
-
-    with (
-        mock.patch.object(fused, "check_cudnn_version", return_value=CUDNN),
-        mock.patch.object(
-            fused, "check_compute_capability", lambda text: version(text) <= CAPABILITY
-        ),
-        mock.patch.object(
-            fused,
-            "is_cuda_compute_capability_equal",
-            lambda text: version(text) == CAPABILITY,
-        ),
-        mock.patch("sra2_jax.state.implementation", chosen),
-    ):
+    answers = {
+        "check_cudnn_version": lambda: CUDNN,
+        "check_compute_capability": lambda text: version(text) <= CAPABILITY,
+        "is_cuda_compute_capability_equal": lambda text: version(text) == CAPABILITY,
+    }
+    with mock.patch.multiple(fused, **answers):
         yield

@@ -1,0 +1,59 @@
+"""A run written by an earlier version goes on to the very same numbers.
+
+tests/fixture_run is a run with all three alignments that SIGTERM stopped at step 4 of
+8, and beside it, rows.json, what the run logs when nothing stops it. A change of what
+it takes to read it must be meant, and said.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = Path(__file__).parent / "fixture_run"
+# Those that wrote it; the last two make processors round alike.
+FLAGS = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_max_isa=AVX2 --xla_cpu_multi_thread_eigen=false"
+)
+
+
+def command(*arguments):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.timeout(900)  # of a busy machine
+def test_goes_on_to_the_same_numbers(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURE, run)
+    said = json.loads(command("-m", "sra2_jax", "status", run, "--json").stdout)
+    said = said[0] if isinstance(said, list) else said
+    assert (said["step"], said["steps"], said["finished"]) == (4, 8, False)
+    assert said["checkpoint"]["step"] == 4
+    arguments = (FIXTURE / "arguments.txt").read_text().split()
+    printed = command("main.py", f"--workdir={run}", *arguments).stderr
+    assert "resumed with" not in printed  # the same config
+    rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    expected = json.loads((FIXTURE / "rows.json").read_text())
+    found = [  # rows hold speeds besides
+        {key: row[key] for key in wanted}
+        for row, wanted in zip(rows, expected, strict=True)
+    ]
+    assert found[4:] == expected[4:]
+    assert found == expected
+    assert not list((run / "checkpoints").glob("damaged*"))
