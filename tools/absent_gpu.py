@@ -77,7 +77,7 @@ def present() -> Iterator[None]:
     def version(text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split(".")))
 
-    answers = {
+    answers: dict[str, Any] = {
         "check_cudnn_version": lambda: CUDNN,
         "check_compute_capability": lambda text: version(text) <= CAPABILITY,
         "is_cuda_compute_capability_equal": lambda text: version(text) == CAPABILITY,
