@@ -102,7 +102,9 @@ def main() -> None:
     if not (out / "latents").exists():
         names = {"images": "digits", "vae": "digits"}
         encode(
-            EncodeOptions(out / "latents", resolution=32, store_images=True, **names)
+            EncodeOptions(
+                str(out / "latents"), resolution=32, store_images=True, **names
+            )
         )
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     for seed in range(arguments.seeds):

@@ -115,7 +115,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("data") / "latents"
     names = dict.fromkeys(("images", "vae", "encoder"), "digits")
-    encode(EncodeOptions(folder, resolution=32, store_images=True, grid=4, **names))
+    encode(
+        EncodeOptions(str(folder), resolution=32, store_images=True, grid=4, **names)
+    )
     return folder
 
 

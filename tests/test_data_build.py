@@ -70,8 +70,8 @@ class Killed(BaseException):
     """As SIGKILL: nothing catches it."""
 
 
-# Files appear in the order plan, lock, shard, facts, ... ; the folder's name at last.
-@pytest.mark.parametrize("number", range(1, 20))
+# Files get their names in the order shard, facts, ...; the folder at last.
+@pytest.mark.parametrize("number", range(1, 16))
 def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, number):
     out, count = tmp_path / "latents", 0
     calls = {name: getattr(Path, name) for name in ("rename", "unlink")}
@@ -95,13 +95,13 @@ def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, nu
         except Killed:
             pass
         else:
-            assert number > 15  # there were fewer
+            assert number == 15  # there were fewer
         assert not (out / records.FILE).exists() or contents(out).keys() >= whole.keys()
     seen = []
     run(source, out, progress=lambda *x: seen.append(x))
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
-    if number >= 4:  # shard 0 and its facts had their names
+    if number >= 3:  # shard 0 and its facts had their names
         assert all(done > 7 for done, _ in seen)
 
 

@@ -149,7 +149,7 @@ def test_images_and_features(tmp_path):
     folder = tmp_path / "latents"
     names = dict.fromkeys(("images", "vae", "encoder"), "digits")
     flags = {"resolution": 32, "split": "test", "store_images": True, "grid": 4}
-    info = encode(EncodeOptions(folder, **names, **flags))
+    info = encode(EncodeOptions(str(folder), **names, **flags))
     assert faults(folder, info) == []
     path = next(folder.glob("*-00003-of-*"))
     damage(path, "flip")

@@ -257,7 +257,7 @@ def test_refusals(runs, draw, tmp_path, monkeypatch, arguments, message):
         changed(tmp_path / name, **changes[name])
     if "OTHER" in arguments:
         names = {"images": "digits", "vae": "digits", "split": "test"}
-        encode(EncodeOptions(tmp_path / "held_out", resolution=32, **names))
+        encode(EncodeOptions(str(tmp_path / "held_out"), resolution=32, **names))
         section = json.loads((tmp_path / "OTHER" / "config.json").read_text())["data"]
         changed(tmp_path / "OTHER", data=section | {"dir": "held_out"})
     words = arguments.split()

@@ -23,6 +23,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import DINOv2Config
 from sra2_jax.models.vae import VAEConfig
+from sra2_jax.run import read_json
 from sra2_jax.weights import files, load_dinov2, load_vae
 from sra2_jax.weights.files import read_file
 
@@ -255,11 +256,9 @@ def test_damaged_files_are_read_or_refused(tiny, tmp_path):
         np.savez(tmp_path / name, **arrays)
         readers[name] = read
     save_file(weights, tmp_path / "w.safetensors", {"step": "3"})
-    (tmp_path / "c.json").write_text(json.dumps(tiny.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(tiny.to_dict()))
     readers["w.safetensors"] = read_file
-    readers["c.json"] = lambda path: configuration.from_saved(
-        configuration.read_json(path), str(path)
-    )
+    readers["config.json"] = lambda path: Config.of(read_json(path))
     draw = random.Random(0)
     for name, read in readers.items():
         whole, refusals = (tmp_path / name).read_bytes(), []

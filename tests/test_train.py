@@ -34,7 +34,8 @@ def run(finished, tmp_path):
 
 
 def final_state(config, workdir):
-    program = Program(Config.of(config), make_mesh())
+    config = config if isinstance(config, Config) else Config.of(config)
+    program = Program(config, make_mesh())
     with Checkpoints(Run(workdir)) as checkpoints:
         return jax.device_get(checkpoints.restore(program.abstract))
 

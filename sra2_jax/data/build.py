@@ -50,7 +50,7 @@ class Options:
       UserError: a value that none can be made with.
     """
 
-    out: str | os.PathLike = option("", "local folder to make")
+    out: str = option("", "local folder to make")
     vae: str = option("", "of the latents: diffusers folder or hub id")
     resolution: int = option(256, "of the images, pixels")
     split: str = option("train", "split to write, and to read where there are any")
@@ -61,7 +61,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        if "://" in os.fspath(self.out):
+        if "://" in str(self.out):
             raise UserError(f"{self.out}: give a local folder, and copy it there")
         try:
             records.check_split(self.split)

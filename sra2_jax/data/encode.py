@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,7 +40,7 @@ DTYPES = ("float32", "bfloat16")
 class EncodeOptions(Options):
     """What a dataset of latents is encoded with."""
 
-    images: str | os.PathLike = option("", image_sources.SPECS)
+    images: str = option("", image_sources.SPECS)
     store_images: bool = option(
         False, "keep the cropped images too, as PNG, for methods that need them"
     )
@@ -99,7 +98,7 @@ def encode(
     size += 2 * features.grid**2 * features.width if features else 0
     shards = options.choose_shards(source.length, (1 + options.mirror) * size)
     made_with = {
-        "images": os.fspath(options.images),
+        "images": options.images,
         "listing": source.fingerprint,
         "split": options.split,
         "vae": options.vae,

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +38,7 @@ ARRAYS = ("moments", "mean", "std", "labels")
 class ImportOptions(Options):
     """What a dataset of latents that exist is made with."""
 
-    source: str | os.PathLike = ""
+    source: str = ""
     num_classes: int = option(0, "by default the largest label and one")
     logvar: bool = option(
         False, "moments hold the logarithm of the variance, not the deviation"
@@ -86,7 +85,7 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     length = len(found.labels)
     shards = options.choose_shards(length, 4 * math.prod(shape))
     made_with = {
-        "imported": os.fspath(source),
+        "imported": source,
         "listing": found.fingerprint,
         "split": options.split,
         "vae": options.vae,
@@ -256,7 +255,9 @@ def _members(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz by name."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ARRAYS if name in archive}
+            return {
+                name: np.asarray(archive[name]) for name in ARRAYS if name in archive
+            }
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _unreadable(path, ".npz", error) from None
 

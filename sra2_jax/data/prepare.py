@@ -60,7 +60,7 @@ def prepare(
             )
         stored = "features" in fields
         options = EncodeOptions(
-            out=folder,
+            out=str(folder),
             vae=config.vae,
             resolution=config.data.resolution,
             images=config.data.images,
