@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
     c.align.encoder.model = "digits"
     c.align.encoder.width = 64
     c.align.encoder.head_width = 192
+    c.align.irepa.depth = 2
+    c.align.irepa.model = "digits"
+    c.align.irepa.width = 64
     c.align.teacher.depth, c.align.teacher.teacher_depth = 2, 4
     c.align.teacher.schedule = "constant"
     c.optim.learning_rate = 2e-3

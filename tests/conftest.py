@@ -63,7 +63,8 @@ def tiny() -> ConfigDict:
     c.model.width, c.model.depth, c.model.heads = 16, 2, 2
     c.model.scan = True
     c.align.vae.head_layers = 2
-    c.align.vae.depth = c.align.encoder.depth = c.align.teacher.depth = 1
+    for section in c.align.values():
+        section.depth = 1
     c.align.teacher.teacher_depth = 2
     c.sampling.steps = 3
     c.run.log_every = 1

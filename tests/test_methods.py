@@ -19,6 +19,7 @@ METHODS = {
     "vanilla": (),
     "SRA 2": ("vae",),
     "REPA": ("encoder",),
+    "iREPA": ("irepa",),
     "SRA": ("teacher",),
     "REPA + SRA 2": ("encoder", "vae"),
 }
@@ -167,6 +168,39 @@ def test_repa_is_minus_the_cosine_over_channels(tiny, digits, source):
         1 - cosine.mean(), rel=1e-4
     )
     parts = metrics["loss_denoise"] + 0.5 * metrics["loss_align_encoder"]
+    assert float(total) == pytest.approx(float(parts), rel=1e-6)
+
+
+def test_irepa_is_repa_on_standardised_features_with_a_convolution(tiny, digits):
+    """Each channel of each image has mean 0 and deviation 1 over the tokens; the head
+    is a 3x3 convolution, padded with zeros, over the grid of tokens; weight 1."""
+    switch(tiny, ("irepa",))
+    program = program_of(tiny)
+    params = moved_parameters(program)
+    batch = {k: jnp.asarray(v[:16]) for k, v in digits[0].items()}
+    draws = jax.jit(program.draw)(batch, jnp.asarray(0))
+    total, metrics = jax.jit(program.loss)(
+        params, None, program.load_frozen(), draws, jnp.asarray(0)
+    )
+    encoder, encoder_params = load_dinov2("digits")
+    z = np.asarray(patch_features(encoder, encoder_params, batch["image"], 4))
+    z = (z - z.mean(axis=1, keepdims=True)) / z.std(axis=1, keepdims=True)
+    inputs = draws["x_t"], draws["t"], draws["y"]
+    _, kept, _ = program.network.apply({"params": params["network"]}, *inputs, (1,))
+    x = np.pad(
+        np.asarray(kept[1]).reshape(16, 4, 4, 16), ((0, 0), (1, 1), (1, 1), (0, 0))
+    )
+    conv = jax.device_get(params["heads"]["irepa"]["conv"])
+    h = conv["bias"] + sum(
+        x[:, i : i + 4, j : j + 4] @ conv["kernel"][i, j]
+        for i in range(3)
+        for j in range(3)
+    )
+    h = h.reshape(16, 16, 64)
+    norms = np.linalg.norm(h, axis=-1) * np.linalg.norm(z, axis=-1)
+    expected = 1 - ((h * z).sum(-1) / norms).mean()
+    assert float(metrics["loss_align_irepa"]) == pytest.approx(expected, rel=1e-4)
+    parts = metrics["loss_denoise"] + metrics["loss_align_irepa"]
     assert float(total) == pytest.approx(float(parts), rel=1e-6)
 
 

@@ -42,13 +42,10 @@ def describe(
     """
     devices, chip = find_devices(topology)
     mesh = make_mesh(config.mesh, devices)
-    present: contextlib.AbstractContextManager[None]
-    if chip is CHIPS["h200"]:
-        present, attention = absent_gpu.present(), absent_gpu.attention(config.model)
-    else:
-        present, attention = contextlib.nullcontext(), "xla"
+    absent = chip is CHIPS["h200"]
+    attention = absent_gpu.attention(config.model) if absent else "xla"
     program = Program(config, mesh, attention)
-    with present:
+    with absent_gpu.present() if absent else contextlib.nullcontext():
         facts, compiled = fit.describe(program, topology, chip, memory_gb)
     facts |= {"program": None, "estimate": None}
     if compiled:

@@ -4,10 +4,11 @@ Machines are shared and clocks vary, so what is compared runs alternately in one
 process, and medians and ratios within a round count.
 """
 
+import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -106,36 +107,21 @@ def spread(values: Any) -> dict[str, float]:
     return dict(zip(("p10", "p50", "p90"), map(float, quantiles), strict=True))
 
 
-def matmul_speed(dtype: Any, side: int = 0, repeats: int = 3) -> float:
-    """FLOP/s of one device in products of square matrices, the best of `repeats`.
-
-    Args:
-      side: of the matrices; 0: 8192 on accelerators, 2048 on a CPU.
-    """
-    side = side or (2048 if jax.default_backend() == "cpu" else 8192)
-    products = 4
-
-    @jax.jit
-    def chain(a: jax.Array, b: jax.Array) -> jax.Array:
-        for _ in range(products):
-            a = a @ b
-        return a
-
+def matmul_speed(dtype: Any) -> float:
+    """FLOP/s of one device in products of square matrices, the best of three."""
+    side, products = 2048 if jax.default_backend() == "cpu" else 8192, 4
+    chain = jax.jit(lambda a, b: functools.reduce(jnp.matmul, [b] * products, a))
     # Columns of +-1/sqrt(side) keep the size of what they multiply.
     keys = jax.random.split(jax.random.key(0))
-    device = jax.local_devices()[0]
-    a = jax.device_put(jax.random.normal(keys[0], (side, side), dtype), device)
+    a = jax.random.normal(keys[0], (side, side), dtype)
     signs = jax.random.rademacher(keys[1], (side, side), dtype)
-    b = jax.device_put(signs / np.sqrt(side).astype(dtype), device)
-    jax.block_until_ready(chain(a, b))
-    best = min(_seconds(lambda: chain(a, b)) for _ in range(repeats))
-    return products * 2 * side**3 / best
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - began
+    b = signs / np.sqrt(side).astype(dtype)
+    seconds = []
+    for _ in range(4):  # the first compiles
+        began = time.perf_counter()
+        jax.block_until_ready(chain(a, b))
+        seconds.append(time.perf_counter() - began)
+    return products * 2 * side**3 / min(seconds)
 
 
 def machine() -> dict[str, Any]:

@@ -89,7 +89,7 @@ def describe(
     memory = memory_gb * 1e9 if memory_gb else chip.memory if chip else None
     fits = None
     if memory or not compiled:
-        fits = bool(compiled and memory and peak and peak <= memory * (1 - RESERVE))
+        fits = bool(compiled and memory and (peak or 0) <= memory * (1 - RESERVE))
     facts = {
         "config": config.name,
         "topology": topology,
