@@ -126,8 +126,8 @@ SIX = np.zeros(6, np.float32)
             "pos_embed is float64",
         ),
         (
-            lambda w: w | {"sra2_head.2.weight": SIX[:, None]},
-            r"sra2_head.2.weight is \(6, 1\), \(4, 32\) expected",
+            lambda w: w | {"sra2_head.3.weight": SIX[:, None]},
+            "sra2_head.3.weight is no layer of a head",
         ),
         (lambda w: w | {"module.pos_embed": SIX}, "same tensor under several"),
     ],
