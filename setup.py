@@ -17,15 +17,18 @@ setup(
     version="0.1.0",
     description="SRA 2 in JAX/Flax: diffusion transformers aligned with VAE latents",
     python_requires=">=3.11",
-    packages=find_packages(include=["sra2_jax", "sra2_jax.*"]),
+    # The configs are inside the wheel, so that they load from any folder.
+    packages=[*find_packages(include=["sra2_jax", "sra2_jax.*"]), "sra2_jax.configs"],
+    package_dir={"sra2_jax.configs": "configs"},
     package_data={
         "sra2_jax": ["assets/*/*", "report/*.html", "report/*.css", "report/*.js"]
     },
+    entry_points={"console_scripts": ["sra2 = sra2_jax.__main__:console"]},
     install_requires=requirements(),
     extras_require={
         "gpu": ["jax[cuda12]==0.10.2"],
         "tpu": ["jax[tpu]==0.10.2"],
-        "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in tools.aot
+        "aot": ["libtpu==0.0.42.1"],  # compiles for TPUs without one, in `sra2 fit`
         "aot-gpu": [  # the same for GPUs
             "jax-cuda12-plugin==0.10.2",
             "nvidia-cuda-nvcc-cu12==12.9.86",
