@@ -12,6 +12,7 @@ times the training step fed with them against one made-up batch, by turns.
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def read_cases(
         if name == "numpy":
             found[name].append(read(rows, config.batch_size, count))
         else:
-            with prefetch_to_device(rows, sharding) as placed:
+            with closing(prefetch_to_device(rows, sharding)) as placed:
                 found[name].append(read(placed, config.batch_size, count))
     cases = []
     for name, results in found.items():
@@ -125,7 +126,8 @@ def train_case(folder: Path, config: Config, rounds: int, steps: int) -> dict[st
     run = prepare(config)
     fed: dict[str, list[float]] = {"made up": [], "records": []}
     sharding = batch_sharding(run.program.mesh)
-    with prefetch_to_device(batches(folder, Order.of(config)), sharding) as placed:
+    rows = batches(folder, Order.of(config))
+    with closing(prefetch_to_device(rows, sharding)) as placed:
         for number, name in turns(list(fed), rounds):
             began = time.perf_counter()
             for _ in range(steps):

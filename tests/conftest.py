@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import gc
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,10 +81,10 @@ def as_file(tmp_path: Path) -> Callable[[ConfigDict], Path]:
     """Writes a config to a file for --config."""
 
     def write(config: ConfigDict) -> Path:
-        file = tmp_path / "config.py"
+        file, text = tmp_path / "config.py", json.dumps(config.to_dict())
         file.write_text(
             "import json\nfrom ml_collections import ConfigDict\n"
-            f"def get_config(): return ConfigDict(json.loads({config.to_json()!r}))\n"
+            f"def get_config(): return ConfigDict(json.loads({text!r}))\n"
         )
         return file
 

@@ -216,7 +216,7 @@ def test_damaged_and_foreign_files(tiny, tmp_path, monkeypatch):
         (tmp_path / f"pickle.{kind}").write_bytes(pickle.dumps(weights))
         (tmp_path / f"empty.{kind}").touch()
     np.savez(tmp_path / "objects.npz", a=np.array([{}], object))
-    np.savez(tmp_path / "foreign.npz", a=np.zeros(3))
+    np.savez(tmp_path / "foreign.npz", a=np.zeros(3, np.float32))
     (tmp_path / "weights.bin").touch()
     (tmp_path / "runs").mkdir()
     run = tmp_path / "runs" / "run"

@@ -23,8 +23,8 @@ BAD = {"ant/cut.jpg", "bee/text.png"}
 OPTIONS = {"vae": VAE, "resolution": SIDE, "max_bad": 0.2, "batch_size": 4}
 
 
-def run(source, out, **changes):
-    options = {"images": str(source), "out": str(out)} | OPTIONS | changes
+def run(source, folder, **changes):
+    options = {"images": str(source), "out": str(folder)} | OPTIONS | changes
     return encode(EncodeOptions(**options))
 
 

@@ -41,7 +41,7 @@ def file(weights, tmp_path_factory):
 
 def test_features_over_all_devices(data, file):
     """Golden values, in uneven batches: rows that fill up a batch are left out."""
-    features = InceptionFeatures(str(file), make_mesh(-1, 1, 8), batch=8)
+    features = InceptionFeatures(str(file), make_mesh(), batch=8)
     images = data["images"][np.arange(11) % 2]
     out = features(images)
     rows = np.arange(11) % 2

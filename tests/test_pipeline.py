@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,7 +135,7 @@ def fitting():
         data=SimpleNamespace(resolution=16, num_classes=10),
         latents=SimpleNamespace(size=2, channels=1, **factors),
         model=SimpleNamespace(patch_size=2),
-        align=SimpleNamespace(encoder=SimpleNamespace(model="digits", width=64)),
+        feature_readers=lambda: {"encoder": SimpleNamespace(model="digits", width=64)},
     )
 
 
@@ -172,8 +173,10 @@ def test_check_compares_features(dataset, fitting):
     info = dataclasses.replace(plain, features=features)
     records.check(info, "folder", fitting, ("features",))
     fitting.model.patch_size = 1
-    fitting.align.encoder = SimpleNamespace(model="other", width=768)
+    fitting.feature_readers = dict
     records.check(info, "folder", fitting)  # reads none
+    other = SimpleNamespace(model="other", width=768)
+    fitting.feature_readers = lambda: {"encoder": other}
     assert contradictions(info, fitting, ("features",)) == [
         ("align.encoder.model=other", "digits"),
         ("align.encoder.width=768", "64"),
@@ -342,7 +345,7 @@ def prefetching():
 
 def test_prefetch_yields_all_in_order():
     wanted = sharding()
-    with prefetch_to_device(numbered(20), wanted) as placed:
+    with closing(prefetch_to_device(numbered(20), wanted)) as placed:
         rows = list(placed)
     assert [int(row["x"][0, 0]) for row in rows] == list(range(20))
     assert rows[0]["x"].sharding == wanted
@@ -355,7 +358,7 @@ def test_prefetch_raises_what_the_iterator_raised():
         yield from numbered(3)
         raise UserError("shard 7 is damaged")
 
-    with prefetch_to_device(failing(), sharding()) as placed:
+    with closing(prefetch_to_device(failing(), sharding())) as placed:
         assert len(list(itertools.islice(placed, 3))) == 3
         with pytest.raises(UserError, match="shard 7"):
             next(placed)
@@ -366,7 +369,7 @@ def test_prefetch_raises_what_the_iterator_raised():
 
 def test_prefetch_stops_when_left():
     endless = (batch for _ in itertools.count() for batch in numbered(1))
-    with prefetch_to_device(endless, sharding()) as placed:
+    with closing(prefetch_to_device(endless, sharding())) as placed:
         next(placed)
     assert not prefetching()
 
@@ -377,14 +380,14 @@ import itertools, sys
 import jax, numpy as np
 from sra2_jax.programs import verify
 from sra2_jax.data import encode, images, import_latents, pipeline, records
-from sra2_jax import generate
+from sra2_jax import generator
 from sra2_jax.report import page as report
 from sra2_jax import step
 assert "tensorflow" not in sys.modules
 endless = ({"x": np.zeros((8, 2))} for _ in itertools.count())
 sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-context = pipeline.prefetch_to_device(endless, sharding)
-next(context.__enter__())
+placed = pipeline.prefetch_to_device(endless, sharding)
+next(placed)
 """
     subprocess.run(
         [sys.executable, "-c", program],

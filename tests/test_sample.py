@@ -184,7 +184,7 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
         ([stats, *DIGITS], "stats.npz: has statistics alone"),
         ([small], "give one of --reference and --make_reference"),
         ([small, *DIGITS, "--splitt=a"], "did you mean --split"),
-        ([small, *DIGITS, "--config.seed=1"], "unrecognized arguments: --config"),
+        ([small, *DIGITS, "--config.seed=1"], "unknown flag --config"),
         ([few, f"--reference={made}", "--out={other}"], "the Inception weights of FID"),
         ([whole, "--features=digits", f"--reference={few}", "--out=x"], "end in .json"),
         ([few, *DIGITS], "few.json: exists already"),
@@ -253,7 +253,7 @@ def test_verify_refusals(program):
     for arguments, message in (
         (["--strikt"], "did you mean --strict"),
         (["--strict", "--strict"], "--strict is given twice"),
-        (["a", "b"], "unrecognized arguments: b"),
+        (["a", "b"], "unexpected argument 'b'"),
     ):
         with pytest.raises(UserError, match=message):
             program(verify, *arguments)

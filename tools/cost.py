@@ -7,7 +7,6 @@ and cost.png.
 """
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ import numpy as np
 from sra2_jax import config_file
 from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.alignment.base import head_macs
-from sra2_jax.alignment.encoder import EncoderAlignment
 from sra2_jax.command import Parser, run_program
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
-from sra2_jax.models.dinov2 import DINOv2
 from sra2_jax.programs.fit import peak_bytes
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, count_parameters
@@ -34,15 +31,6 @@ METHODS = {
     " + ".join(ALIGNMENTS[name].title for name in on) or "vanilla": on
     for on in COMBINATIONS
 }
-
-
-class Unrolled(EncoderAlignment):
-    """Its network's blocks one by one: of a loop XLA counts one turn."""
-
-    @cached_property
-    def frozen(self) -> DINOv2 | None:
-        found = super().frozen
-        return found.clone(scan=False) if found else None
 
 
 def of_method(config: Config, title: str) -> Config:
@@ -63,8 +51,9 @@ def xla_flops(config: Config) -> float:
     plain = {"model.scan": False, "model.remat": "none", "model.dtype": "float32"}
     plain["model.attention"] = "xla"
     program = describe(config.override(one | plain))
-    if "encoder" in program.alignments:
-        program.alignments["encoder"] = Unrolled(**vars(program.config.align.encoder))
+    for align in program.alignments.values():
+        if align.frozen:  # unrolled: of a loop XLA counts one turn
+            vars(align)["frozen"] = align.frozen.clone(scan=False)
     params, step = program.abstract.params, jax.ShapeDtypeStruct((), jnp.int32)
     draws = jax.eval_shape(program.draw, program.batch, step)
     inputs = params, params["network"], program.frozen, draws, step
