@@ -66,10 +66,10 @@ def from_reference(
         position table than the fixed one.
     """
     weights = plain_names(weights)
-    for name, tensor in weights.items():
-        if getattr(tensor, "itemsize", 0) > 4:
-            raise UserError(f"{name} is {tensor.dtype}: save it as float32 or smaller")
     settings = _settings(weights)
+    for name, tensor in weights.items():
+        if tensor.dtype.itemsize > 4:
+            raise UserError(f"{name} is {tensor.dtype}: save it as float32 or smaller")
     del weights[POSITIONS]
     heads = {}
     for section, (prefix, linear) in names.items():
