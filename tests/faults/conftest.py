@@ -105,7 +105,7 @@ def free_port():
 
 @pytest.fixture
 def command(tiny, latents, as_file):
-    """Arguments of main.py: 12 steps, saved every 4, a row every 2, a picture at 6."""
+    """Arguments of main.py: 12 steps, saved every 4, a row every 2, a picture at 10."""
     tiny.steps, tiny.data.dir, tiny.eval.features = 12, str(latents), ""
-    tiny.run.checkpoint_every, tiny.run.log_every, tiny.run.sample_every = 4, 2, 6
+    tiny.run.checkpoint_every, tiny.run.log_every, tiny.run.sample_every = 4, 2, 10
     return [f"--config={as_file(tiny)}"]

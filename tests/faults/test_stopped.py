@@ -28,9 +28,9 @@ def test_a_run_stopped_everywhere_is_the_run_never_stopped(
     early = start(*run).until(lambda: (other / "lock.json").exists())
     assert early.kill().status(60) == 42
 
-    saving = start(*run, slow_commit=1.5, slow_steps=0.3).until("saving")
+    saving = start(*run, slow_commit=1.5, slow_steps=0.2).until("saving")
     assert saving.kill().status(60) == 42
-    assert (step := saved(other)[-1]) in (4, 5)
+    assert (step := saved(other)[-1]) in (4, 5, 6, 7, 8)
 
     waiting = start(*run, no_data=1).until("no data")
     assert waiting.kill().status(60) == 42
@@ -39,7 +39,7 @@ def test_a_run_stopped_everywhere_is_the_run_never_stopped(
 
     sampling = start(*run, slow_samples=1).until("sampling")
     assert sampling.kill().status(60) == 42
-    assert (step := saved(other)[-1]) in (6, 12)
+    assert (step := saved(other)[-1]) in (10, 12)
 
     killed = start(*run, "--config.steps=13", slow_commit=2).until("saving")
     assert killed.kill(signal.SIGKILL).status() == -9
@@ -49,7 +49,7 @@ def test_a_run_stopped_everywhere_is_the_run_never_stopped(
     assert whole.status() == 0
     assert without_speed(rows(other)) == without_speed(rows(one))
     assert [r["step"] for r in rows(one)] == [2, 4, 6, 8, 10, 12]
-    for name in ("samples/step_00000006.png", "samples/step_00000012.png"):
+    for name in ("samples/step_00000010.png", "samples/step_00000012.png"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
     jax.tree.map(
         np.testing.assert_array_equal, final_state(tiny, one), final_state(tiny, other)
