@@ -14,10 +14,8 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import shutil
-from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,100 +24,11 @@ import numpy as np
 
 import sra2_jax
 from sra2_jax.data import records
+from sra2_jax.data.options import Options
 from sra2_jax.data.writer import Facts, ShardWriter, flush, manifest, temporary_name
 from sra2_jax.errors import UserError
-from sra2_jax.models.vae import VAEConfig
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
-# Shards of 64 to 128 MB: large enough to stream well, small enough to move.
-SHARD_BYTES = 128 * 2**20
-# So that several readers have shards of their own (data.streams).
-MIN_SHARDS = 8
-
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A field whose flag has this help; `more`, such as choices, is argparse's."""
-    return dataclasses.field(default=default, metadata={"help": text, **more})
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What every dataset is made with, each field a flag.
-
-    Raises:
-      UserError: a value that none can be made with.
-    """
-
-    out: str = option("", "local folder to make")
-    vae: str = option("", "of the latents: diffusers folder or hub id")
-    resolution: int = option(256, "of the images, pixels")
-    split: str = option("train", "split to write, and to read where there are any")
-    shards: int = option(0, "number of files; by default from the size")
-    process_index: int = option(0, "of this process, from 0")
-    process_count: int = option(
-        1, "processes that share the work, each with the same other flags"
-    )
-
-    def __post_init__(self) -> None:
-        if "://" in str(self.out):
-            raise UserError(f"{self.out}: give a local folder, and copy it there")
-        try:
-            records.check_split(self.split)
-        except ValueError as error:
-            raise UserError(f"--split: {error}; choose another") from None
-        if not 0 <= self.process_index < self.process_count:
-            raise UserError(
-                f"--process_index={self.process_index} of --process_count="
-                f"{self.process_count}: count processes from 0"
-            )
-
-    @classmethod
-    def add_flags(cls, parser: ArgumentParser) -> None:
-        """A flag for each field that has a help."""
-        for f in dataclasses.fields(cls):
-            more = dict(f.metadata)
-            if not more:
-                continue
-            if f.default is False:
-                more["action"] = "store_true"
-            else:
-                more["type"] = type(f.default)
-            if f.default:
-                more["help"] += " (%(default)s)"
-            parser.add_argument(f"--{f.name}", default=f.default, **more)
-
-    def latent_shape(self, config: VAEConfig) -> tuple[int, int, int]:
-        """(h, w, c) of the latents that the VAE of this config makes.
-
-        Raises:
-          UserError: the resolution is no multiple of its downsampling.
-        """
-        if self.resolution < 1 or self.resolution % config.downsample:
-            raise UserError(
-                f"resolution {self.resolution} is not a multiple of "
-                f"{config.downsample}, the downsampling of {self.vae}; change "
-                "--resolution"
-            )
-        side = self.resolution // config.downsample
-        return side, side, config.latent_channels
-
-    def choose_shards(self, length: int, size: int) -> int:
-        """The number asked for, else a power of two, so that readers share them evenly.
-
-        size: bytes of what each of `length` images leaves, about.
-
-        Raises:
-          UserError: more shards than images, or less than none.
-        """
-        if not self.shards:
-            wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
-            return min(length, 2 ** math.ceil(math.log2(wanted)))
-        if not 1 <= self.shards <= length:
-            raise UserError(
-                f"--shards={self.shards} for {length} images; use a number from 1 to "
-                f"{length}"
-            )
-        return self.shards
 
 
 class Build:
@@ -143,15 +52,16 @@ class Build:
         self.out, self.split, self.shards = Path(options.out), options.split, shards
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
         self.own = range(options.process_index, shards, options.process_count)
+        self._left: list[int] = []
         self._options, self._versions = json.loads(json.dumps(made_with)), _versions()
         self._made_with = {**self._options, **self._versions}
 
     def __enter__(self) -> Build:
-        if self.complete():
-            self.own = range(0)
-        else:
+        if not self.complete():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.finished()
+            done = self.finished()
+            if not self.complete():  # by another process, a moment ago
+                self._left = [shard for shard in self.own if shard not in done]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,27 +95,25 @@ class Build:
         """
         found = {}
         for path in sorted(self.folder.glob(FACTS)):
-            fields = json.loads(path.read_text())
-            there = fields.pop("made_with")
-            if there != self._made_with:
-                raise UserError(
-                    f"{self.folder}: was begun with other options "
-                    f"({_differences(there, self._made_with)}); use those, or remove "
-                    "the folder"
-                )
-            shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
+            # Without the shard's file it is not finished.
             with contextlib.suppress(FileNotFoundError):
-                # Else it was lost, or cut.
+                fields = json.loads(path.read_text())
+                there = fields.pop("made_with")
+                if there != self._made_with:
+                    raise UserError(
+                        f"{self.folder}: was begun with other options "
+                        f"({_differences(there, self._made_with)}); use those, or "
+                        "remove the folder"
+                    )
+                shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
                 if self._path(shard).stat().st_size == facts.bytes:
                     found[shard] = facts
         return found
 
     def left(self, at_once: int = 1) -> Iterator[list[int]]:
         """This process's shards still to write, up to `at_once` at a time."""
-        done = self.finished()
-        left = [shard for shard in self.own if shard not in done]
-        for i in range(0, len(left), at_once):
-            yield left[i : i + at_once]
+        for i in range(0, len(self._left), at_once):
+            yield self._left[i : i + at_once]
 
     @contextlib.contextmanager
     def writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:

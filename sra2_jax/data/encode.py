@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.build import Build, Options, option
+from sra2_jax.data.build import Build
 from sra2_jax.data.check import run_check
+from sra2_jax.data.options import Options, option
 from sra2_jax.data.writer import ShardWriter
 from sra2_jax.errors import UserError, run_program
 from sra2_jax.flags import Parser

@@ -127,19 +127,11 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     return _folder(Path(spec))
 
 
-def positions(length: int, stride: int, offsets: Sequence[int]) -> Iterator[int]:
-    """Those of range(length) with position % stride in offsets, in order."""
-    for base in range(0, length, stride):
-        for offset in sorted(offsets):
-            if base + offset < length:
-                yield base + offset
-
-
 def _indexed(length: int, entry: Callable[[int], Entry]) -> Entries:
     """Entries of a listing that any of its images can be had of."""
 
     def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
-        return map(entry, positions(length, stride, offsets))
+        return (entry(i) for i in range(length) if i % stride in offsets)
 
     return entries
 
