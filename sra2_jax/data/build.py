@@ -98,7 +98,7 @@ class Build:
             # Without the shard's file it is not finished.
             with contextlib.suppress(FileNotFoundError):
                 fields = json.loads(path.read_text())
-                there = fields.pop("made_with")
+                there = fields.pop("made_with", {})
                 if there != self._made_with:
                     raise UserError(
                         f"{self.folder}: was begun with other options "
