@@ -69,11 +69,7 @@ class Build:
             self.folder.rmdir()
 
     def complete(self) -> bool:
-        """Whether the dataset is there already.
-
-        Raises:
-          UserError: something else is there.
-        """
+        """Whether the dataset is there already, and nothing else."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         why = "exists and is not an empty folder"
@@ -88,11 +84,7 @@ class Build:
         )
 
     def finished(self) -> dict[int, Facts]:
-        """Facts of the finished shards, of all processes, by number.
-
-        Raises:
-          UserError: they were begun with other options, or by other versions.
-        """
+        """Facts of the finished shards, of all processes, by number."""
         found = {}
         for path in sorted(self.folder.glob(FACTS)):
             # Without the shard's file it is not finished.
@@ -133,9 +125,6 @@ class Build:
         """Complete the dataset if every shard is finished, else None.
 
         fields: of `LatentsInfo`, those that the shards do not tell.
-
-        Raises:
-          UserError: no records.
         """
         # Another process may be faster, and take the folder away.
         with contextlib.suppress(FileNotFoundError), self._locked():
