@@ -52,15 +52,16 @@ class Build:
         self.out, self.split, self.shards = Path(options.out), options.split, shards
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
         self.own = range(options.process_index, shards, options.process_count)
+        self._left: list[int] = []
         self._options, self._versions = json.loads(json.dumps(made_with)), _versions()
         self._made_with = {**self._options, **self._versions}
 
     def __enter__(self) -> Build:
-        if self.complete():
-            self.own = range(0)
-        else:
+        if not self.complete():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.finished()
+            done = self.finished()
+            if not self.complete():  # by another process, a moment ago
+                self._left = [shard for shard in self.own if shard not in done]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,11 +69,7 @@ class Build:
             self.folder.rmdir()
 
     def complete(self) -> bool:
-        """Whether the dataset is there already.
-
-        Raises:
-          UserError: something else is there.
-        """
+        """Whether the dataset is there already, and nothing else."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
         why = "exists and is not an empty folder"
@@ -87,34 +84,28 @@ class Build:
         )
 
     def finished(self) -> dict[int, Facts]:
-        """Facts of the finished shards, of all processes, by number.
-
-        Raises:
-          UserError: they were begun with other options, or by other versions.
-        """
+        """Facts of the finished shards, of all processes, by number."""
         found = {}
         for path in sorted(self.folder.glob(FACTS)):
-            fields = json.loads(path.read_text())
-            there = fields.pop("made_with")
-            if there != self._made_with:
-                raise UserError(
-                    f"{self.folder}: was begun with other options "
-                    f"({_differences(there, self._made_with)}); use those, or remove "
-                    "the folder"
-                )
-            shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
+            # Without the shard's file it is not finished.
             with contextlib.suppress(FileNotFoundError):
-                # Else it was lost, or cut.
+                fields = json.loads(path.read_text())
+                there = fields.pop("made_with", {})
+                if there != self._made_with:
+                    raise UserError(
+                        f"{self.folder}: was begun with other options "
+                        f"({_differences(there, self._made_with)}); use those, or "
+                        "remove the folder"
+                    )
+                shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
                 if self._path(shard).stat().st_size == facts.bytes:
                     found[shard] = facts
         return found
 
     def left(self, at_once: int = 1) -> Iterator[list[int]]:
         """This process's shards still to write, up to `at_once` at a time."""
-        done = self.finished()
-        left = [shard for shard in self.own if shard not in done]
-        for i in range(0, len(left), at_once):
-            yield left[i : i + at_once]
+        for i in range(0, len(self._left), at_once):
+            yield self._left[i : i + at_once]
 
     @contextlib.contextmanager
     def writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
@@ -134,9 +125,6 @@ class Build:
         """Complete the dataset if every shard is finished, else None.
 
         fields: of `LatentsInfo`, those that the shards do not tell.
-
-        Raises:
-          UserError: no records.
         """
         # Another process may be faster, and take the folder away.
         with contextlib.suppress(FileNotFoundError), self._locked():

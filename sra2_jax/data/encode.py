@@ -198,11 +198,7 @@ class Encoder:
 
     @classmethod
     def load(cls, options: EncodeOptions) -> Encoder:
-        """The networks that the options name.
-
-        Raises:
-          UserError: one cannot be loaded, or does not fit the resolution.
-        """
+        """The networks that the options name."""
         vae, params = load_vae(options.vae)
         side, _, _ = options.latent_shape(vae.config)
         encoder = cls(vae.clone(dtype=options.dtype), params)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,18 +40,11 @@ class Entry:
     load: Callable[[], np.ndarray]
 
 
-class Entries(Protocol):
-    """Walks a listing in its order, or those at a position % stride in offsets."""
-
-    def __call__(
-        self, stride: int = 1, offsets: Sequence[int] = (0,)
-    ) -> Iterator[Entry]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
     """A listing of `length` images in a fixed order.
 
+    entries: (stride=1, offsets=(0,)) -> those at a position % stride in offsets.
     fingerprint: changes with names, labels and order.
     at_once: shards to write in one pass over `entries`, more than 1 where it reads
       past what it leaves out.
@@ -61,17 +54,15 @@ class ImageSource:
     length: int
     num_classes: int
     class_names: tuple[str, ...]
-    entries: Entries
+    entries: Callable[..., Iterator[Entry]]
     fingerprint: str
     at_once: int = 1
 
 
 def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
-    """List the images of a source.
+    """List the images of a source, see SPECS.
 
-    Args:
-      spec: see SPECS.
-      split: split to read of a source that has splits, unless `spec` names one.
+    split: to read of a source that has splits, unless `spec` names one.
 
     Raises:
       UserError: an unknown source, or one without images.
@@ -85,19 +76,13 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     return _folder(Path(spec))
 
 
-def positions(length: int, stride: int, offsets: Sequence[int]) -> Iterator[int]:
-    """Those of range(length) with position % stride in offsets, in order."""
-    for base in range(0, length, stride):
-        for offset in sorted(offsets):
-            if base + offset < length:
-                yield base + offset
-
-
-def _indexed(length: int, entry: Callable[[int], Entry]) -> Entries:
-    """Entries of a listing that any of its images can be had of."""
+def _indexed(
+    length: int, entry: Callable[[int], Entry]
+) -> Callable[..., Iterator[Entry]]:
+    """The entries of a listing that any image can be had of."""
 
     def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
-        return map(entry, positions(length, stride, offsets))
+        return (entry(i) for i in range(length) if i % stride in offsets)
 
     return entries
 

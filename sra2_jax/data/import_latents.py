@@ -25,7 +25,6 @@ import numpy as np
 from sra2_jax.command import Parser
 from sra2_jax.data import records
 from sra2_jax.data.build import Build
-from sra2_jax.data.images import positions
 from sra2_jax.data.options import Options, option
 from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
@@ -109,9 +108,8 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     with Build(options, shards, made_with) as build, ThreadPoolExecutor(16) as pool:
         for group in build.left():
             with build.writing(group) as writer:
-                for index, mean, std in pool.map(
-                    load, positions(length, shards, group)
-                ):
+                indices = range(group[0], length, shards)
+                for index, mean, std in pool.map(load, indices):
                     label = int(found.labels[index])
                     writer.write(label, index, mean=mean, std=std)
         return build.finish(
