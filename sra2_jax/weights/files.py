@@ -310,8 +310,8 @@ def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def first_line(error: BaseException) -> str:
     """The error's kind and what it says, in one line."""
     # Torch's comes after advice to load the file without any protection.
-    told = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()
-    return ": ".join([type(error).__name__, *(line[:200] for line in told[:1])])
+    told = str(error).split("WeightsUnpickler error:")[-1].split()
+    return f"{type(error).__name__}: {' '.join(told)[:200]}"
 
 
 def write_file(
