@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -27,9 +28,10 @@ from tests.proof import cases
 FILE = Path(__file__).parent / "hashes.json"
 
 
-def compute(parts: list[str], only: str, dump: Path | None) -> dict[str, str]:
-    """Name of the case -> hash of its text, or what went wrong."""
-    found = {}
+def compute(
+    parts: list[str], only: str, dump: Path | None
+) -> Iterator[tuple[str, str]]:
+    """(name of the case, hash of its text or what went wrong)."""
     for part in parts:
         for name, make in cases.PARTS[part]():
             name = f"{part}/{name}"
@@ -38,13 +40,42 @@ def compute(parts: list[str], only: str, dump: Path | None) -> dict[str, str]:
             try:
                 text = make()
             except Exception as error:
-                found[name] = f"failed: {type(error).__name__}: {error}"
+                yield name, f"failed: {type(error).__name__}: {error}"
                 continue
-            found[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            yield name, hashlib.sha256(text.encode()).hexdigest()[:16]
             if dump:
                 dump.mkdir(parents=True, exist_ok=True)
                 (dump / f"{name.replace('/', '__')}.txt").write_text(text)
-    return found
+
+
+def stored() -> dict[str, str]:
+    return json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+def capture(found: Iterator[tuple[str, str]]) -> int:
+    """Written one by one, for who is interrupted."""
+    for name, value in found:
+        if value.startswith("failed"):
+            print(f"{name}: {value}")
+        text = json.dumps(stored() | {name: value}, indent=0, sort_keys=True)
+        FILE.write_text(text + "\n")
+    return 0
+
+
+def check(found: Iterator[tuple[str, str]], expected: dict[str, str]) -> int:
+    """Prints what differs, and what is gone, at once."""
+    left, equal, total = dict(expected), 0, 0
+    for name, value in found:
+        old, total = left.pop(name, "not captured"), total + 1
+        if old == value and not value.startswith("failed"):
+            equal += 1
+        else:
+            print(f"{name}: {old} -> {value}", flush=True)
+    for name in left:
+        print(f"{name}: gone")
+    total += len(left)
+    print(f"{equal} of {total} equal")
+    return int(equal != total)
 
 
 def main() -> int:
@@ -56,29 +87,14 @@ def main() -> int:
     arguments = parser.parse_args()
     parts = arguments.parts or list(cases.PARTS)
     found = compute(parts, arguments.only, arguments.dump)
-    stored = json.loads(FILE.read_text()) if FILE.exists() else {}
-    mine = {
+    if arguments.command == "capture":
+        return capture(found)
+    expected = {
         name: value
-        for name, value in stored.items()
+        for name, value in stored().items()
         if name.split("/")[0] in parts and re.search(arguments.only, name)
     }
-    if arguments.command == "capture":
-        for name, value in found.items():
-            if value.startswith("failed"):
-                print(f"{name}: {value}")
-        others = {k: v for k, v in stored.items() if k not in mine}
-        FILE.write_text(json.dumps(others | found, indent=0, sort_keys=True) + "\n")
-        print(f"{len(found)} captured")
-        return 0
-    names = sorted(mine.keys() | found.keys())
-    equal = 0
-    for name in names:
-        old, new = mine.get(name, "not captured"), found.get(name, "gone")
-        equal += old == new and not new.startswith("failed")
-        if old != new or new.startswith("failed"):
-            print(f"{name}: {old} -> {new}")
-    print(f"{equal} of {len(names)} equal")
-    return int(equal != len(names))
+    return check(found, expected)
 
 
 if __name__ == "__main__":

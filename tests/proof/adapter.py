@@ -13,10 +13,20 @@ import jax
 import numpy as np
 
 from sra2_jax import config_file, sampler
+from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.config import Config
-from sra2_jax.sharding import make_mesh
+from sra2_jax.data.encode import EncodeOptions, encode
+from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.generator import Generator, make_sampler
+from sra2_jax.programs import convert
+from sra2_jax.programs.verify import inception_weights
+from sra2_jax.sharding import batch_sharding, make_mesh
 from sra2_jax.step import Program
 from sra2_jax.transport import Transport
+from sra2_jax.weights import files, load_dinov2, load_vae, save_vae
+from sra2_jax.weights.dinov2 import save_dinov2
+from sra2_jax.weights.inception import from_torch_fidelity
+from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -64,6 +74,24 @@ def placed_leaves(name: str, changes: Changes, mesh: Mesh) -> Iterator[str]:
 # ---- part sampler
 
 
+def lower_sampler(name: str, changes: Changes, mesh: Mesh) -> str:
+    """StableHLO of sampling, (network's parameters, indices, labels) -> latents."""
+    program = _program(name, changes, mesh)
+    params = program.abstract.params["network"]
+    rows = jax.ShapeDtypeStruct((program.config.sampling.batch_size,), jnp.int32)
+    return make_sampler(program).lower(params, rows, rows).as_text()
+
+
+def lower_decoder(name: str, changes: Changes, mesh: Mesh) -> str:
+    """StableHLO of decoding, (the VAE's parameters, latents) -> uint8 pixels."""
+    program = _program(name, changes, mesh)
+    vae, params = load_vae("digits")
+    shape = (program.config.sampling.batch_size, *program.config.latent_shape)
+    place = batch_sharding(program.mesh)
+    z = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return Generator(program, vae, params)._decode.lower(params, z).as_text()
+
+
 def sampling_times(path: str, method: str, steps: int) -> np.ndarray:
     return sampler.time_grid(method, steps, Transport(path=path))
 
@@ -73,7 +101,8 @@ def sampling_times(path: str, method: str, steps: int) -> np.ndarray:
 
 def encode_digits(folder: Path) -> None:
     """The training digits as a dataset of 8 shards."""
-    encode("digits", folder, "digits", 32, store_images=True)
+    options = {"images": "digits", "vae": "digits", "resolution": 32}
+    encode(EncodeOptions(out=str(folder), store_images=True, **options))
 
 
 def read_batches(folder: Path, count: int, **settings: int) -> list[dict[str, Any]]:
@@ -82,7 +111,9 @@ def read_batches(folder: Path, count: int, **settings: int) -> list[dict[str, An
     settings: batch_size, seed, start_step, streams, shuffle_buffer, process_index,
     process_count.
     """
-    stream = batches(folder, split="train", fields=("image",), **settings)
+    process = settings.pop("process_index"), settings.pop("process_count")
+    start = settings.pop("start_step")
+    stream = batches(folder, Order(**settings), start, ("image",), *process)
     return [next(stream) for _ in range(count)]
 
 
@@ -100,8 +131,7 @@ def checkpoint_leaves(workdir: Path, step: int) -> dict[str, Any]:
 
 def seeded_state(name: str, changes: Changes) -> dict[str, Any]:
     """The tree {"network", "heads"}, made of numbers that depend on shapes alone."""
-    config = config_of(name, changes)
-    params = _state(config, _mesh(config, (1, 1, 1)))[0].params
+    params = _program(name, changes, (1, 1, 1)).abstract.params
     draw = np.random.default_rng(0)
     return jax.tree.map(lambda s: draw.normal(size=s.shape).astype("float32"), params)
 
@@ -111,19 +141,21 @@ def export(
 ) -> dict[str, np.ndarray]:
     """The state dict of a network with its heads, in the reference's names."""
     network = reverse_time(tree["network"], 1.0, True) if reverse else tree["network"]
-    return to_reference(network, tree["heads"], size=size, patch_size=patch_size)
+    return to_reference(
+        network, tree["heads"], HEAD_NAMES, size=size, patch_size=patch_size
+    )
 
 
 def export_run(workdir: Path, out: Path, weights: str, heads: bool, reverse: bool):
     """The file of `convert export`: its state dict and what it says beside."""
     convert.export_run(str(workdir), out, weights, heads=heads, reverse=reverse)
-    contents = statedict.read_file(out)
+    contents = files.read_file(out)
     return contents.sets, (contents.step, contents.heads, contents.reverse)
 
 
 def import_state_dict(weights: dict[str, np.ndarray]) -> tuple[dict, Any]:
     """(settings, {"network", "heads"}) of a state dict of the reference."""
-    settings, network, heads = from_reference(weights)
+    settings, network, heads = from_reference(weights, HEAD_NAMES)
     return settings, {"network": network, "heads": heads}
 
 
@@ -151,6 +183,6 @@ def save_golden(name: str, folder: Path) -> None:
 def convert_inception(folder: Path) -> Path:
     """The file that `convert inception` makes of the golden weights, as .npz."""
     weights = inception_weights(dict(np.load(GOLDEN / "inception.npz")))
-    statedict.write_file(folder / "in.npz", weights, {})
+    files.write_file(folder / "in.npz", weights, {})
     convert.convert_inception(folder / "in.npz", folder / "out.safetensors")
     return folder / "out.safetensors"

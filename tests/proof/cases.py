@@ -354,7 +354,7 @@ def run_numbers(run: Path) -> Cases:
         yield f"latents/{path.name}", lambda digest=digest: digest
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rows = list(map(json.loads, lines))
-    kinds = r"step$|loss|ratio|grad_norm|learning_rate|skipped|frechet|accuracy"
+    kinds = r"step$|loss|ratio|grad_norm|learning_rate|skipped|eval/"
     for key in sorted({k for row in rows for k in row if re.match(kinds, k)}):
         column = [[row["step"], row[key]] for row in rows if key in row]
         yield f"metrics/{key}", partial(json.dumps, column)
