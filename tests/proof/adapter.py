@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sra2_jax import config_file, sampler
@@ -105,15 +106,17 @@ def encode_digits(folder: Path) -> None:
     encode(EncodeOptions(out=str(folder), store_images=True, **options))
 
 
-def read_batches(folder: Path, count: int, **settings: int) -> list[dict[str, Any]]:
-    """The first `count` batches of one process.
+def read_batches(
+    folder: Path, count: int, fields: tuple[str, ...], **settings: int
+) -> list[dict[str, Any]]:
+    """The first `count` batches of one process, with `fields` besides.
 
     settings: batch_size, seed, start_step, streams, shuffle_buffer, process_index,
     process_count.
     """
     process = settings.pop("process_index"), settings.pop("process_count")
     start = settings.pop("start_step")
-    stream = batches(folder, Order(**settings), start, ("image",), *process)
+    stream = batches(folder, Order(**settings), start, fields, *process)
     return [next(stream) for _ in range(count)]
 
 
