@@ -84,13 +84,7 @@ def part(line: str = "", status: int = 0) -> None:
     """
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        leave(line, status) if line else leave_quietly(status)
-
-
-def leave_quietly(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        leave(line, status)
 
 
 def anywhere(mesh: Mesh) -> Callable[[bool], Any]:
@@ -195,16 +189,18 @@ class Watch:
     def _run(self) -> None:
         told = None  # when SIGTERM came
         while True:
-            ready, _, _ = select.select([self._read], [], [], 0.5)
-            if ready:
+            if select.select([self._read], [], [], 0.5)[0]:
                 numbers = os.read(self._read, 64)
                 if not numbers:
                     return
                 if signal.SIGTERM in numbers:
                     told = time.monotonic()
-            if told is not None:
-                self._check_stop(told)
-            quiet = time.monotonic() - self._since
+            now = time.monotonic()
+            quiet = now - self._since
+            starving = self._phase == "data" and quiet > PATIENCE_SECONDS
+            starving = starving and told is not None and now - told > PATIENCE_SECONDS
+            if told is not None and (self._phase in NOTHING_TO_SAVE or starving):
+                leave(f"stopped: SIGTERM ({self._phase}): {AGAIN}", RESTART)
             if quiet > self._stall:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
                 leave(
@@ -212,13 +208,6 @@ class Watch:
                     f"stacks above: {AGAIN}",
                     RESTART,
                 )
-
-    def _check_stop(self, told: float) -> None:
-        now = time.monotonic()
-        starving = self._phase == "data" and now - self._since > PATIENCE_SECONDS
-        starving = starving and now - told > PATIENCE_SECONDS
-        if self._phase in NOTHING_TO_SAVE or starving:
-            leave(f"stopped: SIGTERM ({self._phase}): {AGAIN}", RESTART)
 
 
 def keep_compiled(folder: Any) -> None:

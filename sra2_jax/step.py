@@ -63,22 +63,11 @@ class Program:
     @cached_property
     def network(self) -> DiT:
         """The backbone, for its shapes; `running` computes."""
-        c, m = self.config, self.config.model
-        return DiT(
-            size=c.latents.size,
-            channels=c.latents.channels,
-            patch_size=m.patch_size,
-            width=m.width,
-            depth=m.depth,
-            heads=m.heads,
-            num_classes=c.data.num_classes,
-            mlp_ratio=m.mlp_ratio,
-            time_scale=m.time_scale,
-            learn_sigma=m.learn_sigma,
-            scan=m.scan,
-            remat=m.remat,
-            dtype=jnp.dtype(m.dtype),
-        )
+        size, _, channels = self.config.latent_shape
+        settings = vars(self.config.model) | {"attention": "xla"}
+        settings["dtype"] = jnp.dtype(self.config.model.dtype)
+        classes = self.config.data.num_classes
+        return DiT(size=size, channels=channels, num_classes=classes, **settings)
 
     @cached_property
     def running(self) -> DiT:

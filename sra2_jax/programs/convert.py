@@ -26,7 +26,6 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.run import Run
-from sra2_jax.section import Pairs
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
 from sra2_jax.weights import files, tree
@@ -237,8 +236,7 @@ def export_run(
     )
 
 
-def _arguments() -> tuple[argparse.Namespace, Pairs]:
-    """The flags, and the overrides --config.KEY=VALUE of an import."""
+def _arguments() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     timed = Parser(add_help=False)
@@ -251,12 +249,14 @@ def _arguments() -> tuple[argparse.Namespace, Pairs]:
     out: dict[str, Any] = {"type": Path, "required": True, "metavar": "FILE"}
     out["help"] = " or ".join(files.WRITTEN)
 
-    add = commands.add_parser(
+    importing = commands.add_parser(
         "import",
         parents=[timed],
         help="make a run of a checkpoint file",
         epilog="Any key of the config: --config.KEY=VALUE",
-    ).add_argument
+    )
+    importing.add_keys()
+    add = importing.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth, .ckpt, .safetensors, .npz")
     add("--workdir", required=True, metavar="RUN", help="folder of the run to make")
     add("--config", required=True, help="config file that fits FILE")
@@ -277,20 +277,16 @@ def _arguments() -> tuple[argparse.Namespace, Pairs]:
     add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
     add("--out", **out)
 
-    arguments, overrides = parser.parse_known()
-    if overrides and arguments.command != "import":
-        parser.error(f"{arguments.command} takes no config")
-    return arguments, overrides
+    return parser.parse_args()
 
 
 def main() -> None:
-    arguments, overrides = _arguments()
-    flags = vars(arguments)
+    flags = vars(_arguments())
     command = flags.pop("command")
     if command == "export":
         export_run(**flags)
     elif command == "inception":
         convert_inception(**flags)
     else:
-        file = config_file.read_file(flags.pop("config"))
-        import_file(config=config_file.override(file, overrides), **flags)
+        config = config_file.override(flags.pop("config"), flags.pop("overrides"))
+        import_file(config=config, **flags)
