@@ -5,7 +5,7 @@ what it reads of a record, draws and aims at; docs/extending.md shows how.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,14 +16,6 @@ from sra2_jax import config
 from sra2_jax.models.dit import XAVIER, DiT, FinalLayer
 
 Arrays = Mapping[str, Array]
-
-
-class Frozen(Protocol):
-    """A network that a target runs and nothing trains."""
-
-    def shapes(self) -> Any:
-        """ShapeDtypeStructs of its parameters; none is allocated."""
-        ...
 
 
 class Alignment(config.Alignment):
@@ -47,7 +39,8 @@ class Alignment(config.Alignment):
 
     @property
     def frozen(self) -> Any:
-        """The network, a `Frozen`, that the target runs; None where it runs none."""
+        """The network that the target runs, whose `shapes()` are its parameters'
+        ShapeDtypeStructs; None where it runs none."""
         return None
 
     def load(self) -> Any:
@@ -123,12 +116,8 @@ class MLPAlignment(config.MLPAlignment, Alignment):
     """One whose head are linear layers."""
 
     def head(self, network: DiT) -> nn.Module:
-        """`head_layers` linear layers, hidden ones of `head_width` (0: twice D).
-
-        SRA 2: 5 to p*p*C; REPA: 3 with hidden 2048 to the encoder's width; SRA: 2 back
-        to D. With `head_final_layer` the last hidden layer returns to D, and a layer
-        like DiT's final one is the last.
-        """
+        """SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
+        SRA: 2 back to D. With `head_final_layer` the last hidden layer returns to D."""
         sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
         if self.head_final_layer and sizes:
             sizes[-1] = network.width
@@ -140,10 +129,9 @@ class MLPHead(nn.Module):
     """Linear layers with SiLU between them.
 
     Attributes:
-      widths: sizes of the hidden layers.
-      features: size of the output vector of each token.
-      final_layer: end in a layer of the design of DiT's final layer (LayerNorm and
-        adaLN by the condition vector) in place of a plain linear layer.
+      widths: of the hidden layers; features: of the output of each token.
+      final_layer: end in a layer like DiT's final one (LayerNorm and adaLN by the
+        condition) in place of a plain linear one.
       dtype: compute type of the matrix products.
     """
 
@@ -156,18 +144,13 @@ class MLPHead(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
         """Tokens (B, T, D) and condition (B, D) -> predictions (B, T, features)."""
 
-        def dense(i: int, width: int, x: Array) -> Array:
-            layer = nn.Dense(
-                width, dtype=self.dtype, kernel_init=XAVIER, name=f"linear_{i}"
-            )
-            return layer(nn.silu(x) if i else x)
-
-        for i, width in enumerate(self.widths):
-            x = dense(i, width, x)
+        sizes = (*self.widths, *(() if self.final_layer else (self.features,)))
+        for i, width in enumerate(sizes):
+            x = nn.silu(x) if i else x
+            name = f"linear_{i}"
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER, name=name)(x)
         if self.final_layer:
             x = FinalLayer(self.features, self.dtype, name="final")(x, c)
-        else:
-            x = dense(len(self.widths), self.features, x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
