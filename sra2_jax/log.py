@@ -42,7 +42,7 @@ class Log:
         self._step, self._count, self._clock = 0, 0, 0.0
         self._failed: set[str] = set()  # writers
         self._tensorboard: Any = None
-        self._bar: tqdm | None = None
+        self._bar = tqdm(disable=True)
         self.unlogged: list[dict[str, float]] = []
         self.scores = {row["step"]: row for row in run.rows() if _scores(row)}
 
@@ -68,32 +68,29 @@ class Log:
         write_whole(self._run.metrics, text)
         self._tensorboard = metric_writers.SummaryWriter(str(self._run.tensorboard))
         self._console = metric_writers.LoggingWriter()
-        if sys.stderr.isatty():
-            steps = self._config.steps
-            self._bar = tqdm(total=steps, initial=step, unit="step", smoothing=0.05)
+        steps = self._config.steps
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", smoothing=0.05, disable=None
+        )  # None: on a terminal alone
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a step."""
         config, self._step = self._config, step
         self.unlogged.append(metrics)
         self._count += 1
-        if self._bar is not None:
-            self._bar.update(1)
+        self._bar.update(1)
         if step % config.run.log_every and step != config.steps:
             return
         now = time.perf_counter()
-        elapsed = now - self._clock
-        row = mean(self.unlogged)
-        row["images_per_second"] = self._count * config.batch_size / elapsed
-        left = (config.steps - step) * elapsed / self._count
+        speed = self._count * config.batch_size / (now - self._clock)
+        row = mean(self.unlogged) | {"images_per_second": speed}
+        left = round((config.steps - step) * config.batch_size / speed)
         self.unlogged, self._count, self._clock = [], 0, now
-        if self._bar is not None:
-            terms = [k for k in row if k.startswith("loss_align")]
-            shown = {k: f"{row[k]:.4f}" for k in (*FIRST, *terms) if k in row}
-            shown["images/s"] = f"{row['images_per_second']:.0f}"
-            self._bar.set_postfix(shown)
+        if not self._bar.disable:
+            losses = {k: f"{v:.4f}" for k, v in row.items() if k.startswith("loss")}
+            self._bar.set_postfix(losses | {"images/s": f"{speed:.0f}"})
         elif self._run.writes:
-            self._console.write_scalars(step, row | {"seconds_left": round(left)})
+            self._console.write_scalars(step, row | {"seconds_left": left})
         self.scalars(step, row)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
@@ -166,8 +163,7 @@ class Log:
         if self._tensorboard is not None:
             with self.trying("TensorBoard"):
                 self._tensorboard.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def _scores(row: dict[str, Any]) -> bool:

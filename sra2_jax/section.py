@@ -40,10 +40,7 @@ class Key:
 
 
 def key(default: Any, *known: Any, **more: Any) -> Any:
-    """A key that a run keeps for life: another value would make it another run.
-
-    known, more: the fields of `Key`.
-    """
+    """A key that a run keeps for life; known, more: the fields of `Key`."""
     return field(default=default, metadata={"key": Key(*known, **more)})
 
 
@@ -54,8 +51,7 @@ def free(default: Any, *known: Any, **more: Any) -> Any:
 
 def other(section: Any, name: str, default: Any) -> Any:
     """The key of another section, with another default."""
-    (f,) = (f for f in dataclasses.fields(section) if f.name == name)
-    return field(default=default, metadata=f.metadata)
+    return field(default=default, metadata=fields(section)[name].metadata)
 
 
 def allowed(f: Field) -> str:
@@ -92,8 +88,7 @@ class Section:
 
     where: "model" of config.model, "" of the whole.
 
-    Raises:
-      UserError: the first key that is wrong, its value and what is allowed.
+    Raises UserError: the first key that is wrong, its value and what is allowed.
     """
 
     where: ClassVar[str] = ""
@@ -126,13 +121,10 @@ class Section:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | ConfigDict) -> Self:
-        """From nested mappings, as a config file or a saved config.json has them, or
-        from {"section.key": value}.
+        """From nested mappings or {"section.key": value}; what is missing, since it is
+        younger than the mapping, has its default.
 
-        A key that is missing has its default: it is younger than the mapping.
-
-        Raises:
-          UserError: an unknown key, or a value that it may not have.
+        Raises UserError: an unknown key, or a value that it may not have.
         """
         flat = dict(flatten(values, cls))
         for name in flat:
@@ -186,18 +178,13 @@ def flatten(
 
 
 def find(cls: Any, name: str) -> Field:
-    """The field of a key.
-
-    Raises:
-      UserError: there is none; the nearest one that exists is named.
-    """
+    """The field of a key. Raises UserError: there is none; the nearest is named."""
     names = fields(cls)
     if name in names:
         return names[name]
     if inside := [k for k in names if k.startswith(f"{name}.")]:
-        raise UserError(
-            f"config.{name} is a section: set its keys, as config.{inside[0]}"
-        )
+        example = f"set its keys, as config.{inside[0]}"
+        raise UserError(f"config.{name} is a section: {example}")
     near = difflib.get_close_matches(name[:80], names, 1)
     hint = f"did you mean config.{near[0]}?" if near else "--keys lists them"
     raise UserError(f"unknown key config.{name[:80]}: {hint}")
@@ -206,24 +193,18 @@ def find(cls: Any, name: str) -> Field:
 def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
     """{"section.key": value} of {"section.key": value as a text}.
 
-    Raises:
-      UserError: no such key, or a value it may not have.
+    Raises UserError: no such key, or a value it may not have.
     """
     values: dict[str, Any] = {}
     for name, text in texts.items():
-        f = find(cls, name)
-        value = _parse(f, text)
+        f, value = find(cls, name), None  # type: tuple[Field, Any]
+        if f.type is bool:
+            value = {"true": True, "false": False}.get(text.lower())
+        else:
+            with contextlib.suppress(ValueError):
+                value = f.type(text) if f.type in (int, float) else text
         if value is None or not fits(f, value):
             given = shown(text if value is None else value)
             raise UserError(f"config.{name}={given}: {allowed(f)}")
         values[name] = value
     return values
-
-
-def _parse(f: Field, text: str) -> Any:
-    """None where the text is none of the key's type."""
-    if f.type is bool:
-        return {"true": True, "false": False}.get(text.lower())
-    with contextlib.suppress(ValueError):
-        return f.type(text) if f.type in (int, float) else text
-    return None
