@@ -49,11 +49,8 @@ def set_size(config: ConfigDict, size: str) -> None:
 def load(config: str | Path, *overrides: str) -> Config:
     """The config of a file, with overrides "section.key=value".
 
-    Args:
-      config: a path, or the name of one of the project's: "sra2_b".
-
-    Raises:
-      UserError: no such file, one that is no config, or as `Config.of`.
+    config: a path, or the name of one of the project's: "sra2_b". Raises UserError: no
+    such file, one that is no config, or as `Config.of`.
     """
     return override(config, dict(text.partition("=")[::2] for text in overrides))
 
@@ -106,12 +103,8 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
 
 
 def check_paths(config: Config, workdir: str) -> None:
-    """Refuse a run in `workdir` that would not find what it reads. Only looks at
-    names, and not at remote ones (gs://).
-
-    Raises:
-      UserError: the first key that names nothing.
-    """
+    """Refuse a run in `workdir` that would not find what it reads, by the first key
+    that names nothing (UserError). Remote names (gs://) are not looked at."""
     data = config.data.dir or f"{workdir}/latents"
     wanted: dict[str, tuple[str, str]] = {}  # key -> value, what it must be
     if not exists(f"{data}/latents.json"):

@@ -80,11 +80,8 @@ class Run:
             write_whole(self.folder / f"{name}.json", as_json(facts))
 
     def config(self) -> Config:
-        """The config that it was started with.
-
-        Raises:
-          UserError: no config.json, or one that this version cannot use.
-        """
+        """The config that it was started with. Raises UserError: no config.json, or
+        one that this version cannot use."""
         path = self.folder / "config.json"
         found = read_json(path)
         try:
@@ -105,10 +102,8 @@ class Run:
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def whole(self, step: int) -> bool:
-        """Whether a checkpoint's arrays and facts are there, these as they were saved.
-
-        The arrays are held against them when the run goes on.
-        """
+        """Whether a checkpoint's arrays and facts are there, these as they were saved
+        (the arrays are held against them when the run goes on)."""
         folder = self.checkpoints / str(step)
         try:
             facts = read_json(folder / "fingerprint" / "metadata")
@@ -158,13 +153,8 @@ class Run:
         self.write("versions", versions)
 
     def claim_dataset(self, folder: Any, sha256: str) -> None:
-        """See that a run goes on with its dataset, by the digest of its description.
-
-        It may move, but not become another one. run.json keeps latents.sha256.
-
-        Raises:
-          UserError: the run has checkpoints and was trained on another one.
-        """
+        """See that a run goes on with its dataset, by the digest of its description:
+        it may move, but not become another one (UserError)."""
         before = lookup(self.read("run"), "latents", "sha256")
         if self.steps() and before not in (None, sha256):
             raise UserError(

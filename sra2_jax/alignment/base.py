@@ -56,23 +56,15 @@ class Alignment(config.Alignment):
         raise NotImplementedError
 
     def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
-        """What the target needs besides the record's fields.
-
-        Args:
-          key: shared by all alignments.
-          clean: z, the sampled latent, mean, noise and t of the step.
-        """
+        """What the target needs besides the record's fields. key: shared by all
+        alignments; clean: z, the sampled latent, mean, noise and t of the step."""
         return {}
 
     def compute_target(
         self, network: DiT, frozen: Any, ema: Any, draws: Arrays
     ) -> Array:
-        """Target tokens (B, T, features).
-
-        Args:
-          frozen: parameters as `load` gives them; ema: those of the network's average.
-          draws: x_t, t, y, the record's fields and what `draw` gave.
-        """
+        """Target tokens (B, T, features). frozen: parameters as of `load`; ema: of the
+        network's average; draws: x_t, t, y, the record's fields and those of `draw`."""
         raise NotImplementedError
 
     def macs(self, network: DiT) -> int:
@@ -82,8 +74,7 @@ class Alignment(config.Alignment):
     def weight_at(self, step: Array) -> Array:
         """The weight at `step`: constant, or from `schedule_start` on a fall over
         `schedule_steps` steps, to zero ("linear", "cosine"), or tenfold every so
-        many ("exponential", SRA's rule counted in steps).
-        """
+        many ("exponential", SRA's rule counted in steps)."""
         x = (step - self.schedule_start) / self.schedule_steps
         x = jnp.maximum(jnp.asarray(x, jnp.float32), 0.0)
         factor = {
@@ -100,11 +91,8 @@ class Alignment(config.Alignment):
         target: Float[Array, "b t d"],
         t: Float[Array, " b"],
     ) -> Float[Array, ""]:
-        """Mean loss over the batch, unweighted.
-
-        Samples with t outside [t_min, t_max] count as zero and still count in the
-        mean, so that the expectation is that of 1[t in range] times the loss.
-        """
+        """Mean loss over the batch, unweighted. Samples with t outside [t_min, t_max]
+        count as zero: the expectation is that of 1[t in range] times the loss."""
         if self.zscore:
             prediction, target = zscore(prediction), zscore(target)
         losses = elementwise(self.loss, prediction, target, self.beta)
