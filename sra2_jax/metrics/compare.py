@@ -45,6 +45,11 @@ class Summary:
     accuracy: float | None = None
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """At most `count` of the indices below `total`, evenly spaced."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
 def summarise(
     features: Features,
     batches: Iterable[np.ndarray],
@@ -60,28 +65,24 @@ def summarise(
       keep: how many images' pool features to keep, evenly spaced.
       labels: (total,) what a network that recognises classes should find.
 
-    Raises:
-      UserError: too few images, features that are not finite or all the same.
+    Raises UserError: too few images, features that are not finite or all the same.
     """
     moments: dict[str, Moments] = {}
-    score, correct, seen = InceptionScore(), 0, 0
-    chosen = np.zeros(total, bool)
-    chosen[np.linspace(0, total - 1, min(keep, total)).round().astype(int)] = True
-    kept = []
+    score, correct, seen, kept = InceptionScore(), 0, 0, []
+    chosen = np.isin(np.arange(total), evenly(total, keep))
     for images in batches:
         outputs = features(images)
         rows = slice(seen, seen + len(images))
-        for kind in ("pool", "spatial"):
-            if kind in outputs:
-                moments.setdefault(kind, Moments(name)).add(outputs[kind])
+        seen += len(images)
+        for kind in outputs.keys() & {"pool", "spatial"}:
+            moments.setdefault(kind, Moments(name)).add(outputs[kind])
         if "probabilities" in outputs:
             score.add(outputs["probabilities"])
         if "predicted" in outputs and labels is not None:
             correct += int(np.sum(outputs["predicted"] == labels[rows]))
         if keep:
             kept.append(outputs["pool"][chosen[rows]])
-        seen += len(images)
-    recognises = labels is not None and "predicted" in outputs
+    recognises = "predicted" in outputs and labels is not None
     return Summary(
         name,
         seen,
@@ -107,11 +108,9 @@ def summarise_set(
     features: Features, images: ImageSet, batch: int, keep: int = 0
 ) -> Summary:
     """`summarise` of a set, with a progress bar."""
-    total, name = len(images), images.name
+    total, name, labels = len(images), images.name, images.labels
     batches = watched(images.batches(batch), total, Path(name).name)
-    return summarise(
-        features, batches, name, total=total, keep=keep, labels=images.labels
-    )
+    return summarise(features, batches, name, total=total, keep=keep, labels=labels)
 
 
 def summarise_reference(
@@ -122,8 +121,8 @@ def summarise_reference(
     manifold: also run the network over its images (at most MANIFOLD of them, evenly
     spaced, where they are many) for precision and recall, if it has images.
 
-    Raises:
-      UserError: statistics of other features than `features` gives, or unusable images.
+    Raises UserError: statistics of other features than `features` gives, or unusable
+    images.
     """
     made_with = (reference.settings or {}).get("kind", "inception")
     if reference.gaussians and made_with != features.kind:
@@ -143,23 +142,18 @@ def compare(
 ) -> dict[str, float]:
     """Those of METRICS that both summaries allow, in its order.
 
-    Raises:
-      UserError: statistics that cannot be compared.
+    Raises UserError: statistics that cannot be compared.
     """
-    metrics: dict[str, float | None] = {
+    found: dict[str, float | None] = {
         "inception_score": samples.inception_score,
         "accuracy": samples.accuracy,
     }
-    names = {"pool": features.distance, "spatial": "sfid"}
-    try:
-        for kind in samples.gaussians.keys() & reference.gaussians.keys():
-            metrics[names[kind]] = frechet_distance(
-                *samples.gaussians[kind], *reference.gaussians[kind]
-            )
-        if samples.kept is not None and reference.kept is not None:
-            precision, recall = precision_recall(reference.kept, samples.kept)
-            metrics |= {"precision": precision, "recall": recall}
-    except UserError as error:
-        raise UserError(f"{samples.name} against {reference.name}: {error}") from error
-    found = ((name, metrics.get(name)) for name in METRICS)
-    return {name: value for name, value in found if value is not None}
+    ours, theirs = samples.gaussians, reference.gaussians
+    for kind, name in (("pool", features.distance), ("spatial", "sfid")):
+        if kind in ours and kind in theirs:
+            found[name] = frechet_distance(*ours[kind], *theirs[kind])
+    if samples.kept is not None and reference.kept is not None:
+        precision, recall = precision_recall(reference.kept, samples.kept)
+        found |= {"precision": precision, "recall": recall}
+    ordered = ((name, found.get(name)) for name in METRICS)
+    return {name: value for name, value in ordered if value is not None}
