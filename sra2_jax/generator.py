@@ -29,7 +29,7 @@ NOISE, LABELS = 2**31, 2**31 + 1
 # keys of a run's config that sampling may change
 CHANGEABLE = ("sampling.", "seed", "vae")
 # settings of samples on which no image depends
-WITHOUT_EFFECT = ("batch_size", "versions", "shard")
+WITHOUT_EFFECT = ("batch_size", "versions")
 
 
 def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b h w 3"]:

@@ -172,7 +172,7 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
     np.savez(few, arr_0=np.load(whole)["arr_0"][:40])
     program(evaluate, few, *DIGITS)
     assert (
-        "few.npz: 40 images give the covariance of 64 pool features"
+        "few.npz: 40 images give the covariance of 64 features"
         in capsys.readouterr().out
     )
     small = tmp_path / "small.npz"
@@ -235,10 +235,10 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--guidance=1,two", "--guidance=1,two: give scales"),
+        ("--guidance=1,two", "--guidance: invalid scales value: .1,two"),
         ("--guidance=-1", "config.sampling.guidance=-1.0: must lie between"),
-        ("--interval=0.7:0.2", "give intervals low:high"),
-        ("--interval=0.5", "give intervals low:high"),
+        ("--interval=0.7:0.2", "guidance_low=0.7 must not exceed"),
+        ("--interval=0.5", "--interval: invalid intervals value: .0.5"),
         ("--num=1", "--num=1: must be at least 2"),
         ("--num=9 --num=9", "--num is given twice"),
     ],
