@@ -27,20 +27,12 @@ MANIFOLD = 10_000  # reference images whose features precision and recall use, a
 
 @dataclass(frozen=True)
 class Summary:
-    """What the metrics need to know of a set of images.
+    """What the metrics need to know of a set of images; None: not known."""
 
-    Attributes:
-      name: the set, for messages.
-      count: its images; None where a reference file does not say.
-      gaussians: "pool" and perhaps "spatial" -> mean (D,), covariance (D, D).
-      kept: pool features (n, D) of images for precision and recall, or None.
-      inception_score, accuracy: None where the network gives no such thing.
-    """
-
-    name: str
+    name: str  # for messages
     count: int | None
-    gaussians: dict[str, Gaussian]
-    kept: np.ndarray | None = None
+    gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial" features
+    kept: np.ndarray | None = None  # pool features (n, D), for precision and recall
     inception_score: float | None = None
     accuracy: float | None = None
 
@@ -61,9 +53,8 @@ def summarise(
 ) -> Summary:
     """Run a network over batches of uint8 images, `total` in all.
 
-    Args:
-      keep: how many images' pool features to keep, evenly spaced.
-      labels: (total,) what a network that recognises classes should find.
+    keep: how many images' pool features to keep, evenly spaced. labels: (total,) what a
+    network that recognises classes should find.
 
     Raises UserError: too few images, features that are not finite or all the same.
     """
@@ -83,10 +74,11 @@ def summarise(
         if keep:
             kept.append(outputs["pool"][chosen[rows]])
     recognises = "predicted" in outputs and labels is not None
+    gaussians = {kind: (m.mean, m.cov()) for kind, m in moments.items()}
     return Summary(
         name,
         seen,
-        {kind: (m.mean, m.cov()) for kind, m in moments.items()},
+        gaussians,
         np.concatenate(kept) if keep else None,
         score.value() if "probabilities" in outputs else None,
         correct / seen if recognises else None,
@@ -140,10 +132,7 @@ def summarise_reference(
 def compare(
     features: Features, samples: Summary, reference: Summary
 ) -> dict[str, float]:
-    """Those of METRICS that both summaries allow, in its order.
-
-    Raises UserError: statistics that cannot be compared.
-    """
+    """Those of METRICS that both allow, in its order. UserError: they differ."""
     found: dict[str, float | None] = {
         "inception_score": samples.inception_score,
         "accuracy": samples.accuracy,

@@ -57,11 +57,7 @@ class Moments:
         return self._origin + self._sum / self.count
 
     def cov(self) -> np.ndarray:
-        """(D, D), the sum of products over count - 1.
-
-        Raises UserError: fewer than 2 images, all with the same features, or features
-        that are not finite.
-        """
+        """(D, D), the sum of products over count - 1. UserError where it is none."""
         products = np.triu(self._products) + np.triu(self._products, 1).T
         scatter = products - np.outer(self._sum, self._sum / self.count)
         cov = scatter / max(self.count - 1, 1)
@@ -108,9 +104,7 @@ def frechet_distance(
     With C1 = F F^T and C2 = G G^T the eigenvalues of C1 C2 are the squared singular
     values of F^T G, which are real where the product's own root may turn complex.
 
-    Args:
-      mean1, mean2: (D,).
-      cov1, cov2: (D, D), of any rank.
+    mean1, mean2: (D,). cov1, cov2: (D, D), of any rank.
 
     Raises UserError: two numbers of features, or a matrix that is no covariance.
     """
@@ -127,12 +121,9 @@ def frechet_distance(
 class InceptionScore:
     """Inception Score of class probabilities that come in batches, in float64.
 
-    The mean over splits of exp(mean_i KL(p_i || mean_i p_i)). Splits are taken in the
-    order of the images; the last may be shorter and counts like the others, as in
-    `compute_inception_score` of openai/guided-diffusion's evaluator.
-
-    Args:
-      split: images in a split.
+    The mean over splits, of so many images in their order, of
+    exp(mean_i KL(p_i || mean_i p_i)). The last may be shorter and counts like the
+    others, as in `compute_inception_score` of openai/guided-diffusion's evaluator.
     """
 
     def __init__(self, split: int = 5000) -> None:

@@ -29,12 +29,7 @@ def precision_recall(
     set, itself left out. Precision is the share of samples in a ball of the reference,
     recall the share of the reference in a ball of the samples.
 
-    Args:
-      reference: (N, D).
-      samples: (M, D).
-
-    Returns:
-      precision, recall in [0, 1].
+    Takes (N, D) and (M, D), returns both in [0, 1].
 
     Raises UserError: k points or fewer in a set.
 

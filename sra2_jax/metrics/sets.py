@@ -33,23 +33,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size, not in memory, or statistics of them, or both.
+    """Images of one size, not in memory, or statistics of them, or both."""
 
-    Attributes:
-      name: as given, for messages.
-      shape: (N, H, W, 3); N = 0 where there are statistics alone.
-      batches: batch size -> uint8 (n, H, W, 3), in order; the last one may be shorter.
-      labels: (N,) integers, where the set has them.
-      settings: what made them, where the file says so.
-      gaussians: "pool" and "spatial" -> mean and covariance, as far as known; the
-        images may then be some of those that they are of.
-    """
-
-    name: str
-    shape: Shape
+    name: str  # as given, for messages
+    shape: Shape  # (N, H, W, 3); N = 0 where there are statistics alone
+    # batch size -> uint8 (n, H, W, 3), in order; the last one may be shorter
     batches: Callable[[int], Iterator[np.ndarray]]
-    labels: np.ndarray | None = None
-    settings: dict[str, Any] | None = None
+    labels: np.ndarray | None = None  # (N,)
+    settings: dict[str, Any] | None = None  # what made them, where the file says so
+    # "pool" and "spatial" -> mean and covariance; the images may be some of theirs
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -61,14 +53,12 @@ def open_images(
 ) -> ImageSet:
     """Open a set of images without reading it whole.
 
-    Args:
-      spec: an .npz in ADM's format: uint8 NHWC images as arr_0 (sample files), mu and
-        sigma, mu_s and sigma_s (reference files), or both, and perhaps labels as arr_1
-        and settings (a JSON text); a folder with images at any depth, in the order of
-        their paths; tfds:NAME[:SPLIT]; or digits.
-      resolution: side to which folders and datasets are cropped by ADM's rule. Datasets
-        need it, folders unless all their images are squares of one size.
-      split: of a dataset, where `spec` names none.
+    spec: an .npz in ADM's format: uint8 NHWC images as arr_0 (sample files), mu and
+    sigma, mu_s and sigma_s (reference files), or both, and perhaps labels as arr_1 and
+    settings (a JSON text); a folder with images at any depth, in the order of their
+    paths; tfds:NAME[:SPLIT]; or digits. resolution: side to which folders and datasets
+    are cropped by ADM's rule; folders of equal squares need none. split: of a dataset,
+    where `spec` names none.
 
     Raises UserError: nothing there, or nothing that can be used.
     """
@@ -171,12 +161,16 @@ def _image_shape(member: IO[bytes]) -> Shape:
 
 def _npz_images(spec: str) -> ImageSet:
     shape: Shape = (0,)
+    gaussians = {}
     with _opened(spec) as archive:
-        gaussians = {
-            kind: _gaussian(archive, *pair)
-            for kind, pair in STATISTICS.items()
-            if {*pair} & {*archive}
-        }
+        for kind, pair in STATISTICS.items():
+            if {*pair} & {*archive}:
+                # refuses what is complex or no number
+                mean, cov = (
+                    archive[k].astype(float, casting="same_kind") for k in pair
+                )
+                check_gaussian(mean, cov)
+                gaussians[kind] = mean, cov
         # A file with neither is told that it lacks images.
         if IMAGES in archive or not gaussians:
             with archive.zip.open(f"{IMAGES}.npy") as member:
@@ -198,14 +192,6 @@ def _npz_images(spec: str) -> ImageSet:
     return ImageSet(spec, shape, batches, labels, settings, gaussians)
 
 
-def _gaussian(archive: Mapping[str, np.ndarray], *pair: str) -> Gaussian:
-    """A mean and its covariance, float64, checked."""
-    # refuses what is complex or no number
-    mean, cov = (archive[key].astype(np.float64, casting="same_kind") for key in pair)
-    check_gaussian(mean, cov)
-    return mean, cov
-
-
 def write_npz(
     path: epath.PathLike,
     arrays: Mapping[str, np.ndarray],
@@ -214,11 +200,8 @@ def write_npz(
 ) -> None:
     """Write an .npz that np.load, and so ADM's evaluator, opens; never half of one.
 
-    Args:
-      path: replaced if it exists; its folder is made.
-      arrays: name -> array, written whole.
-      images: batches of uint8 (n, H, W, 3) to write one after the other as arr_0.
-      shape: (N, H, W, 3) of all images together.
+    images: batches of uint8 (n, H, W, 3) to write one after the other as arr_0; shape:
+    (N, H, W, 3), of all together.
 
     Raises ValueError: the images are not of that shape, or not N.
     """

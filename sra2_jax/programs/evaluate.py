@@ -18,15 +18,7 @@ from etils import epath
 
 from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.metrics import METRICS
-from sra2_jax.metrics.compare import (
-    MANIFOLD,
-    Summary,
-    compare,
-    evenly,
-    summarise_reference,
-    summarise_set,
-)
+from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
 from sra2_jax.programs.sample import new_file
@@ -35,7 +27,7 @@ from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh
 
 
-def note_if_few(summary: Summary) -> list[str]:
+def note_if_few(summary: compare.Summary) -> list[str]:
     """A line where covariances of so few images have not full rank."""
     width = max(mean.size for mean, _ in summary.gaussians.values())
     if summary.count is None or summary.count > width:
@@ -63,10 +55,10 @@ def evaluate(
             f"{samples.name} has images {samples.shape}, {reference.name} "
             f"{reference.shape}: compare images of one size"
         )
-    against = summarise_reference(features, reference, batch, manifold=True)
+    against = compare.summarise_reference(features, reference, batch, manifold=True)
     keep = len(samples) if against.kept is not None else 0
-    summary = summarise_set(features, samples, batch, keep)
-    metrics = compare(features, summary, against)
+    summary = compare.summarise_set(features, samples, batch, keep)
+    metrics = compare.compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
         notes.append(
@@ -95,10 +87,10 @@ def make_reference(
 
     Raises UserError: images that have no statistics.
     """
-    summary, total = summarise_set(features, images, batch), len(images)
+    summary, total = compare.summarise_set(features, images, batch), len(images)
     for note in note_if_few(summary):
         print(f"note: {note}")
-    chosen = evenly(total, MANIFOLD)
+    chosen = compare.evenly(total, compare.MANIFOLD)
     arrays: dict[str, np.ndarray] = {}
     for kind, gaussian in summary.gaussians.items():
         arrays |= dict(zip(STATISTICS[kind], gaussian, strict=True))

@@ -17,16 +17,9 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from sra2_jax import runtime
+from sra2_jax import generator, runtime
 from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
-from sra2_jax.generator import (
-    Generator,
-    draw_labels,
-    open_run,
-    read_settings,
-    refuse_others,
-)
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
 from sra2_jax.run import as_json, read_json, write_whole
@@ -77,12 +70,12 @@ class Parts:
                 ) from error
 
 
-def fill(parts: Parts, generate: Generator) -> None:
+def fill(parts: Parts, generate: generator.Generator) -> None:
     """Make the parts that are missing, with all processes; each writes its share."""
     if not (missing := parts.missing()):
         return
     indices = np.concatenate([parts.indices[n] for n in missing])
-    batches = generate(indices, draw_labels(generate.config, indices))
+    batches = generate(indices, generator.draw_labels(generate.config, indices))
     images = itertools.chain.from_iterable(watched(batches, len(indices), "sample"))
     for number in missing:
         part = np.stack([*itertools.islice(images, len(parts.indices[number]))])
@@ -90,7 +83,7 @@ def fill(parts: Parts, generate: Generator) -> None:
             parts.write(number, part)
 
 
-def sample(generate: Generator, out: epath.Path, count: int) -> None:
+def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
     """Write `count` samples to `out`, from where an earlier call was cut off.
 
     Raises UserError: parts of other samples are in the way.
@@ -102,7 +95,7 @@ def sample(generate: Generator, out: epath.Path, count: int) -> None:
     parts = Parts(out.with_suffix(".shards"), count, size)
     first, file = jax.process_index() == 0, parts.folder / FILE
     if file.exists():
-        refuse_others(parts.folder, read_json(file), settings)
+        generator.refuse_others(parts.folder, read_json(file), settings)
     elif first:
         parts.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, as_json(settings))
@@ -111,7 +104,7 @@ def sample(generate: Generator, out: epath.Path, count: int) -> None:
     multihost_utils.sync_global_devices("samples")
     if not first:
         return
-    labels = draw_labels(generate.config, np.arange(count))
+    labels = generator.draw_labels(generate.config, np.arange(count))
     arrays = {"arr_1": labels, "settings": np.array(json.dumps(settings))}
     side = generate.config.data.resolution
     write_npz(out, arrays, parts.read(), (count, side, side, 3))
@@ -159,8 +152,10 @@ def main() -> None:
     out = new_file("out", arguments.out, ".npz")
     if arguments.num < 1:
         raise UserError(f"--num={arguments.num}: must be at least 1")
-    config = read_settings(arguments.workdir, overrides)
+    config = generator.read_settings(arguments.workdir, overrides)
     runtime.join(arguments)
-    generate = open_run(arguments.workdir, config, arguments.weights, arguments.step)
+    generate = generator.open_run(
+        arguments.workdir, config, arguments.weights, arguments.step
+    )
     sample(generate, out, arguments.num)
     runtime.part()

@@ -14,24 +14,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from sra2_jax import runtime
+from sra2_jax import generator, runtime
 from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.generator import (
-    Generator,
-    draw_labels,
-    open_run,
-    read_settings,
-    refuse_others,
-)
-from sra2_jax.metrics import METRICS
-from sra2_jax.metrics.compare import (
-    Summary,
-    compare,
-    summarise,
-    summarise_reference,
-    watched,
-)
+from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.programs.evaluate import add_feature_arguments
@@ -71,22 +57,26 @@ def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
     if not path.exists():
         return {}
     saved = read_json(path)
-    refuse_others(path, saved["settings"], settings)
+    generator.refuse_others(path, saved["settings"], settings)
     return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
 
 
 def run_cell(
-    generate: Generator, features: Features, reference: Summary, cell: Cell, count: int
+    generate: generator.Generator,
+    features: Features,
+    reference: compare.Summary,
+    cell: Cell,
+    count: int,
 ) -> dict[str, float]:
     """The metrics of `count` samples with a guidance."""
     generate = generate.override(guidance_of(cell))
     indices = np.arange(count)
-    labels = draw_labels(generate.config, indices)
+    labels = generator.draw_labels(generate.config, indices)
     name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
-    images = watched(generate(indices, labels), count, name)
-    keep = count if reference.kept is not None else 0
-    summary = summarise(features, images, name, total=count, keep=keep, labels=labels)
-    return compare(features, summary, reference)
+    images = compare.watched(generate(indices, labels), count, name)
+    many: Any = {"total": count, "keep": 0 if reference.kept is None else count}
+    found = compare.summarise(features, images, name, labels=labels, **many)
+    return compare.compare(features, found, reference)
 
 
 def table(results: Results, settings: dict[str, Any]) -> str:
@@ -157,13 +147,13 @@ def main() -> None:
     a, overrides = parser.parse_known()
     if a.num < 2:
         raise UserError(f"--num={a.num}: must be at least 2")
-    config = read_settings(a.workdir, overrides)
+    config = generator.read_settings(a.workdir, overrides)
     cells = dict.fromkeys(cell_of(s, i) for s in a.guidance for i in a.interval)
     for cell in cells:  # fails before anything is loaded
         config.override(guidance_of(cell))
     runtime.join(a)
     held = open_images(a.reference, a.resolution, a.split)
-    generate = open_run(a.workdir, config, a.weights, a.step)
+    generate = generator.open_run(a.workdir, config, a.weights, a.step)
     batch, mesh = generate.batch, generate.program.mesh
     features = make_features(a.features, a.inception, mesh, batch)
     settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
@@ -171,7 +161,7 @@ def main() -> None:
     out = epath.Path(a.out)
     results = read_finished(out / FILE, settings)
     out.mkdir(parents=True, exist_ok=True)
-    reference = summarise_reference(features, held, batch, manifold=True)
+    reference = compare.summarise_reference(features, held, batch, manifold=True)
     for cell in cells:
         if cell not in results:
             results[cell] = run_cell(generate, features, reference, cell, a.num)
