@@ -52,8 +52,8 @@ def _keys(config: Config, purpose: int, indices: Any) -> Array:
 def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
     """Class (N,) of each image: a function of (config.seed, index) alone.
 
-    config.sampling.labels: "random", uniform and independent, as ADM, SiT and REPA; or
-    "balanced", index mod classes, which scores slightly better.
+    config.sampling.labels: "random", independent, as ADM, SiT and REPA; or "balanced",
+    index mod classes, which scores slightly better.
     """
     classes = config.data.num_classes
     if config.sampling.labels == "balanced":
@@ -221,16 +221,13 @@ def open_run(
     """A run's weights ("ema" or "raw") and its VAE, on all devices.
 
     Optimizer moments and the other set of weights are not read: a quarter of the file.
-
-    Args:
-      config: as `read_settings` gives it.
-      step: of the checkpoint, the newest by default.
+    config: as `read_settings` gives it; step: of the checkpoint, the newest by default.
 
     Raises UserError: no such run or checkpoint, or no such VAE.
     """
     program = Program(config, make_mesh())
     generator = Generator.of(program)
-    key = {"ema": "ema", "raw": "params"}[weights]
+    key = "params" if weights == "raw" else weights
     network = getattr(program.abstract, key)["network"]
     with Checkpoints(Run(workdir)) as checkpoints:
         wanted = {key: {"network": network}, "step": program.abstract.step}

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from sra2_jax.command import Parser, run_program
+from sra2_jax.command import Parser
 from sra2_jax.errors import MISTAKE, UserError
 from sra2_jax.lock import STALE_SECONDS
 from sra2_jax.run import ASIDE, Run, number
@@ -148,7 +148,3 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             status = MISTAKE
     return status
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sra2_jax.command import Parser, run_program
+from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, read_series, short, smooth
@@ -171,9 +171,10 @@ class Page:
             cells = "".join(f"<td>{short(v)}</td>" for v in (value, *levels))
             name = f"{title}<small>{direction}</small>"
             table += f"<tr><td>{name}</td>{cells}</tr>"
-        notes = (f"<p>{text(self.results.get(key, ''))}</p>" for key in PROSE)
-        left_out = (*PROSE, "metrics", "reference", "versions")
-        how = {k: v for k, v in self.results.items() if k not in left_out}
+        how = dict(self.results)
+        for key in ("metrics", "reference", "versions"):
+            how.pop(key, None)
+        notes = [f"<p>{text(how.pop(key))}</p>" for key in PROSE if key in how]
         return (
             f'<div class="scroll"><table class="numbers">{table}</table></div>'
             f'<div class="after note">{"".join(notes)}</div>{pairs(how)}'
@@ -184,8 +185,10 @@ class Page:
         words = ["python", "main.py", f"--config={self.config.get('name')}"]
         for key in ("seed", "steps", "batch_size"):
             words.append(f"--config.{key}={self.config.get(key)}")
-        commit = shlex.quote(str(self.versions.get("commit", "unknown")))
-        return escape(f"git checkout {commit}\n{shlex.join(words)}")
+        checkout, commit = "", str(self.versions.get("commit", "unknown"))
+        if commit != "unknown":
+            checkout = f"git checkout {shlex.quote(commit)}\n"
+        return escape(checkout + shlex.join(words))
 
     def html(self) -> str:
         """The whole document."""
@@ -223,7 +226,3 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("workdir", help="folder of a training run")
     print(f"wrote {write_report(parser.parse_args().workdir)}")
-
-
-if __name__ == "__main__":
-    run_program(main)
