@@ -27,10 +27,9 @@ from sra2_jax.step import Program
 MIN_PICTURE = 640
 # what results.json says of the numbers
 NOTES = {
-    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits "
-    "between Gaussians fitted in a 64-dimensional pixel space on a few hundred images, "
-    "and the share of samples that a support vector machine fitted on the 1,437 real "
-    "training digits gives the label asked for.",
+    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits in "
+    "a space of 64 pixels, and the share of samples that a support vector machine, "
+    "fitted on the 1,437 training digits, gives the label asked for.",
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
@@ -147,8 +146,7 @@ class Observer:
     def _score(self, step: int, params: Any) -> dict[str, float]:
         """Metrics of samples, also written to the log; the same noise at every step.
 
-        Samples that cannot be scored (all alike, say) are reported and score nothing:
-        training goes on.
+        Samples that cannot be scored (all alike, say) stop nothing.
         """
         indices = np.arange(self.config.eval.num_samples)
         labels = draw_labels(self.config, indices)

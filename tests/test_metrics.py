@@ -50,17 +50,6 @@ def test_golden_distance(adm, case, prefix):
     assert distance == pytest.approx(float(adm[case]), rel=1e-6)
 
 
-def test_frechet_distance_of_diagonal_covariances():
-    draw = np.random.default_rng(0)
-    means = draw.normal(size=(2, 8))
-    spreads = draw.uniform(0, 3, size=(2, 8))
-    distance = frechet_distance(
-        means[0], np.diag(spreads[0] ** 2), means[1], np.diag(spreads[1] ** 2)
-    )
-    expected = ((means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2).sum()
-    assert distance == pytest.approx(expected, rel=1e-12)
-
-
 def test_covariances_without_full_rank():
     """Few images: equal sets are at distance 0; in planes at right angles, the
     distance is the sum of the traces."""

@@ -92,8 +92,8 @@ def watched(
     hidden = jax.process_index() > 0
     with tqdm(total=total, unit="image", desc=name, disable=hidden) as bar:
         for part in batches:
-            yield part
             bar.update(len(part))
+            yield part
 
 
 def summarise_set(

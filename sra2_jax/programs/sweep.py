@@ -52,15 +52,6 @@ def guidance_of(cell: Cell) -> dict[str, float]:
     return {f"sampling.{n}": value for n, value in zip(NAMES, cell, strict=True)}
 
 
-def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
-    """The cells of an earlier call. Raises UserError: it had other settings."""
-    if not path.exists():
-        return {}
-    saved = read_json(path)
-    generator.refuse_others(path, saved["settings"], settings)
-    return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
-
-
 def run_cell(
     generate: generator.Generator,
     features: Features,
@@ -159,7 +150,11 @@ def main() -> None:
     settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
     out = epath.Path(a.out)
-    results = read_finished(out / FILE, settings)
+    results: Results = {}
+    if (out / FILE).exists():
+        saved = read_json(out / FILE)
+        generator.refuse_others(out / FILE, saved["settings"], settings)
+        results = {tuple(c[n] for n in NAMES): c["metrics"] for c in saved["cells"]}
     out.mkdir(parents=True, exist_ok=True)
     reference = compare.summarise_reference(features, held, batch, manifold=True)
     for cell in cells:
