@@ -16,7 +16,7 @@ from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
 from sra2_jax.metrics.compare import compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_images
+from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.models import apply
 from sra2_jax.report.page import write_report
 from sra2_jax.run import Run
@@ -75,8 +75,9 @@ class Observer:
     def _digits(self, features: Features) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""
         images, labels = load_digits("test")
-        total, columns = len(images), self.config.run.grid_columns
-        self.reference = summarise(features, [images], "digits", total=total)
+        columns = self.config.run.grid_columns
+        held = open_images("digits", split="test")
+        self.reference = summarise(features, held, len(held), bar=False)
         vae, params = self.generate.vae, self.generate.vae_params
 
         @jax.jit
@@ -114,8 +115,9 @@ class Observer:
     ) -> dict[str, float]:
         """What batches of uint8 images score. UserError where they cannot be scored."""
         assert self.features is not None
-        total = len(labels)
-        found = summarise(self.features, images, "samples", total=total, labels=labels)
+        shape = len(labels), *2 * (self.config.data.resolution,), 3
+        samples = ImageSet("samples", shape, lambda _: iter(images), labels)
+        found = summarise(self.features, samples, len(labels), bar=False)
         return compare(self.features, found, self.reference)
 
     def grid_classes(self) -> np.ndarray:

@@ -126,10 +126,11 @@ def test_is_whole_and_self_contained(run):
 
 def test_names_what_a_young_run_lacks(young):
     page = Page(write_report(young))
-    assert page.text.count("Not logged yet.") == 6
+    assert page.text.count("Not logged yet.") == 8
     for words in ("No pictures yet", "No samples yet", "No metrics", "Not noted yet"):
         assert words in page.text
     assert "step 0 of 40" in page.text
+    assert "vae run" in page.text  # without run.json the section's name
 
 
 def test_a_run_without_proxy_or_alignment(run):
@@ -163,7 +164,7 @@ def test_survives_garbled_files(run):
     png.write_bytes(png.read_bytes()[:40])
     page = Page(write_report(run))
     assert "Denoising loss8" in page.text  # of a step written twice, the later
-    assert page.text.count("Not logged yet.") == 5
+    assert page.text.count("Not logged yet.") == 7
     assert "images held out" not in page.text
 
 

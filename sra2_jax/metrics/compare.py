@@ -43,66 +43,49 @@ def evenly(total: int, count: int) -> np.ndarray:
 
 
 def summarise(
-    features: Features,
-    batches: Iterable[np.ndarray],
-    name: str,
-    *,
-    total: int,
-    keep: int = 0,
-    labels: np.ndarray | None = None,
+    features: Features, images: ImageSet, batch: int, keep: int = 0, bar: bool = True
 ) -> Summary:
-    """Run a network over batches of uint8 images, `total` in all.
+    """Run a network over a set, `batch` images at a time, with a progress bar or not.
 
-    keep: how many images' pool features to keep, evenly spaced. labels: (total,) what a
-    network that recognises classes should find.
+    keep: how many images' pool features to keep, evenly spaced.
 
     Raises UserError: too few images, features that are not finite or all the same.
     """
     moments: dict[str, Moments] = {}
-    score, correct, seen, kept = InceptionScore(), 0, 0, []
-    chosen = np.isin(np.arange(total), evenly(total, keep))
-    for images in batches:
-        outputs = features(images)
-        rows = slice(seen, seen + len(images))
-        seen += len(images)
+    score, seen, kept, predicted = InceptionScore(), 0, [], []
+    chosen = evenly(len(images), keep)
+    for part in watched(images.batches(batch), len(images), images.name, bar):
+        outputs = features(part)
         for kind in outputs.keys() & {"pool", "spatial"}:
-            moments.setdefault(kind, Moments(name)).add(outputs[kind])
+            moments.setdefault(kind, Moments(images.name)).add(outputs[kind])
         if "probabilities" in outputs:
             score.add(outputs["probabilities"])
-        if "predicted" in outputs and labels is not None:
-            correct += int(np.sum(outputs["predicted"] == labels[rows]))
+        if "predicted" in outputs and images.labels is not None:
+            predicted.append(outputs["predicted"])
         if keep:
-            kept.append(outputs["pool"][chosen[rows]])
-    recognises = "predicted" in outputs and labels is not None
-    gaussians = {kind: (m.mean, m.cov()) for kind, m in moments.items()}
+            kept.append(outputs["pool"][np.isin(seen + np.arange(len(part)), chosen)])
+        seen += len(part)
     return Summary(
-        name,
+        images.name,
         seen,
-        gaussians,
+        {kind: (m.mean, m.cov()) for kind, m in moments.items()},
         np.concatenate(kept) if keep else None,
         score.value() if "probabilities" in outputs else None,
-        correct / seen if recognises else None,
+        float(np.mean(np.concatenate(predicted) == images.labels))
+        if predicted
+        else None,
     )
 
 
 def watched(
-    batches: Iterable[np.ndarray], total: int, name: str
+    batches: Iterable[np.ndarray], total: int, name: str, bar: bool = True
 ) -> Iterator[np.ndarray]:
     """The same batches, with a progress bar."""
-    hidden = jax.process_index() > 0
-    with tqdm(total=total, unit="image", desc=name, disable=hidden) as bar:
+    hidden, name = not bar or jax.process_index() > 0, Path(name).name
+    with tqdm(total=total, unit="image", desc=name, disable=hidden) as progress:
         for part in batches:
-            bar.update(len(part))
+            progress.update(len(part))
             yield part
-
-
-def summarise_set(
-    features: Features, images: ImageSet, batch: int, keep: int = 0
-) -> Summary:
-    """`summarise` of a set, with a progress bar."""
-    total, name, labels = len(images), images.name, images.labels
-    batches = watched(images.batches(batch), total, Path(name).name)
-    return summarise(features, batches, name, total=total, keep=keep, labels=labels)
 
 
 def summarise_reference(
@@ -125,7 +108,7 @@ def summarise_reference(
     own = Summary(reference.name, None, reference.gaussians)
     if own.gaussians and not (manifold and len(reference)):
         return own
-    found = summarise_set(features, reference, batch, MANIFOLD if manifold else 0)
+    found = summarise(features, reference, batch, MANIFOLD if manifold else 0)
     return replace(own, kept=found.kept) if own.gaussians else found
 
 

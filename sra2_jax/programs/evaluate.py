@@ -57,7 +57,7 @@ def evaluate(
         )
     against = compare.summarise_reference(features, reference, batch, manifold=True)
     keep = len(samples) if against.kept is not None else 0
-    summary = compare.summarise_set(features, samples, batch, keep)
+    summary = compare.summarise(features, samples, batch, keep)
     metrics = compare.compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
@@ -87,7 +87,7 @@ def make_reference(
 
     Raises UserError: images that have no statistics.
     """
-    summary, total = compare.summarise_set(features, images, batch), len(images)
+    summary, total = compare.summarise(features, images, batch), len(images)
     for note in note_if_few(summary):
         print(f"note: {note}")
     chosen = compare.evenly(total, compare.MANIFOLD)

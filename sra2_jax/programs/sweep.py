@@ -19,7 +19,7 @@ from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_images
+from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.programs.evaluate import add_feature_arguments
 from sra2_jax.programs.sample import add_run_arguments
 from sra2_jax.run import as_json, read_json, write_whole
@@ -64,9 +64,10 @@ def run_cell(
     indices = np.arange(count)
     labels = generator.draw_labels(generate.config, indices)
     name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
-    images = compare.watched(generate(indices, labels), count, name)
-    many: Any = {"total": count, "keep": 0 if reference.kept is None else count}
-    found = compare.summarise(features, images, name, labels=labels, **many)
+    shape = count, *2 * (generate.config.data.resolution,), 3
+    images = ImageSet(name, shape, lambda _: generate(indices, labels), labels)
+    keep = count if reference.kept is not None else 0
+    found = compare.summarise(features, images, generate.batch, keep)
     return compare.compare(features, found, reference)
 
 

@@ -87,8 +87,12 @@ class Page:
         self.series = read_series(run.rows())
         self.step = int(max((s[-1] for s, _ in self.series.values()), default=0))
         self.measured = MEASURED.get(lookup(self.config, "eval", "features"), ())
-        # name, title, aim and depth of each alignment that is on
-        self.methods: list[dict[str, Any]] = self.facts.get("methods", [])
+        # Of each alignment that is on; a run of an older version has not written them.
+        self.methods: list[dict[str, Any]] = self.facts.get("methods") or [
+            {"name": name, "title": name, "aim": name, "depth": section.get("depth")}
+            for name, section in self.config.get("align", {}).items()
+            if section.get("enabled")
+        ]
 
     def header(self) -> dict[str, Any]:
         """What was trained on what, when, and how far it is."""
