@@ -92,6 +92,23 @@ def table(results: Results, settings: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(out: epath.Path, results: Results, settings: dict[str, Any]) -> None:
+    """The finished cells as sweep.json and sweep.md."""
+    cells = [
+        dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
+        for cell, metrics in results.items()
+    ]
+    write_whole(out / FILE, as_json({"settings": settings, "cells": cells}))
+    (out / "sweep.md").write_text(table(results, settings))
+
+
+def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
+    """The cells of an earlier call. Raises UserError: it had other settings."""
+    saved = read_json(path)
+    generator.refuse_others(path, saved["settings"], settings)
+    return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
+
+
 def draw(
     path: epath.Path,
     results: Results,
@@ -151,23 +168,14 @@ def main() -> None:
     settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
     out = epath.Path(a.out)
-    results: Results = {}
-    if (out / FILE).exists():
-        saved = read_json(out / FILE)
-        generator.refuse_others(out / FILE, saved["settings"], settings)
-        results = {tuple(c[n] for n in NAMES): c["metrics"] for c in saved["cells"]}
+    results = read_finished(out / FILE, settings) if (out / FILE).exists() else {}
     out.mkdir(parents=True, exist_ok=True)
     reference = compare.summarise_reference(features, held, batch, manifold=True)
     for cell in cells:
         if cell not in results:
             results[cell] = run_cell(generate, features, reference, cell, a.num)
         if jax.process_index() == 0:
-            done = [
-                dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
-                for cell, metrics in results.items()
-            ]
-            write_whole(out / FILE, as_json({"settings": settings, "cells": done}))
-            (out / "sweep.md").write_text(table(results, settings))
+            write(out, results, settings)
             draw(out / "sweep.png", results, a.guidance, a.interval, a.num)
     if jax.process_index() == 0:
         print(table(results, settings))
