@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 
-import jax
 import numpy as np
 
 from sra2_jax.command import Parser, run_program
@@ -61,11 +60,10 @@ def main() -> None:
     before, start = peak(), time.perf_counter()
     precision, recall = precision_recall(reference, samples)
     seconds, added = time.perf_counter() - start, peak() - before
-    device = jax.devices()[0].device_kind
     print(
         f"precision {precision:.4f}, recall {recall:.4f}: {len(reference):,} x "
         f"{len(samples):,} x {arguments.features}: {seconds:.1f} s, {added:.2f} GB "
-        f"above the {held:.2f} GB of the features; {device}, jax {jax.__version__}",
+        f"above the {held:.2f} GB of the features",
         flush=True,
     )
     other = moments(reference)

@@ -9,7 +9,6 @@ than the chip has; that of an H200 is what its driver reports.
 import contextlib
 import importlib.util
 import os
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 
 GIB = 2**30
 KNOWN = (
@@ -61,7 +60,6 @@ CHIPS = {
         Chip("h200", 989e12, 4.8e12, 900e9, 140.4 * GIB, CUDA),
     )
 }
-TPUS = tuple(chip.name for chip in CHIPS.values() if chip.compiler == "libtpu")
 
 
 def of_device(kind: str) -> Chip | None:
@@ -86,14 +84,14 @@ def compiler(chip: Chip | None) -> str:
 def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     """The devices of a topology, "v5e:4x4" or "cpu:8", and their chip; CPUs have none.
 
-    Raises:
-      UserError: there is no such topology, or no libtpu.
+    Raises UserError: there is no such topology, or no libtpu.
     """
     name, _, shape = topology.partition(":")
     if name == "cpu" and shape.isdigit() and int(shape):
         return _processors(int(shape)), None
-    if name not in TPUS or not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UserError(f"unknown --topology={topology}: known are {KNOWN}")
+    unknown, chip = f"unknown --topology={topology}", CHIPS.get(name)
+    if not chip or chip.compiler == CUDA or not shape:
+        raise UserError(f"{unknown}: known are {KNOWN}")
     if not importlib.util.find_spec("libtpu"):
         raise UserError(
             f"--topology={topology} needs the package libtpu: pip install -e '.[aot]'"
@@ -104,15 +102,10 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        made = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, **options
-        )
+        made = topologies.get_topology_desc(topology, "tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"unknown --topology={topology} ({reason}): known are {KNOWN}"
-        ) from error
-    return list(made.devices), CHIPS[name]
+        raise UserError(f"{unknown} ({one_line(error)}): known are {KNOWN}") from error
+    return list(made.devices), chip
 
 
 def _processors(n: int) -> list[Any]:

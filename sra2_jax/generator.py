@@ -29,7 +29,7 @@ NOISE, LABELS = 2**31, 2**31 + 1
 # keys of a run's config that sampling may change
 CHANGEABLE = ("sampling.", "seed", "vae")
 # settings of samples on which no image depends
-WITHOUT_EFFECT = ("batch_size", "versions", "shard")
+WITHOUT_EFFECT = ("batch_size", "versions")
 
 
 def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b h w 3"]:
@@ -43,17 +43,22 @@ def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b 
     return (255 * jnp.clip((images + 1) / 2, 0, 1)).astype(jnp.uint8)
 
 
+def _keys(config: Config, purpose: int, indices: Any) -> Array:
+    """A key for each image, of its index and the seed alone."""
+    base = jax.random.fold_in(jax.random.key(config.seed), purpose)
+    return jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
+
+
 def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
     """Class (N,) of each image: a function of (config.seed, index) alone.
 
-    config.sampling.labels: "random", uniform and independent, as ADM, SiT and REPA; or
-    "balanced", index mod classes, which scores slightly better.
+    config.sampling.labels: "random", independent, as ADM, SiT and REPA; or "balanced",
+    index mod classes, which scores slightly better.
     """
     classes = config.data.num_classes
     if config.sampling.labels == "balanced":
         return np.asarray(indices) % classes
-    base = jax.random.fold_in(jax.random.key(config.seed), LABELS)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(base, np.asarray(indices, np.int32))
+    keys = _keys(config, LABELS, np.asarray(indices, np.int32))
     draw = jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))
     return np.asarray(draw(keys)).astype(np.int64)
 
@@ -61,8 +66,7 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (network params, indices (B,), labels (B,)) -> scaled latents.
 
-    All noise of image i depends on (config.seed, i) alone: not on the batch it is in,
-    nor on the number of devices.
+    The noise of image i depends on (config.seed, i) alone, on no batch or devices.
     """
     config, mesh, transport = program.config, program.mesh, program.transport
     s, shape = config.sampling, config.latent_shape
@@ -71,8 +75,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
     )
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
-        base = jax.random.fold_in(jax.random.key(config.seed), NOISE)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(base, indices)
+        keys = _keys(config, NOISE, indices)
 
         def noise(i: Array | int) -> Array:
             draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
@@ -103,10 +106,8 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
-    Attributes:
-      vae, vae_params: the decoder; its parameters on every device.
-      params: the network's, for calls without any.
-      settings: what its samples are, for the file they go to.
+    vae, vae_params: the decoder; params: the network's, for calls without any;
+    settings: what its samples are, for the file they go to.
     """
 
     program: Program
@@ -114,6 +115,13 @@ class Generator:
     vae_params: Any
     params: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, program: Program, **named: Any) -> "Generator":
+        """With the VAE of the config. Raises UserError: there is none."""
+        vae, params = load_vae(program.config.vae)
+        params = jax.device_put(params, replicated(program.mesh))
+        return cls(program, vae, params, **named)
 
     @property
     def config(self) -> Config:
@@ -134,30 +142,25 @@ class Generator:
     def _sample(self) -> Callable[..., Array]:
         return make_sampler(self.program)
 
+    def _pixels(self, vae_params: Any, raw: Array) -> Array:
+        images = apply(self.vae, vae_params, raw, method="decode")
+        return to_uint8(images, self.config.sampling.rounding)
+
     @cached_property
     def _decode(self) -> Callable[[Any, Array], Array]:
-        latents, rounding = self.config.latents, self.config.sampling.rounding
+        latents, place = self.config.latents, replicated(self.program.mesh)
 
         @jax.jit
         def decode(vae_params: Any, z: Array) -> Array:
             raw = z / latents.scaling_factor + latents.shift_factor
-            images = to_uint8(
-                apply(self.vae, vae_params, raw, method="decode"), rounding
-            )
-            place = replicated(self.program.mesh)
+            images = self._pixels(vae_params, raw)
             return jax.lax.with_sharding_constraint(images, place)
 
         return decode
 
     def decode(self, raw: np.ndarray | Array) -> np.ndarray:
         """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
-        rounding = self.config.sampling.rounding
-
-        @jax.jit
-        def decode(params: Any, raw: Array) -> Array:
-            return to_uint8(apply(self.vae, params, raw, method="decode"), rounding)
-
-        return np.asarray(decode(self.vae_params, raw))
+        return np.asarray(jax.jit(self._pixels)(self.vae_params, raw))
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, params: Any = None
@@ -189,21 +192,17 @@ def generate(
     params: the network's, as state.ema["network"]; sampling: keys of config.sampling
     to change, guidance=1.8.
 
-    Raises:
-      UserError: no such key, value or VAE.
+    Raises UserError: no such key, value or VAE.
     """
-    vae, vae_params = load_vae(program.config.vae)
-    vae_params = jax.device_put(vae_params, replicated(program.mesh))
     values = {f"sampling.{name}": value for name, value in sampling.items()}
-    images = Generator(program, vae, vae_params, params).override(values)
+    images = Generator.of(program, params=params).override(values)
     return np.concatenate([*images(np.arange(len(labels)), np.asarray(labels))])
 
 
 def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
     """A run's config with overrides of what sampling may change.
 
-    Raises:
-      UserError: no run, a key that is none or that sampling must not change.
+    Raises UserError: no run, a key that is none or that sampling must not change.
     """
     values = parse(Config, overrides)
     for name in values:
@@ -222,25 +221,20 @@ def open_run(
     """A run's weights ("ema" or "raw") and its VAE, on all devices.
 
     Optimizer moments and the other set of weights are not read: a quarter of the file.
+    config: as `read_settings` gives it; step: of the checkpoint, the newest by default.
 
-    Args:
-      config: as `read_settings` gives it.
-      step: of the checkpoint, the newest by default.
-
-    Raises:
-      UserError: no such run or checkpoint, or no such VAE.
+    Raises UserError: no such run or checkpoint, or no such VAE.
     """
-    vae, vae_params = load_vae(config.vae)
     program = Program(config, make_mesh())
-    key = {"ema": "ema", "raw": "params"}[weights]
+    generator = Generator.of(program)
+    key = "params" if weights == "raw" else weights
     network = getattr(program.abstract, key)["network"]
     with Checkpoints(Run(workdir)) as checkpoints:
         wanted = {key: {"network": network}, "step": program.abstract.step}
         state = checkpoints.restore(wanted, step)
     facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
     settings = describe(config, **facts, versions=versions())
-    vae_params = jax.device_put(vae_params, replicated(program.mesh))
-    return Generator(program, vae, vae_params, state[key]["network"], settings)
+    return replace(generator, params=state[key]["network"], settings=settings)
 
 
 def describe(config: Config, **more: Any) -> dict[str, Any]:
@@ -259,30 +253,22 @@ def describe(config: Config, **more: Any) -> dict[str, Any]:
 def refuse_others(
     where: Any, saved: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    """Refuse to go on with samples that have other settings than those to be made.
-
-    Raises:
-      UserError: the first setting that differs, of those that matter.
-    """
+    """Raise UserError where saved samples have other settings than those to be made."""
     now = json.loads(json.dumps(settings))
     for key in sorted((now.keys() | saved.keys()) - {*WITHOUT_EFFECT}):
         if now.get(key) != saved.get(key):
             raise UserError(
-                f"{where} has samples with other settings: {key} is "
-                f"{saved.get(key)!r} there, {now.get(key)!r} now: use another --out or "
-                "remove it"
+                f"{where} has other samples: {key} is {saved.get(key)!r} there, "
+                f"{now.get(key)!r} now: use another --out or remove it"
             )
 
 
 def grid(images: np.ndarray, columns: int, border: int = 2) -> np.ndarray:
     """uint8 images (N, H, W, 3), row by row, to one picture on white."""
-    n, h, w, c = images.shape
-    rows = -(-n // columns)
-    out = np.full(
-        (rows * (h + border) + border, columns * (w + border) + border, c), 255, "uint8"
-    )
-    for i, image in enumerate(images):
-        y = border + i // columns * (h + border)
-        x = border + i % columns * (w + border)
-        out[y : y + h, x : x + w] = image
-    return out
+    rows, edges = -(-len(images) // columns), ((border, 0), (border, 0), (0, 0))
+    white: Any = {"constant_values": 255}
+    cells = np.pad(images, ((0, rows * columns - len(images)), *edges), **white)
+    _, h, w, c = cells.shape
+    picture = cells.reshape(rows, columns, h, w, c).swapaxes(1, 2)
+    picture = picture.reshape(rows * h, columns * w, c)
+    return np.pad(picture, ((0, border), (0, border), (0, 0)), **white)

@@ -7,32 +7,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from PIL import Image
 
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
-from sra2_jax.metrics.compare import Summary, compare, summarise, summarise_reference
+from sra2_jax.metrics.compare import compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
-from sra2_jax.metrics.sets import open_images
+from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.models import apply
 from sra2_jax.report.page import write_report
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch, anywhere, versions
-from sra2_jax.sharding import replicated
 from sra2_jax.step import Program
-from sra2_jax.weights import load_vae
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
 # what results.json says of the numbers
 NOTES = {
-    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits "
-    "between Gaussians fitted in a 64-dimensional pixel space on a few hundred images, "
-    "and the share of samples that a support vector machine fitted on the 1,437 real "
-    "training digits gives the label asked for.",
+    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits in "
+    "a space of 64 pixels, and the share of samples that a support vector machine, "
+    "fitted on the 1,437 training digits, gives the label asked for.",
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
@@ -44,11 +41,9 @@ class Observer:
     All processes call it together; one writes. It raises `Stop` between batches of
     samples where a signal has come.
 
-    Args:
-      dataset: folder of the latents.
+    dataset: folder of the latents.
 
-    Raises:
-      UserError: config.vae cannot be loaded, or nothing to score against.
+    Raises UserError: config.vae cannot be loaded, or nothing to score against.
     """
 
     def __init__(
@@ -57,23 +52,52 @@ class Observer:
         self.config, self.run, self.log = program.config, run, log
         self._watch, self._anywhere = watch, anywhere(program.mesh)
         self._flag: Any = False  # a signal came somewhere, before the batch before
-        vae, params = load_vae(self.config.vae)
-        params = jax.device_put(params, replicated(program.mesh))
-        self.generate = Generator(program, vae, params)
+        self.generate = Generator.of(program)
         self.features: Features | None = None
-        if self.config.eval.features:
-            self.features, self.reference = self._scorer(program)
-        self._levels = self._references(dataset)
-
-    def _scorer(self, program: Program) -> tuple[Features, Summary]:
-        """The network that scores samples, and what they are held against."""
         e, batch = self.config.eval, self.generate.batch
-        features = make_features(e.features, e.inception, program.mesh, batch)
+        if e.features:
+            features = make_features(e.features, e.inception, program.mesh, batch)
+            self.features = features
+        self._levels: dict[str, float] = {}
         if e.features == "digits":
-            real, _ = load_digits("test")
-            return features, summarise(features, [real], "digits", total=len(real))
-        reference = open_images(e.reference, self.config.data.resolution)
-        return features, summarise_reference(features, reference, batch, manifold=False)
+            self._digits(features)
+            return
+        if e.features:
+            held = open_images(e.reference, self.config.data.resolution)
+            self.reference = summarise_reference(features, held, batch, manifold=False)
+        # Records of the dataset, decoded.
+        rows = self.config.run.grid_classes * self.config.run.grid_columns
+        buffer = self.config.data.shuffle_buffer
+        order = Order(rows, self.config.seed, streams=1, shuffle_buffer=buffer)
+        means = next(batches(dataset, order))["mean"].astype(np.float32)
+        self._picture(run.images / "reconstruction.png", self.generate.decode(means))
+
+    def _digits(self, features: Features) -> None:
+        """Pictures of real digits, also through the VAE, and what they score."""
+        images, labels = load_digits("test")
+        columns = self.config.run.grid_columns
+        held = open_images("digits", split="test")
+        self.reference = summarise(features, held, len(held), bar=False)
+        vae, params = self.generate.vae, self.generate.vae_params
+
+        @jax.jit
+        def means(params: Any, images: Array) -> Array:
+            pixels = images.astype(jnp.float32) / 127.5 - 1
+            return apply(vae, params, pixels, method="encode")[0]
+
+        decoded = self.generate.decode(means(params, images))
+        rows = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
+        chosen = np.concatenate(rows)
+        self._picture(self.run.images / "real.png", images[chosen])
+        self._picture(self.run.images / "reconstruction.png", decoded[chosen])
+        seen, classes = load_digits("train")
+        through = self.metrics([decoded], labels)
+        self._levels = {
+            # the training set's distance; the held-out set's is 0 by definition
+            "real_frechet": self.metrics([seen], classes)["frechet"],
+            "real_accuracy": self.metrics([images], labels)["accuracy"],
+            **{f"reconstruction_{name}": value for name, value in through.items()},
+        }
 
     def _picture(self, path: Any, images: np.ndarray) -> np.ndarray:
         """Write a grid of uint8 images as a PNG; return it."""
@@ -83,61 +107,18 @@ class Observer:
             large = picture.repeat(factor, axis=0).repeat(factor, axis=1)
             with self.log.trying("pictures"):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("wb") as file:
-                    Image.fromarray(large).save(file, format="PNG")
+                path.write_bytes(to_png(large))
         return picture
-
-    def _references(self, dataset: Any) -> dict[str, float]:
-        """Pictures to hold the samples against; what real digits score.
-
-        With the digits' proxy, held-out real images and the same through the VAE; else
-        records of the dataset, decoded.
-        """
-        columns, pictures = self.config.run.grid_columns, self.run.images
-        if self.config.eval.features != "digits":
-            rows = self.config.run.grid_classes * columns
-            buffer = self.config.data.shuffle_buffer
-            order = Order(rows, self.config.seed, streams=1, shuffle_buffer=buffer)
-            means = next(batches(dataset, order))["mean"].astype(np.float32)
-            decoded = self.generate.decode(means)
-            self._picture(pictures / "reconstruction.png", decoded)
-            return {}
-        images, labels = load_digits("test")
-        decoded = self.generate.decode(self._encode(images))
-        rows_of = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
-        chosen = np.concatenate(rows_of)
-        self._picture(pictures / "real.png", images[chosen])
-        self._picture(pictures / "reconstruction.png", decoded[chosen])
-        train = load_digits("train")
-        return {
-            # the training set's distance; the held-out set's is 0 by definition
-            "real_frechet": self.metrics([train[0]], train[1])["frechet"],
-            "real_accuracy": self.metrics([images], labels)["accuracy"],
-            **{
-                f"reconstruction_{name}": value
-                for name, value in self.metrics([decoded], labels).items()
-            },
-        }
-
-    def _encode(self, images: np.ndarray) -> Array:
-        vae, params = self.generate.vae, self.generate.vae_params
-
-        def means(params: Any, images: Array) -> Array:
-            pixels = images.astype(jnp.float32) / 127.5 - 1
-            return apply(vae, params, pixels, method="encode")[0]
-
-        return jax.jit(means)(params, images)
 
     def metrics(
         self, images: Iterable[np.ndarray], labels: np.ndarray
     ) -> dict[str, float]:
         """What batches of uint8 images score. UserError where they cannot be scored."""
         assert self.features is not None
-        total = len(labels)
-        summary = summarise(
-            self.features, images, "samples", total=total, labels=labels
-        )
-        return compare(self.features, summary, self.reference)
+        shape = len(labels), *2 * (self.config.data.resolution,), 3
+        samples = ImageSet("samples", shape, lambda _: iter(images), labels)
+        found = summarise(self.features, samples, len(labels), bar=False)
+        return compare(self.features, found, self.reference)
 
     def grid_classes(self) -> np.ndarray:
         """The class of each row of a sample grid, spread over all classes."""
@@ -167,8 +148,7 @@ class Observer:
     def _score(self, step: int, params: Any) -> dict[str, float]:
         """Metrics of samples, also written to the log; the same noise at every step.
 
-        Samples that cannot be scored (all alike, say) are reported and score nothing:
-        training goes on.
+        Samples that cannot be scored (all alike, say) stop nothing.
         """
         indices = np.arange(self.config.eval.num_samples)
         labels = draw_labels(self.config, indices)

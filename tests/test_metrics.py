@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
+from sra2_jax.metrics import neighbours
 from sra2_jax.metrics.moments import InceptionScore, Moments, frechet_distance, gaussian
 from sra2_jax.metrics.neighbours import precision_recall
 
@@ -49,17 +50,6 @@ def test_golden_distance(adm, case, prefix):
     assert distance == pytest.approx(float(adm[case]), rel=1e-6)
 
 
-def test_frechet_distance_of_diagonal_covariances():
-    draw = np.random.default_rng(0)
-    means = draw.normal(size=(2, 8))
-    spreads = draw.uniform(0, 3, size=(2, 8))
-    distance = frechet_distance(
-        means[0], np.diag(spreads[0] ** 2), means[1], np.diag(spreads[1] ** 2)
-    )
-    expected = ((means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2).sum()
-    assert distance == pytest.approx(expected, rel=1e-12)
-
-
 def test_covariances_without_full_rank():
     """Few images: equal sets are at distance 0; in planes at right angles, the
     distance is the sum of the traces."""
@@ -76,20 +66,14 @@ def test_covariances_without_full_rank():
     ("mean", "cov", "message"),
     [
         (np.zeros(3), np.eye(3), "features, the other"),
-        (np.zeros(3), np.eye(2), r"mean \(3,\) and covariance \(2, 2\)"),
-        (np.array([0, np.nan]), np.eye(2), "finite numbers"),
-        (np.zeros(2), np.diag([np.inf, 1]), "finite numbers"),
         (np.zeros(2), np.diag([1, -1e-3]), "negative eigenvalue -0.001"),
-        (np.zeros(2), np.array([[1, 0.5], [0, 1]]), "not symmetric"),
     ],
 )
 def test_no_statistics(mean, cov, message):
-    for sides in (
-        (mean, cov, np.zeros(2), np.eye(2)),
-        (np.zeros(2), np.eye(2), mean, cov),
-    ):
+    sides = (mean, cov), (np.zeros(2), np.eye(2))
+    for one, other in (sides, sides[::-1]):
         with pytest.raises(UserError, match=message):
-            frechet_distance(*sides)
+            frechet_distance(*one, *other)
 
 
 # Streamed statistics
@@ -99,7 +83,7 @@ def test_no_statistics(mean, cov, message):
 def test_streaming_equals_numpy(offset):
     draw = np.random.default_rng(0)
     points = draw.normal(size=(2600, 5)) @ draw.normal(size=(5, 5)) + offset
-    summary = moments(points, [1, 1, 900, 2111, 2599])
+    summary = moments(points, [1, 2, 900, 2111, 2599])
     assert summary.count == 2600
     np.testing.assert_allclose(
         summary.mean, points.mean(axis=0), rtol=1e-14, atol=1e-14
@@ -123,14 +107,10 @@ def test_statistics_may_be_read_between_batches():
 
 def test_unusable_features():
     points = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    for value in (np.nan, np.inf):
-        bad = points.copy()
-        bad[6, 1] = value
-        with pytest.raises(UserError, match=r"samples\.npz: image 6 .* not finite"):
-            moments(bad, [5])
+    bad = np.where(np.arange(36).reshape(9, 4) == 25, np.nan, points)
     same = np.tile(points[:1], (1500, 1))
     same[::2] *= 1 + 1e-7  # the last bit of a float32
-    for features in (points[:1], same, np.zeros((5, 4))):
+    for features in (bad, points[:1], same, np.zeros((5, 4))):
         with pytest.raises(UserError, match=r"samples\.npz: .* different pictures"):
             moments(features, []).cov()
 
@@ -158,10 +138,11 @@ def test_inception_score_of_certain_classes_and_a_short_split():
 # Precision and recall
 
 
-@pytest.mark.parametrize("block", [2048, 128, 77])
-def test_golden_precision_and_recall(adm, block):
+@pytest.mark.parametrize("memory", [neighbours.MEMORY, 0.1])
+def test_golden_precision_and_recall(adm, memory, monkeypatch):
     """Equal to all distances in float64; ADM itself rounds them to float16."""
-    found = precision_recall(adm["ref"], adm["samples"], block=block)
+    monkeypatch.setattr(neighbours, "MEMORY", memory)
+    found = precision_recall(adm["ref"], adm["samples"])
     assert found == direct(adm["ref"], adm["samples"])
     assert found == pytest.approx(
         (float(adm["precision"]), float(adm["recall"])), abs=0.005
@@ -173,7 +154,7 @@ def test_features_far_from_zero_and_other_k():
     reference = 300 + draw.normal(size=(90, 6)).astype(np.float32)
     samples = 300.5 + draw.normal(size=(70, 6)).astype(np.float32)
     for k in (1, 5):
-        found = precision_recall(reference, samples, k, block=32)
+        found = precision_recall(reference, samples, k)
         assert found == direct(reference, samples, k)
         assert 0 < found[0] < 1
         assert 0 < found[1] < 1
@@ -186,21 +167,15 @@ def test_copies_are_neighbours():
     points = draw.normal(size=(60, 16)).astype(np.float32)
     reference = np.repeat(points[:40], 4, axis=0)
     samples = np.repeat(points[30:], 4, axis=0)
-    assert precision_recall(reference, samples, block=64) == (10 / 30, 10 / 40)
+    assert precision_recall(reference, samples) == (10 / 30, 10 / 40)
     # Of 3 copies it is another point.
     thrice = np.repeat(points, 3, axis=0)
     shifted = thrice + np.float32(1e-2)
-    assert precision_recall(thrice, shifted, block=64) == (1, 1)
+    assert precision_recall(thrice, shifted) == (1, 1)
 
 
-def test_unusable_points():
-    points = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    with pytest.raises(UserError, match="samples: 3 images are too few for 3"):
-        precision_recall(points, points[:3])
-    with pytest.raises(UserError, match="reference: 0 images"):
-        precision_recall(points[:0], points)
-    with pytest.raises(UserError, match="reference has 4 features, samples 3"):
-        precision_recall(points, points[:, :3])
-    points[3, 2] = np.inf
-    with pytest.raises(UserError, match="reference: has features that are not finite"):
-        precision_recall(points, points)
+def test_too_few_points():
+    points = np.random.default_rng(0).normal(size=(9, 4))
+    for sides in ((points, points[:3]), (points[:0], points)):
+        with pytest.raises(UserError, match="need more than 3 images in each set"):
+            precision_recall(*sides)

@@ -27,91 +27,65 @@ MANIFOLD = 10_000  # reference images whose features precision and recall use, a
 
 @dataclass(frozen=True)
 class Summary:
-    """What the metrics need to know of a set of images.
+    """What the metrics need to know of a set of images; None: not known."""
 
-    Attributes:
-      name: the set, for messages.
-      count: its images; None where a reference file does not say.
-      gaussians: "pool" and perhaps "spatial" -> mean (D,), covariance (D, D).
-      kept: pool features (n, D) of images for precision and recall, or None.
-      inception_score, accuracy: None where the network gives no such thing.
-    """
-
-    name: str
+    name: str  # for messages
     count: int | None
-    gaussians: dict[str, Gaussian]
-    kept: np.ndarray | None = None
+    gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial" features
+    kept: np.ndarray | None = None  # pool features (n, D), for precision and recall
     inception_score: float | None = None
     accuracy: float | None = None
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """At most `count` of the indices below `total`, evenly spaced."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
+
+
 def summarise(
-    features: Features,
-    batches: Iterable[np.ndarray],
-    name: str,
-    *,
-    total: int,
-    keep: int = 0,
-    labels: np.ndarray | None = None,
+    features: Features, images: ImageSet, batch: int, keep: int = 0, bar: bool = True
 ) -> Summary:
-    """Run a network over batches of uint8 images, `total` in all.
+    """Run a network over a set, `batch` images at a time, with a progress bar or not.
 
-    Args:
-      keep: how many images' pool features to keep, evenly spaced.
-      labels: (total,) what a network that recognises classes should find.
+    keep: how many images' pool features to keep, evenly spaced.
 
-    Raises:
-      UserError: too few images, features that are not finite or all the same.
+    Raises UserError: too few images, features that are not finite or all the same.
     """
     moments: dict[str, Moments] = {}
-    score, correct, seen = InceptionScore(), 0, 0
-    chosen = np.zeros(total, bool)
-    chosen[np.linspace(0, total - 1, min(keep, total)).round().astype(int)] = True
-    kept = []
-    for images in batches:
-        outputs = features(images)
-        rows = slice(seen, seen + len(images))
-        for kind in ("pool", "spatial"):
-            if kind in outputs:
-                moments.setdefault(kind, Moments(name)).add(outputs[kind])
+    score, seen, kept, predicted = InceptionScore(), 0, [], []
+    chosen = evenly(len(images), keep)
+    for part in watched(images.batches(batch), len(images), images.name, bar):
+        outputs = features(part)
+        for kind in outputs.keys() & {"pool", "spatial"}:
+            moments.setdefault(kind, Moments(images.name)).add(outputs[kind])
         if "probabilities" in outputs:
             score.add(outputs["probabilities"])
-        if "predicted" in outputs and labels is not None:
-            correct += int(np.sum(outputs["predicted"] == labels[rows]))
+        if "predicted" in outputs and images.labels is not None:
+            predicted.append(outputs["predicted"])
         if keep:
-            kept.append(outputs["pool"][chosen[rows]])
-        seen += len(images)
-    recognises = labels is not None and "predicted" in outputs
+            kept.append(outputs["pool"][np.isin(seen + np.arange(len(part)), chosen)])
+        seen += len(part)
     return Summary(
-        name,
+        images.name,
         seen,
         {kind: (m.mean, m.cov()) for kind, m in moments.items()},
         np.concatenate(kept) if keep else None,
         score.value() if "probabilities" in outputs else None,
-        correct / seen if recognises else None,
+        float(np.mean(np.concatenate(predicted) == images.labels))
+        if predicted
+        else None,
     )
 
 
 def watched(
-    batches: Iterable[np.ndarray], total: int, name: str
+    batches: Iterable[np.ndarray], total: int, name: str, bar: bool = True
 ) -> Iterator[np.ndarray]:
     """The same batches, with a progress bar."""
-    hidden = jax.process_index() > 0
-    with tqdm(total=total, unit="image", desc=name, disable=hidden) as bar:
+    hidden, name = not bar or jax.process_index() > 0, Path(name).name
+    with tqdm(total=total, unit="image", desc=name, disable=hidden) as progress:
         for part in batches:
+            progress.update(len(part))
             yield part
-            bar.update(len(part))
-
-
-def summarise_set(
-    features: Features, images: ImageSet, batch: int, keep: int = 0
-) -> Summary:
-    """`summarise` of a set, with a progress bar."""
-    total, name = len(images), images.name
-    batches = watched(images.batches(batch), total, Path(name).name)
-    return summarise(
-        features, batches, name, total=total, keep=keep, labels=images.labels
-    )
 
 
 def summarise_reference(
@@ -122,8 +96,8 @@ def summarise_reference(
     manifold: also run the network over its images (at most MANIFOLD of them, evenly
     spaced, where they are many) for precision and recall, if it has images.
 
-    Raises:
-      UserError: statistics of other features than `features` gives, or unusable images.
+    Raises UserError: statistics of other features than `features` gives, or unusable
+    images.
     """
     made_with = (reference.settings or {}).get("kind", "inception")
     if reference.gaussians and made_with != features.kind:
@@ -134,32 +108,24 @@ def summarise_reference(
     own = Summary(reference.name, None, reference.gaussians)
     if own.gaussians and not (manifold and len(reference)):
         return own
-    found = summarise_set(features, reference, batch, MANIFOLD if manifold else 0)
+    found = summarise(features, reference, batch, MANIFOLD if manifold else 0)
     return replace(own, kept=found.kept) if own.gaussians else found
 
 
 def compare(
     features: Features, samples: Summary, reference: Summary
 ) -> dict[str, float]:
-    """Those of METRICS that both summaries allow, in its order.
-
-    Raises:
-      UserError: statistics that cannot be compared.
-    """
-    metrics: dict[str, float | None] = {
+    """Those of METRICS that both allow, in its order. UserError: they differ."""
+    found: dict[str, float | None] = {
         "inception_score": samples.inception_score,
         "accuracy": samples.accuracy,
     }
-    names = {"pool": features.distance, "spatial": "sfid"}
-    try:
-        for kind in samples.gaussians.keys() & reference.gaussians.keys():
-            metrics[names[kind]] = frechet_distance(
-                *samples.gaussians[kind], *reference.gaussians[kind]
-            )
-        if samples.kept is not None and reference.kept is not None:
-            precision, recall = precision_recall(reference.kept, samples.kept)
-            metrics |= {"precision": precision, "recall": recall}
-    except UserError as error:
-        raise UserError(f"{samples.name} against {reference.name}: {error}") from error
-    found = ((name, metrics.get(name)) for name in METRICS)
-    return {name: value for name, value in found if value is not None}
+    ours, theirs = samples.gaussians, reference.gaussians
+    for kind, name in (("pool", features.distance), ("spatial", "sfid")):
+        if kind in ours and kind in theirs:
+            found[name] = frechet_distance(*ours[kind], *theirs[kind])
+    if samples.kept is not None and reference.kept is not None:
+        precision, recall = precision_recall(reference.kept, samples.kept)
+        found |= {"precision": precision, "recall": recall}
+    ordered = ((name, found.get(name)) for name in METRICS)
+    return {name: value for name, value in ordered if value is not None}

@@ -1,8 +1,13 @@
-"""Networks whose features sets of images are compared by, run batch by batch."""
+"""Networks whose features sets of images are compared by.
 
-from collections.abc import Callable
+A network has a `kind`; `distance`, the name of the Fréchet distance between its "pool"
+features; and `facts`, what result files say of it. Called with images, uint8
+(n, H, W, 3), it gives "pool" (n, D) and, where it has them, "spatial" (n, E),
+"probabilities" (n, K), "predicted" labels (n,).
+"""
+
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,25 +24,6 @@ KINDS = ("inception", "digits")
 Outputs = dict[str, np.ndarray]
 
 
-class Features(Protocol):
-    """What the metrics ask of a network.
-
-    Attributes:
-      kind: one of KINDS.
-      distance: name of the Frechet distance between its "pool" features.
-      facts: what result files say of it.
-    """
-
-    kind: str
-    distance: str
-    facts: dict[str, str]
-
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
-        """ "pool" (n, D) and, where the network has them, "spatial" (n, E),
-        "probabilities" (n, K), "predicted" labels (n,)."""
-        ...
-
-
 class InceptionFeatures:
     """The Inception network of FID over all devices of a mesh, float32.
 
@@ -45,10 +31,9 @@ class InceptionFeatures:
 
     Args:
       weights: see `load_inception`.
-      batch: images at a time, a multiple of the mesh's devices.
+      batch: images at a time, at most; a multiple of the mesh's devices.
 
-    Raises:
-      UserError: no usable weights.
+    Raises UserError: no usable weights.
     """
 
     kind, distance = "inception", "fid"
@@ -71,23 +56,16 @@ class InceptionFeatures:
                 "probabilities": jax.nn.softmax(out.logits),
             }
 
-        self._run: Callable[..., Any] = jax.jit(run, out_shardings=replicated(mesh))
+        self._run: Any = jax.jit(run, out_shardings=replicated(mesh))
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
-        parts = []
-        for start in range(0, len(images), self._batch):
-            # Filled up with copies, so that there is one shape to compile.
-            rows = np.arange(start, start + self._batch).clip(max=len(images) - 1)
-            chunk = images[rows]
-            placed = jax.make_array_from_callback(
-                chunk.shape, self._placed, chunk.__getitem__
-            )
-            parts.append(self._run(self._params, placed))
-        parts = jax.device_get(parts)
-        return {
-            name: np.concatenate([part[name] for part in parts])[: len(images)]
-            for name in parts[0]
-        }
+        # Filled up with copies, so that there is one shape to compile.
+        filled = images[np.arange(self._batch).clip(max=len(images) - 1)]
+        placed = jax.make_array_from_callback(
+            filled.shape, self._placed, filled.__getitem__
+        )
+        found = jax.device_get(self._run(self._params, placed))
+        return {name: values[: len(images)] for name, values in found.items()}
 
 
 class DigitsFeatures:
@@ -110,6 +88,9 @@ class DigitsFeatures:
     def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> Outputs:
         pool = to_8x8(images)
         return {"pool": pool, "predicted": self._classifier.predict(pool)}
+
+
+Features = InceptionFeatures | DigitsFeatures
 
 
 def make_features(kind: str, weights: str, mesh: Mesh, batch: int) -> Features:

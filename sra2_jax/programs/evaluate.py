@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,35 +18,22 @@ from etils import epath
 
 from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
-from sra2_jax.metrics import METRICS
-from sra2_jax.metrics.compare import (
-    MANIFOLD,
-    Summary,
-    compare,
-    summarise_reference,
-    summarise_set,
-)
+from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
-from sra2_jax.metrics.sets import (
-    STATISTICS,
-    ImageSet,
-    open_images,
-    write_npz,
-)
+from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
 from sra2_jax.programs.sample import new_file
-from sra2_jax.run import write_whole
+from sra2_jax.run import as_json, write_whole
 from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh
 
 
-def note_if_few(summary: Summary) -> list[str]:
+def note_if_few(summary: compare.Summary) -> list[str]:
     """A line where covariances of so few images have not full rank."""
-    widths = {kind: mean.size for kind, (mean, _) in summary.gaussians.items()}
-    if summary.count is None or summary.count > max(widths.values()):
+    width = max(mean.size for mean, _ in summary.gaussians.values())
+    if summary.count is None or summary.count > width:
         return []
-    needed = " and ".join(f"{width:,} {kind}" for kind, width in widths.items())
     return [
-        f"{summary.name}: {summary.count:,} images give the covariance of {needed} "
+        f"{summary.name}: {summary.count:,} images give the covariance of {width:,} "
         "features no full rank; distances are biased upwards, compare them with none "
         "of other counts"
     ]
@@ -62,18 +48,17 @@ def evaluate(
 ) -> None:
     """Print the metrics of `samples` and write them to `out` as JSON.
 
-    Raises:
-      UserError: unusable samples or reference.
+    Raises UserError: unusable samples or reference.
     """
     if len(reference) and reference.shape[1:] != samples.shape[1:]:
         raise UserError(
             f"{samples.name} has images {samples.shape}, {reference.name} "
             f"{reference.shape}: compare images of one size"
         )
-    against = summarise_reference(features, reference, batch, manifold=True)
+    against = compare.summarise_reference(features, reference, batch, manifold=True)
     keep = len(samples) if against.kept is not None else 0
-    summary = summarise_set(features, samples, batch, keep)
-    metrics = compare(features, summary, against)
+    summary = compare.summarise(features, samples, batch, keep)
+    metrics = compare.compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
         notes.append(
@@ -89,12 +74,10 @@ def evaluate(
         "sampling": samples.settings or "unknown: the samples do not say",
         "versions": versions(),
     }
-    write_whole(out, json.dumps(results, indent=2) + "\n")
-    for name, value in metrics.items():
-        print(f"{METRICS[name][0]}: {value:.6g}")
-    for note in notes:
-        print(f"note: {note}")
-    print(f"wrote {out}")
+    write_whole(out, as_json(results))
+    lines = [f"{METRICS[name][0]}: {value:.6g}" for name, value in metrics.items()]
+    lines += [f"note: {note}" for note in notes]
+    print("\n".join([*lines, f"wrote {out}"]))
 
 
 def make_reference(
@@ -102,53 +85,39 @@ def make_reference(
 ) -> None:
     """Write ADM's reference file of a set: statistics of all, 10,000 of its images.
 
-    Raises:
-      UserError: images that have no statistics.
+    Raises UserError: images that have no statistics.
     """
-    summary = summarise_set(features, images, batch)
+    summary, total = compare.summarise(features, images, batch), len(images)
     for note in note_if_few(summary):
         print(f"note: {note}")
-    count = min(MANIFOLD, len(images))
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
+    chosen = compare.evenly(total, compare.MANIFOLD)
     arrays: dict[str, np.ndarray] = {}
     for kind, gaussian in summary.gaussians.items():
         arrays |= dict(zip(STATISTICS[kind], gaussian, strict=True))
-    settings = {
-        "source": images.name,
-        "count": len(images),
-        "kind": features.kind,
-        **features.facts,
-        "versions": versions(),
-    }
+    settings = {"source": images.name, "count": total, "kind": features.kind}
+    settings |= {**features.facts, "versions": versions()}
     arrays["settings"] = np.array(json.dumps(settings))
 
     def selected() -> Iterator[np.ndarray]:
         seen = 0
         for part in images.batches(batch):
-            rows = chosen[(chosen >= seen) & (chosen < seen + len(part))] - seen
+            yield part[np.isin(seen + np.arange(len(part)), chosen)]
             seen += len(part)
-            if len(rows):
-                yield part[rows]
 
-    write_npz(out, arrays, selected(), (count, *images.shape[1:]))
-    print(f"{out}: statistics of {len(images):,} images, {count:,} of them inside")
+    write_npz(out, arrays, selected(), (len(chosen), *images.shape[1:]))
+    print(f"{out}: statistics of {total:,} images, {len(chosen):,} of them inside")
 
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name the network of the metrics, and how images are read."""
     add = parser.add_argument
     add("--features", choices=KINDS, default="inception", help="(%(default)s)")
+    weights = "inception.safetensors"
     add(
-        "--inception",
-        default="inception.safetensors",
-        metavar="FILE",
-        help="weights, .pth, .npz or .safetensors (%(default)s)",
+        "--inception", default=weights, metavar="FILE", help="its weights (%(default)s)"
     )
-    add(
-        "--resolution",
-        type=int,
-        help="centre-crop a folder or dataset to this side, as ADM does",
-    )
+    crop = "centre-crop a folder or dataset to this side, as ADM does"
+    add("--resolution", type=int, help=crop)
     add("--split", default="train", help="of a dataset with splits (%(default)s)")
 
 
@@ -175,7 +144,7 @@ def main() -> None:
     devices = jax.device_count()
     batch = -(-max(a.batch_size, 1) // devices) * devices
     mesh = make_mesh()
-    features: Any = make_features(a.features, a.inception, mesh, batch)
+    features = make_features(a.features, a.inception, mesh, batch)
     if a.make_reference:
         make_reference(features, samples, out, batch)
     else:

@@ -9,6 +9,7 @@ work of one device. Exit status 1, and what to change, if it does not fit. TPUs 
 
 import argparse
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,10 @@ from sra2_jax.step import Program, count_parameters
 
 # Of the chip's memory, for what runs beside the step: the next batch, a sampler.
 RESERVE = 0.03
+CHANGES = (
+    "--config.model.remat=full, a larger --config.mesh.fsdp, a larger "
+    "--config.accumulate, a smaller --config.batch_size, more devices"
+)
 
 
 def compiled_step(program: Program) -> tuple[Any, int | None]:
@@ -49,23 +54,15 @@ def compiled_step(program: Program) -> tuple[Any, int | None]:
 def peak_bytes(compiled: Any) -> int:
     """Memory of one device while a compiled program runs."""
     memory = compiled.memory_analysis()
-    return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    ends = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return ends - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def device_bytes(tree: Any) -> int:
     """Bytes of a placed tree on one device."""
-    shards = (
-        (leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
-    )
     return sum(
-        jax.ShapeDtypeStruct(shape, dtype).size * dtype.itemsize
-        for shape, dtype in shards
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
@@ -76,20 +73,25 @@ def describe(
 
     "fits" is None where nothing is known of the devices' memory.
 
-    Args:
-      memory_gb: of a device, 10^9 bytes, instead of the chip's own.
+    memory_gb: of a device, 10^9 bytes, instead of the chip's own.
 
-    Raises:
-      UserError: the batch does not divide over the devices.
+    Raises UserError: the batch does not divide over the devices.
     """
     config, state = program.config, program.abstract
     began = time.perf_counter()
     compiled, peak = compiled_step(program)
     seconds = time.perf_counter() - began
     memory = memory_gb * 1e9 if memory_gb else chip.memory if chip else None
-    fits = None
-    if memory or not compiled:
-        fits = bool(compiled and memory and (peak or 0) <= memory * (1 - RESERVE))
+    fits = False if not compiled else None
+    if compiled and memory:
+        fits = (peak or 0) <= memory * (1 - RESERVE)
+    held = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "ema": state.ema,
+        "encoder": program.frozen,
+        "batch": program.batch,
+    }
     facts = {
         "config": config.name,
         "topology": topology,
@@ -101,13 +103,7 @@ def describe(
         "accumulate": config.accumulate,
         "compiler": chips.compiler(chip),
         "parameters": {k: count_parameters(v) for k, v in state.params.items()},
-        "bytes": {
-            "parameters": device_bytes(state.params),
-            "optimizer": device_bytes(state.opt_state),
-            "ema": device_bytes(state.ema),
-            "encoder": device_bytes(program.frozen),
-            "batch": device_bytes(program.batch),
-        },
+        "bytes": {name: device_bytes(tree) for name, tree in held.items()},
         "peak_bytes": peak,
         "memory_bytes": memory,
         "fits": fits,
@@ -121,9 +117,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     """The facts as text."""
     mesh = " x ".join(f"{name} {n}" for name, n in facts["mesh"].items())
     yield (
-        f"{facts['config']} on {facts['topology']}: {facts['devices']} devices ({mesh})"
-        f", batch {facts['batch_size']}, remat {facts['remat']}, "
-        f"{'scan' if facts['scan'] else 'unrolled'}; {facts['compiler']}"
+        "{config} on {topology}: {devices} devices ({0}), batch {batch_size}, remat "
+        "{remat}, scan {scan}; {compiler}".format(mesh, **facts)
     )
     count = (f"{name} {n / 1e6:.1f}M" for name, n in facts["parameters"].items())
     yield f"parameters     {', '.join(count)}"
@@ -139,22 +134,10 @@ def advice(facts: dict[str, Any]) -> str:
     peak, memory = facts["peak_bytes"], facts["memory_bytes"]
     need = f"needs {peak / 1e9:.2f} GB a device" if peak else "needs more"
     if facts["fits"] is None:
-        return (
-            f"{need}; whether it fits is not known, as the memory is not: --memory_gb"
-        )
+        return f"{need}; whether that fits is not known without --memory_gb"
     if memory:
         need += f" of {memory / 1e9:.2f} GB, {RESERVE:.0%} of them in reserve"
-    if facts["fits"]:
-        return f"fits: {need}"
-    changes = []
-    if facts["remat"] != "full":
-        changes.append("--config.model.remat=full")
-    if facts["mesh"]["fsdp"] < facts["devices"]:
-        changes.append("a larger --config.mesh.fsdp")
-    if facts["batch_size"] > facts["devices"] * facts["accumulate"]:
-        changes.append("a larger --config.accumulate or a smaller --config.batch_size")
-    changes.append("more devices")
-    return f"does not fit: {need}: try {', '.join(changes)}"
+    return f"fits: {need}" if facts["fits"] else f"does not fit: {need}: try {CHANGES}"
 
 
 def parse(about: str) -> tuple[argparse.Namespace, Config]:

@@ -6,27 +6,20 @@ alone. A program that was killed goes on where it was when run again: finished p
 stay in samples.shards/ until the .npz is whole. Runs without TensorFlow.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
-from sra2_jax import runtime
+from sra2_jax import generator, runtime
 from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
-from sra2_jax.generator import (
-    Generator,
-    draw_labels,
-    open_run,
-    read_settings,
-    refuse_others,
-)
+from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
 from sra2_jax.run import as_json, read_json, write_whole
 
@@ -37,130 +30,91 @@ IMAGES = 1024  # of a part, about
 class Parts:
     """Images 0 ... count - 1, uint8 (H, W, 3), in files of `size` consecutive ones.
 
-    Args:
-      folder: made where missing; its settings.json says what the images are.
-      settings: as `describe` gives them.
-      count, batch: number of images, and how many are made at a time.
-
-    Raises:
-      UserError: the folder holds images made with other settings.
+    A file is renamed once it is complete.
     """
 
-    def __init__(
-        self, folder: epath.Path, settings: dict[str, Any], count: int, batch: int
-    ) -> None:
-        self.folder, path = folder, folder / FILE
-        if path.exists():
-            saved = read_json(path)
-            refuse_others(folder, saved, settings)
-            settings = saved
-        else:
-            # Whole batches: whoever goes on later makes the same ones.
-            settings = settings | {"shard": batch * max(1, IMAGES // batch)}
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, as_json(settings))
-        self.settings = settings
-        starts = range(0, count, settings["shard"])
-        self.indices = [
-            np.arange(start, min(start + settings["shard"], count)) for start in starts
-        ]
+    def __init__(self, folder: epath.Path, count: int, size: int) -> None:
+        self.folder = folder
+        cuts = np.arange(size, count, size)
+        self.indices = np.split(np.arange(count), cuts)
 
-    def _file(self, number: int) -> epath.Path:
+    def path(self, number: int) -> epath.Path:
         return self.folder / f"{number:06d}.npy"
 
-    def missing(self) -> np.ndarray:
-        """Whether each part is not there yet."""
+    def missing(self) -> list[int]:
+        """Their numbers, as process 0 sees it: others may not see a new file yet."""
         numbers = range(len(self.indices))
-        return np.array([not self._file(n).exists() for n in numbers])
+        missing = np.array([not self.path(n).exists() for n in numbers])
+        if jax.process_count() > 1:
+            missing = multihost_utils.broadcast_one_to_all(missing)
+        return np.flatnonzero(missing).tolist()
 
     def write(self, number: int, images: np.ndarray) -> None:
-        """A whole part or none: a file is renamed once it is complete."""
         fresh = self.folder / f"{number:06d}.tmp"
         with fresh.open("wb") as file:
             np.save(file, images)
-        fresh.replace(self._file(number))
+        fresh.replace(self.path(number))
 
     def read(self) -> Iterator[np.ndarray]:
-        """All parts in order.
-
-        Raises:
-          UserError: a damaged one. It is removed: the same command makes it again.
-        """
-        for number, indices in enumerate(self.indices):
-            path = self._file(number)
+        """All in order. Raises UserError: a damaged one, which is removed."""
+        for number in range(len(self.indices)):
+            path = self.path(number)
             try:
                 with path.open("rb") as file:
-                    images = np.load(file, allow_pickle=False)
-                if len(images) != len(indices):
-                    raise ValueError
+                    yield np.load(file, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 path.unlink(missing_ok=True)
                 raise UserError(
                     f"{path}: was damaged and is removed: run the same command again"
                 ) from error
-            yield images
 
 
-def fill(parts: Parts, generate: Generator) -> None:
+def fill(parts: Parts, generate: generator.Generator) -> None:
     """Make the parts that are missing, with all processes; each writes its share."""
-    missing = parts.missing()
-    if jax.process_count() > 1:
-        # Process 0 says which: another one may not see a new file yet.
-        missing = multihost_utils.broadcast_one_to_all(missing)
-    queue = np.flatnonzero(missing).tolist()
-    if not queue:
+    if not (missing := parts.missing()):
         return
-    indices = np.concatenate([parts.indices[n] for n in queue])
-    count, waiting = parts.indices[-1][-1] + 1, np.empty(0)
-    bar = tqdm(
-        total=count,
-        initial=count - len(indices),
-        unit="image",
-        disable=jax.process_index() > 0,
-    )
-    with bar:
-        for images in generate(indices, draw_labels(generate.config, indices)):
-            waiting = np.concatenate([waiting, images]) if waiting.size else images
-            while queue and len(waiting) >= (n := len(parts.indices[queue[0]])):
-                number = queue.pop(0)
-                if number % jax.process_count() == jax.process_index():
-                    parts.write(number, waiting[:n])
-                waiting = waiting[n:]
-            bar.update(len(images))
+    indices = np.concatenate([parts.indices[n] for n in missing])
+    batches = generate(indices, generator.draw_labels(generate.config, indices))
+    images = itertools.chain.from_iterable(watched(batches, len(indices), "sample"))
+    for number in missing:
+        part = np.stack([*itertools.islice(images, len(parts.indices[number]))])
+        if number % jax.process_count() == jax.process_index():
+            parts.write(number, part)
 
 
-def sample(generate: Generator, out: epath.Path, count: int) -> None:
+def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
     """Write `count` samples to `out`, from where an earlier call was cut off.
 
-    Raises:
-      UserError: parts of other samples are in the way.
+    Raises UserError: parts of other samples are in the way.
     """
     began = time.perf_counter()
-    config, folder = generate.config, out.with_suffix(".shards")
-    made = folder, generate.settings | {"count": count}, count
-    if jax.process_index() == 0:
-        Parts(*made, generate.batch)  # writes what the others read
+    # Whole batches: whoever goes on later makes the same ones.
+    size = generate.batch * max(1, IMAGES // generate.batch)
+    settings = generate.settings | {"count": count, "shard": size}
+    parts = Parts(out.with_suffix(".shards"), count, size)
+    first, file = jax.process_index() == 0, parts.folder / FILE
+    if file.exists():
+        generator.refuse_others(parts.folder, read_json(file), settings)
+    elif first:
+        parts.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(file, as_json(settings))
     multihost_utils.sync_global_devices("settings of the samples")
-    parts = Parts(*made, generate.batch)
     fill(parts, generate)
     multihost_utils.sync_global_devices("samples")
-    if jax.process_index() > 0:
+    if not first:
         return
-    side = config.data.resolution
-    arrays = {
-        "arr_1": draw_labels(config, np.arange(count)),
-        "settings": np.array(json.dumps(parts.settings)),
-    }
+    labels = generator.draw_labels(generate.config, np.arange(count))
+    arrays = {"arr_1": labels, "settings": np.array(json.dumps(settings))}
+    side = generate.config.data.resolution
     write_npz(out, arrays, parts.read(), (count, side, side, 3))
-    folder.rmtree()
+    parts.folder.rmtree()
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
 
 
 def new_file(flag: str, text: str, suffix: str) -> epath.Path:
     """The path of a new file, whose folder is made.
 
-    Raises:
-      UserError: it exists, has another suffix, or can have no such folder.
+    Raises UserError: it exists, has another suffix, or can have no such folder.
     """
     out = epath.Path(text)
     if out.suffix != suffix:
@@ -198,8 +152,10 @@ def main() -> None:
     out = new_file("out", arguments.out, ".npz")
     if arguments.num < 1:
         raise UserError(f"--num={arguments.num}: must be at least 1")
-    config = read_settings(arguments.workdir, arguments.overrides)
+    config = generator.read_settings(arguments.workdir, arguments.overrides)
     runtime.join(arguments)
-    generate = open_run(arguments.workdir, config, arguments.weights, arguments.step)
+    generate = generator.open_run(
+        arguments.workdir, config, arguments.weights, arguments.step
+    )
     sample(generate, out, arguments.num)
     runtime.part()

@@ -3,6 +3,7 @@
 Reads a run's folder, also while the run writes it; neither jax nor TensorFlow.
 """
 
+import datetime
 import json
 import os
 import socket
@@ -11,9 +12,7 @@ import sys
 import time
 from typing import Any
 
-from etils import epath
-
-from sra2_jax.command import Parser, run_program
+from sra2_jax.command import Parser
 from sra2_jax.errors import MISTAKE, UserError
 from sra2_jax.lock import STALE_SECONDS
 from sra2_jax.run import ASIDE, Run, number
@@ -29,8 +28,7 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     `checkpoint` is the newest whole one; `set_aside` are damaged ones; `running` says
     whether a process holds the folder and gives signs of life, `holder` which.
 
-    Raises:
-      UserError: no run is there.
+    Raises UserError: no run is there.
     """
     run = Run(workdir)
     if not run.exists():
@@ -45,12 +43,12 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     )
     speed = statistics.median(speeds[-ROWS:]) if speeds else None
     left = None
-    if speed and step is not None and steps is not None and batch is not None:
+    if speed and not (step is None or steps is None or batch is None):
         left = max(steps - step, 0) * batch / speed
     checkpoint = None
     if whole is not None:
-        age = _age(run.checkpoints / str(whole))
-        checkpoint = {"step": whole, "seconds_old": age}
+        folder = run.checkpoints / str(whole)
+        checkpoint = {"step": whole, "seconds_old": _since(folder.stat().mtime)}
     return {
         "workdir": str(run),
         "name": config.get("name"),
@@ -60,7 +58,7 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "images_per_second": speed,
         "seconds_left": left,
-        "seconds_since_row": _age(run.metrics) if rows else None,
+        "seconds_since_row": _since(run.metrics.stat().mtime) if rows else None,
         "skipped": int(sum(number(row, "skipped") or 0 for row in rows)),
         "skipped_since": rows[0]["step"] if rows else None,
         "checkpoint": checkpoint,
@@ -69,91 +67,70 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def _age(path: epath.Path) -> float | None:
-    """Seconds since a file or folder was changed."""
-    try:
-        return max(time.time() - path.stat().mtime, 0.0)
-    except OSError:
-        return None
+def _since(moment: float) -> float:
+    return max(time.time() - moment, 0.0)
 
 
 def _holder(lock: dict[str, Any]) -> dict[str, Any]:
     """Who has the folder, as lock.json says, and whether it is alive."""
     beat, pid = number(lock, "beat"), number(lock, "pid")
-    if beat is None or type(pid) is not int:
+    if beat is None or pid is None:
         return {"running": False, "holder": None}
-    silent = max(time.time() - beat, 0.0)
     holder = {key: lock.get(key) for key in ("host", "pid", "started")}
-    running = silent < STALE_SECONDS
-    if lock.get("host") == socket.gethostname():
-        running = running and _alive(pid)
+    silent, here = _since(beat), lock.get("host") == socket.gethostname()
+    running = silent < STALE_SECONDS and (not here or _alive(pid))
     return {"running": running, "holder": holder | {"seconds_silent": silent}}
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)  # sends nothing
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return pid > 0
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def describe(status: dict[str, Any]) -> str:
     """A few lines for a person."""
-    lines = [_progress(status)]
-    if (loss := status["loss"]) is not None:
-        lines.append(f"loss: {loss:.6g}")
-    if (speed := status["images_per_second"]) is not None:
+    step, steps, speed = (status[k] for k in ("step", "steps", "images_per_second"))
+    line = f"{status['workdir']}: "
+    line += "no step yet" if step is None else f"step {step:,}"
+    if steps:
+        line += f" of {steps:,} ({(step or 0) / steps:.1%})"
+    lines = [line + (", finished" if status["finished"] else "")]
+    if status["loss"] is not None:
+        lines.append(f"loss: {status['loss']:.6g}")
+    if speed is not None:
         line = f"speed: {speed:,.1f} images/s"
         if status["seconds_left"] is not None and not status["finished"]:
             line += f", {_duration(status['seconds_left'])} left without evaluations"
-        if (age := status["seconds_since_row"]) is not None:
-            line += f", logged {_duration(age)} ago"
-        lines.append(line)
+        lines.append(f"{line}, logged {_duration(status['seconds_since_row'])} ago")
     if status["skipped"]:
         lines.append(
             f"skipped: {status['skipped']} updates since step "
             f"{status['skipped_since']:,}, see events.jsonl"
         )
     line = "none"
-    if checkpoint := status["checkpoint"]:
-        age = checkpoint["seconds_old"]
-        ago = "" if age is None else f", {_duration(age)} ago"
-        line = f"step {checkpoint['step']:,}{ago}, whole, with its fingerprints"
+    if saved := status["checkpoint"]:
+        ago = _duration(saved["seconds_old"])
+        line = f"step {saved['step']:,}, {ago} ago, whole, with its fingerprints"
     lines.append(f"checkpoint: {line}")
     if aside := status["set_aside"]:
         lines.append(f"damaged, set aside: {len(aside)} ({', '.join(aside[:5])})")
     line = "running: no"
     if holder := status["holder"]:
+        state = "running" if status["running"] else "lost, or hangs"
         line = (
-            f"{'running' if status['running'] else 'lost, or hangs'}: process "
-            f"{holder['pid']} on {holder['host']}, since {holder['started']}, last "
-            f"sign of life {_duration(holder['seconds_silent'])} ago"
+            f"{state}: process {holder['pid']} on {holder['host']}, since "
+            f"{holder['started']}, last sign of life "
+            f"{_duration(holder['seconds_silent'])} ago"
         )
     return "\n  ".join([*lines, line])
 
 
-def _progress(status: dict[str, Any]) -> str:
-    step, steps = status["step"], status["steps"]
-    line = f"{status['workdir']}: "
-    line += "no step yet" if step is None else f"step {step:,}"
-    if steps:
-        line += f" of {steps:,} ({(step or 0) / steps:.1%})"
-    return line + (", finished" if status["finished"] else "")
-
-
 def _duration(seconds: float) -> str:
-    """ "45 s", "12 min", "3 h 20 min", "4 d 5 h"."""
-    minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    if hours < 48:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"
+    """Days, hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def main() -> int:
@@ -161,17 +138,12 @@ def main() -> int:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR", help="of a run")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each")
     arguments = parser.parse_args()
-    missing = 0
+    status = 0
     for name in arguments.workdirs:
         try:
-            status = read_status(name)
+            found = read_status(name)
+            print(json.dumps(found) if arguments.json else describe(found))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            missing += 1
-            continue
-        print(json.dumps(status) if arguments.json else describe(status))
-    return MISTAKE if missing else 0
-
-
-if __name__ == "__main__":
-    run_program(main)
+            status = MISTAKE
+    return status

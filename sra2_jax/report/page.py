@@ -7,8 +7,8 @@ place. Needs neither jax nor TensorFlow, so it opens runs copied from elsewhere.
 
 import os
 import shlex
+from collections import defaultdict
 from collections.abc import Iterable
-from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sra2_jax.command import Parser, run_program
+from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, read_series, short, smooth
-from sra2_jax.report.parts import figure, missing, pairs, text
+from sra2_jax.report.parts import figure, flat, missing, pairs, text
 from sra2_jax.run import Run, lookup, number, write_whole
 
 LARGE, SMALL = 1280, 768  # pixels of a picture, of one in the strip; larger are reduced
@@ -36,17 +36,21 @@ CURVES = {
     "learning_rate": "Learning rate",
     "images_per_second": "Images per second",
 }
-# config.eval.features -> the metrics that a run measures; two of them are headlines
+TITLES = CURVES | {f"eval/{key}": title for key, (title, _) in METRICS.items()}
+# config.eval.features -> the metrics that a run measures; the first two are headlines
 MEASURED = {
-    "digits": ("accuracy", "frechet"),
-    "inception": ("fid", "inception_score", "sfid"),
+    "digits": ("eval/accuracy", "eval/frechet"),
+    "inception": ("eval/fid", "eval/inception_score", "eval/sfid"),
 }
-REFERENCES = {
-    "real": "Real images<small>distance: training set, share: held out</small>",
-    "reconstruction": "Through the VAE<small>held-out real images</small>",
+HEAD = (
+    "<td></td><td>Samples</td><td>Real images<small>distance: training set, share: "
+    "held out</small></td><td>Through the VAE<small>held-out real images</small></td>"
+)
+PICTURES = {
+    "real": ("Real", "images held out from training"),
+    "reconstruction": ("Reconstruction", "real latents decoded"),
 }
-# what results.json holds besides how samples were made
-PROSE = ("metrics", "reference", "features", "note", "step", "versions")
+PROSE = ("features", "note")  # keys of results.json
 
 
 def titles(alignments: Iterable[Any]) -> dict[str, str]:
@@ -59,18 +63,16 @@ def titles(alignments: Iterable[Any]) -> dict[str, str]:
     }
 
 
-def shown(key: str, value: float | None) -> str:
-    """A metric's value as text: accuracies are shares."""
-    if value is None or not key.endswith("accuracy"):
-        return short(value)
-    return f"{100 * value:.3g}%"
+class Fields(Template):
+    """report.html: ${...} are keys of the config, or what a Page adds."""
+
+    idpattern = r"[a-z_.]+"
 
 
 class Page:
     """What a run's folder says, and the parts of the page that show it.
 
-    Raises:
-      UserError: no run is there.
+    Raises UserError: no run is there.
     """
 
     def __init__(self, run: Run) -> None:
@@ -84,80 +86,44 @@ class Page:
             )
         self.series = read_series(run.rows())
         self.step = int(max((s[-1] for s, _ in self.series.values()), default=0))
-        features = str(lookup(self.config, "eval", "features"))
-        self.measured = MEASURED.get(features, ())
-        self.methods = self._methods()
-
-    def _methods(self) -> list[dict[str, Any]]:
-        """Name, title, aim and depth of each alignment that is on. A run of an older
-        version has not written them: then its section's name is all three."""
-        if isinstance(found := self.facts.get("methods"), list):
-            return [method for method in found if isinstance(method, dict)]
-        sections = lookup(self.config, "align")
-        return [
-            {"name": n, "title": n, "aim": n, "depth": lookup(s, "depth")}
-            for n, s in (sections.items() if isinstance(sections, dict) else ())
-            if lookup(s, "enabled") is True
+        self.measured = MEASURED.get(lookup(self.config, "eval", "features"), ())
+        # Of each alignment that is on; a run of an older version has not written them.
+        self.methods: list[dict[str, Any]] = self.facts.get("methods") or [
+            {"name": name, "title": name, "aim": name, "depth": section.get("depth")}
+            for name, section in self.config.get("align", {}).items()
+            if section.get("enabled")
         ]
 
-    def header(self) -> dict[str, str]:
-        """Name, what was trained on what, when, and how far it is."""
-        config, steps = self.config, number(self.config, "steps")
-        name = str(lookup(config, "name") or self.run.folder.resolve().name)
-        data, model = lookup(config, "data"), lookup(config, "model")
-        source = str(lookup(data, "images") or lookup(data, "dir") or "").rstrip("/")
-        claim = "".join(
-            f", block {text(m.get('depth'))} aligned with {text(m.get('aim'))}"
-            for m in self.methods
-        )
+    def header(self) -> dict[str, Any]:
+        """What was trained on what, when, and how far it is."""
+        data = self.config.get("data", {})
+        source = data.get("images") or data.get("dir")
+        claims = (f"block {m['depth']} aligned with {m['aim']}" for m in self.methods)
         return {
-            "name": text(name),
-            "kind": " + ".join(text(m.get("title")) for m in self.methods) or "vanilla",
-            "depth": text(lookup(model, "depth")),
-            "width": text(lookup(model, "width")),
-            "claim": claim,
+            "kind": " + ".join(m["title"] for m in self.methods) or "vanilla",
+            "claim": ", ".join(claims) or "nothing aligned",
             "parameters": short(number(self.facts, "parameters", "network")),
-            "steps": short(steps),
-            "batch": text(lookup(config, "batch_size")),
-            "source": text(source.rpartition("/")[2]),  # not the author's home
-            "resolution": text(lookup(data, "resolution")),
-            "date": text(str(lookup(self.versions, "date"))[:10]),
-            "finished": "hidden" if steps is None or self.step >= steps else "",
-            "step": f"{self.step}",
-            "end": f"{steps}",
+            "source": Path(str(source)).name,  # not the author's home
+            "date": str(self.versions.get("date"))[:10],
+            "step": self.step,
         }
 
     def level(self, key: str, kind: str = "real") -> float | None:
         """What real images score."""
-        return number(self.results, "reference", f"{kind}_{key}")
+        return number(self.results, "reference", f"{kind}_{key.removeprefix('eval/')}")
 
     def tiles(self) -> str:
         """The headline figures, each with what to hold it against."""
-        head = {f"eval/{key}": METRICS[key][0] for key in self.measured[:2]}
         cells = []
-        for key in head or ("loss_denoise", "grad_norm"):
+        heads = self.measured[:2] or ("loss_denoise", "grad_norm")
+        for key in (*heads, "images_per_second"):
             value, note = None, "not logged yet"
             if key in self.series:
                 steps, values = self.series[key]
                 value, note = smooth(values)[-1], f"step {steps[-1]:,.0f}"
-            metric = key.removeprefix("eval/")
-            if (real := self.level(metric)) is not None:
-                note += f"<br>real images {shown(metric, real)}"
-            cells.append((head.get(key) or CURVES[key], shown(metric, value), note))
-        _, speeds = self.series.get("images_per_second", (None, ()))
-        speed = float(np.median(speeds)) if len(speeds) else None
-        count = number(self.versions, "device_count") or 1
-        device = f"{count} x {text(lookup(self.versions, 'device'))}"
-        seconds = number(self.facts, "compile_seconds")
-        network, heads = (
-            number(self.facts, "parameters", kind) for kind in ("network", "heads")
-        )
-        more = f"+ {short(heads)} in the head,<br>training only" if heads else ""
-        cells += [
-            (CURVES["images_per_second"], short(speed), f"median<br>{device}"),
-            ("Compile time, s", short(seconds), "before the first step"),
-            ("Parameters", short(network), more),
-        ]
+            if (real := self.level(key)) is not None:
+                note += f"<br>real images {short(real)}"
+            cells.append((TITLES[key], short(value), note))
         return "".join(
             f'<div class="tile"><dt>{label}</dt><dd class="value">{value}</dd>'
             f"<dd>{note}</dd></div>"
@@ -167,84 +133,55 @@ class Page:
     def panel(self) -> str:
         """Real images, the same through the VAE, and the newest samples."""
         figures = [
-            (self.run.images / "real.png", "Real", "images held out from training"),
-            (
-                self.run.images / "reconstruction.png",
-                "Reconstruction",
-                "real latents decoded",
-            ),
+            figure(self.run.images / f"{name}.png", *words, LARGE)
+            for name, words in PICTURES.items()
         ]
         for step, path in self.grids[-1:]:
-            figures.append((path, "Samples", f"step {step:,}, one class to a row"))
-        body = "".join(
-            figure(path, f"{label}: {what}", f"<b>{label}</b> {what}", LARGE)
-            for path, label, what in figures
-        )
-        return body or missing("No pictures yet: training writes them to images/.")
+            what = f"step {step:,}, one class to a row"
+            figures.append(figure(path, "Samples", what, LARGE))
+        nothing = "No pictures yet: training writes them to images/."
+        return "".join(figures) or missing(nothing)
 
     def strip(self) -> dict[str, str]:
         """The sample grids in order; report.js adds a large one and a slider."""
-        grids, chosen = self.grids, ""
-        if len(grids) > STRIP:
-            chosen = f"{STRIP} of the {len(grids)} saved grids, evenly spaced."
-            places = np.linspace(0, len(grids) - 1, STRIP).round().astype(int)
-            grids = [grids[i] for i in places]
-        drawn = [figure(p, f"Step {s:,}", f"{s:,}", SMALL) for s, p in grids]
-        figures = list(filter(None, drawn))
-        body = "".join(figures) or missing(
-            "No samples yet: training writes the first grid to samples/."
-        )
+        count = len(self.grids)
+        chosen = f"{STRIP} of the {count} saved grids." if count > STRIP else ""
+        places = np.linspace(0, count - 1, min(count, STRIP)).round().astype(int)
+        grids = [self.grids[place] for place in places]
+        drawn = [figure(path, f"Step {step:,}", "", SMALL) for step, path in grids]
+        figures = [f for f in drawn if f]
+        nothing = "No samples yet: training writes the first grid to samples/."
+        body = "".join(figures) or missing(nothing)
         return {"strip": body, "last": str(len(figures) - 1), "chosen": chosen}
 
     def curves(self) -> str:
         """Quality, where the run measures it, then what the optimizer saw."""
-        drawn = ""
-        for key in dict.fromkeys((*self.measured, *METRICS)):
-            series = self.series.get(f"eval/{key}")
-            if series or key in self.measured:
-                show, level = partial(shown, key), self.level(key)
-                drawn += curve(METRICS[key][0], series, self.step, show, level)
-        if drawn:
-            samples = text(lookup(self.config, "eval", "num_samples"))
-            drawn += (
-                f'<div class="note"><p>A point scores {samples} samples.</p><p><span '
-                'class="key">real training images,</span> scored the same way.</p>'
-                "</div>"
-            )
-        for key, title in titles(m.get("name") for m in self.methods).items():
-            drawn += curve(title, self.series.get(key), self.step)
-        return drawn
+        wanted = {key: TITLES[key] for key in self.measured}
+        wanted |= titles(m["name"] for m in self.methods)
+        return "".join(
+            curve(title, self.series.get(key), self.step, self.level(key))
+            for key, title in wanted.items()
+        )
 
     def scores(self) -> str:
         """The table of results.json, and what its numbers are and are not."""
-        metrics = lookup(self.results, "metrics")
-        if not isinstance(metrics, dict) or not metrics:
+        metrics = self.results.get("metrics")
+        if not metrics:
             return missing("No metrics: the end measures what eval.features asks for.")
-        kinds = REFERENCES if self.results.get("reference") else {}
-        samples = f"Samples<small>step {text(self.results.get('step'))}</small>"
-        heads = "".join(f"<th>{head}</th>" for head in (samples, *kinds.values()))
-        rows = ""
-        for key in metrics:
-            title, direction = METRICS.get(key, (key, ""))
-            values = [number(metrics, key), *(self.level(key, kind) for kind in kinds)]
-            cells = "".join(f"<td>{shown(key, value)}</td>" for value in values)
-            rows += f"<tr><th>{text(title)}<small>{direction}</small></th>{cells}</tr>"
-        words = [self.results.get(key) for key in ("features", "note")]
-        notes = (f"<p>{text(line)}</p>" for line in words if line)
-        how = {k: v for k, v in self.results.items() if k not in PROSE}
+        table = f"<tr>{HEAD}</tr>"
+        for key, value in metrics.items():
+            title, direction = METRICS.get(key, (text(key), ""))
+            levels = (self.level(key, kind) for kind in PICTURES)
+            cells = "".join(f"<td>{short(v)}</td>" for v in (value, *levels))
+            name = f"{title}<small>{direction}</small>"
+            table += f"<tr><td>{name}</td>{cells}</tr>"
+        how = dict(self.results)
+        for key in ("metrics", "reference", "versions"):
+            how.pop(key, None)
+        notes = [f"<p>{text(how.pop(key))}</p>" for key in PROSE if key in how]
         return (
-            '<div class="scroll"><table class="numbers"><thead><tr><td></td>'
-            f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+            f'<div class="scroll"><table class="numbers">{table}</table></div>'
             f'<div class="after note">{"".join(notes)}</div>{pairs(how)}'
-        )
-
-    def configuration(self) -> str:
-        """Every key of the resolved config, a section to fold out each."""
-        nested = {k: v for k, v in self.config.items() if isinstance(v, dict)}
-        whole = {k: v for k, v in self.config.items() if k not in nested}
-        return "".join(
-            f"<details><summary>{text(label)}</summary>{pairs(values)}</details>"
-            for label, values in ({"run as a whole": whole} | nested).items()
         )
 
     def command(self) -> str:
@@ -252,26 +189,30 @@ class Page:
         words = ["python", "main.py", f"--config={self.config.get('name')}"]
         for key in ("seed", "steps", "batch_size"):
             words.append(f"--config.{key}={self.config.get(key)}")
-        commit = str(self.versions.get("commit", "unknown"))
-        checkout = (
-            "" if commit == "unknown" else f"git checkout {shlex.quote(commit)}\n"
-        )
+        checkout, commit = "", str(self.versions.get("commit", "unknown"))
+        if commit != "unknown":
+            checkout = f"git checkout {shlex.quote(commit)}\n"
         return escape(checkout + shlex.join(words))
 
     def html(self) -> str:
         """The whole document."""
-        folder = Path(__file__).parent
         page, style, script = (
-            (folder / f"report.{kind}").read_text() for kind in ("html", "css", "js")
+            Path(__file__).with_name(f"report.{kind}").read_text()
+            for kind in ("html", "css", "js")
         )
-        return Template(page).substitute(
-            self.header() | self.strip(),
+        config, machine = flat(self.config), self.versions | self.facts
+        machine.pop("methods", None)
+        steps = number(config, "steps") or 0
+        words = {key: text(value) for key, value in (config | self.header()).items()}
+        return Fields(page).substitute(
+            defaultdict(lambda: "?", words | self.strip()),
+            finished="hidden" if self.step >= steps else "",
             tiles=self.tiles(),
             panel=self.panel(),
             curves=self.curves(),
             results=self.scores(),
-            configuration=self.configuration(),
-            versions=pairs(self.versions) if self.versions else missing("None noted."),
+            configuration=pairs(config),
+            machine=pairs(machine) if machine else missing("Not noted yet."),
             command=self.command(),
             style=style,
             script=script,
@@ -279,11 +220,7 @@ class Page:
 
 
 def write_report(workdir: str | os.PathLike[str]) -> epath.Path:
-    """Write WORKDIR/report.html and return its path.
-
-    Raises:
-      UserError: no run is there.
-    """
+    """Write WORKDIR/report.html and return its path. Raises UserError: no run there."""
     run = Run(workdir)
     write_whole(run.report, Page(run).html())
     return run.report
@@ -293,7 +230,3 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("workdir", help="folder of a training run")
     print(f"wrote {write_report(parser.parse_args().workdir)}")
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -20,25 +20,24 @@ def missing(what: str) -> str:
     return f'<p class="missing">{escape(what)}</p>'
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Those of nested sections with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
 def pairs(values: Mapping[str, Any]) -> str:
-    """A table of keys and values, those of nested sections with dotted keys."""
-    return f'<dl class="pairs">{_rows(values)}</dl>'
+    """A table of keys and values."""
+    row = "<div><dt>{}</dt><dd>{}</dd></div>"
+    rows = (row.format(text(key), text(value)) for key, value in flat(values).items())
+    return f'<dl class="pairs">{"".join(rows)}</dl>'
 
 
-def _rows(values: Mapping[str, Any], prefix: str = "") -> str:
-    return "".join(
-        _rows(value, f"{prefix}{key}.")
-        if isinstance(value, dict)
-        else f"<div><dt>{text(prefix + key)}</dt><dd>{text(value)}</dd></div>"
-        for key, value in values.items()
-    )
-
-
-def figure(path: epath.Path, alt: str, caption: str, side: int) -> str:
-    """The picture in a file, at most `side` pixels wide; "" where none can be read.
-
-    alt: text; caption: HTML.
-    """
+def figure(path: epath.Path, label: str, what: str, side: int) -> str:
+    """The picture in a file, at most `side` pixels wide; "" where none can be read."""
     try:
         image = Image.open(io.BytesIO(path.read_bytes()))
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -51,6 +50,6 @@ def figure(path: epath.Path, alt: str, caption: str, side: int) -> str:
     source = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img{look} width="{image.width}" height="{image.height}" '
-        f'alt="{escape(alt)}" src="data:image/png;base64,{source}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'alt="{label} {what}" src="data:image/png;base64,{source}">'
+        f"<figcaption><b>{label}</b> {what}</figcaption></figure>"
     )
