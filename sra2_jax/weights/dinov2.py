@@ -3,15 +3,11 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "model.safetensors"
-DIGITS = files.ASSETS / "digits_dinov2"
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {
     "model_type": "dinov2",
@@ -20,7 +16,7 @@ ONLY_VALUE = {
     "use_swiglu_ffn": False,
 }
 # What transformers assumes where a file was written before the key existed.
-NEWER_KEYS = {"model_type": "missing", "use_mask_token": True}
+NEWER_KEYS = {"use_mask_token": True}
 # Our modules -> theirs.
 NAMES = {
     "patch": "embeddings.patch_embeddings.projection",
@@ -48,20 +44,17 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
 
     source: a folder as `save_pretrained` of transformers' Dinov2Model (or
     Dinov2ForImageClassification, whose classifier is left out) or `save_dinov2` writes
-    it, or a hub id, such as facebook/dinov2-base, optionally with @revision; an
-    existing folder wins. "digits" is the small one shipped with this package.
+    it, a hub id, such as facebook/dinov2-base, optionally with @revision, or "digits",
+    see `files.fetch`.
 
     Returns the module (float32 compute, positions resized as REPA does; `clone` it for
     others) and its parameters: nested dict of float32 numpy arrays, the value of
     "params" in `module.apply`. Put them on the device once with `jax.device_put`.
 
-    Raises:
-        UserError: no such folder or file, hub not reachable, a malformed file, another
-            kind of model, or tensors that do not fit the config.
+    Raises UserError: no such folder or file, hub not reachable, a malformed file,
+    another kind of model, or tensors that do not fit the config.
     """
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    config, _ = files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)
-    module = DINOv2(config)
+    folder, module = _describe(source)
     tensors = files.read_weights(folder, WEIGHTS)
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {
@@ -69,18 +62,22 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
             for name, tensor in tensors.items()
             if name not in CLASSIFIER
         }
-    p = config.patch_size
-    wanted = tree.shapes(module, jax.ShapeDtypeStruct((1, p, p, 3), np.float32))
-    complaint = f"{folder}: {files.MISFIT}"
-    return module, tree.read(tensors, wanted, NAMES.__getitem__, complaint, p)
+    misfit, patch = f"{folder}: {files.MISFIT}", module.config.patch_size
+    rule = NAMES.__getitem__
+    return module, tree.read(tensors, module.shapes(), rule, misfit, patch)
 
 
 def describe_dinov2(source: str) -> DINOv2:
     """The network of `load_dinov2` without its weights; of DINOv2-B without a file."""
     if source == "facebook/dinov2-base":
         return DINOv2(DINOv2Config())
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    return DINOv2(files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)[0])
+    return _describe(source)[1]
+
+
+def _describe(source: str) -> tuple[Path, DINOv2]:
+    folder = files.fetch(source, WEIGHTS)
+    config, _ = files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)
+    return folder, DINOv2(config)
 
 
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> None:

@@ -4,7 +4,6 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
@@ -12,7 +11,6 @@ from sra2_jax.weights import files, tree
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DIGITS = files.ASSETS / "digits_vae"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
 OLD_ATTENTION = {
     "query": "to_q",
@@ -29,7 +27,6 @@ ONLY_VALUE = {
 }
 # What diffusers assumes where a file was written before the key existed.
 NEWER_KEYS = {
-    "_class_name": "missing",  # not a file of diffusers
     "scaling_factor": 0.18215,
     "shift_factor": 0.0,
     "mid_block_add_attention": True,
@@ -41,26 +38,23 @@ NEWER_KEYS = {
 def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     """Read an AutoencoderKL from a folder or from the Hugging Face hub.
 
-    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, or a hub
-    id `owner/name`, optionally `owner/name@revision`; an existing folder wins. "digits"
-    is the small one shipped with this package.
+    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, a hub id
+    `owner/name[@revision]`, or "digits", see `files.fetch`.
 
     Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
     its parameters: nested dict of float32 numpy arrays, the value of "params" in
     `vae.apply`. Put them on the device once with `jax.device_put`.
 
-    Raises:
-        UserError: no such folder or file, hub not reachable, a malformed file, another
-            kind of model, or tensors that do not fit the config.
+    Raises UserError: no such folder or file, hub not reachable, a malformed file,
+    another kind of model, or tensors that do not fit the config.
     """
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
+    folder = files.fetch(source, WEIGHTS)
     config, fields = files.read_config(folder, VAEConfig, NEWER_KEYS, ONLY_VALUE)
     files.check_values(folder, fields, _block_types(config))
     tensors = _current_names(files.read_weights(folder, WEIGHTS))
     model = AutoencoderKL(config)
-    image = (1, config.downsample, config.downsample, config.in_channels)
-    wanted = tree.shapes(model, jax.ShapeDtypeStruct(image, np.float32))
-    return model, tree.read(tensors, wanted, _name, f"{folder}: {files.MISFIT}")
+    misfit = f"{folder}: {files.MISFIT}"
+    return model, tree.read(tensors, model.shapes(), _name, misfit)
 
 
 def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
@@ -98,11 +92,10 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Old attention names made current, and their 1x1 convolutions made matrices."""
     renamed = {}
     for name, tensor in tensors.items():
-        head, _, last = name.rpartition(".")
-        parent, _, layer = head.rpartition(".")
         if ".attentions." in name:
-            head = f"{parent}.{OLD_ATTENTION.get(layer, layer)}"
-            if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            for old, new in OLD_ATTENTION.items():
+                name = name.replace(f".{old}.", f".{new}.")
+            if tensor.shape[2:] == (1, 1):
                 tensor = tensor[:, :, 0, 0]
-        renamed[f"{head}.{last}"] = tensor
+        renamed[name] = tensor
     return renamed
