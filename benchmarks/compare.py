@@ -96,8 +96,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.epilog = "Keys of the config go to main.py, as --config.steps=500"
-    arguments, pairs = parser.parse_known()
-    rest = [f"--config.{key}={value}" for key, value in pairs]
+    parser.add_keys()
+    arguments = parser.parse_args()
+    rest = [f"--config.{k}={v}" for k, v in arguments.overrides.items()]
     out = arguments.out.absolute()
     if not (out / "latents").exists():
         names = {"images": "digits", "vae": "digits"}

@@ -2,9 +2,7 @@
 
 import contextlib
 import re
-import sys
-from collections.abc import Callable, Sequence
-from errno import EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -21,7 +19,6 @@ from sra2_jax.run import ASIDE, Run, digest
 from sra2_jax.runtime import AGAIN, agree
 
 FORMAT = 1
-LOST = {EACCES, ENOENT, ENOTDIR, EPERM, EROFS, ESTALE}
 # Errors that say nothing of what is on the disk: Python's, JAX's (a full device), and
 # those that TensorStore puts in words.
 ELSEWHERE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
@@ -31,11 +28,6 @@ Unlogged = Sequence[dict[str, float]]
 
 class Damaged(Exception):
     """A checkpoint that cannot be read as it was written."""
-
-
-def tell(line: str) -> None:
-    """A line for a person."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class Best:
@@ -63,8 +55,7 @@ class Checkpoints:
       score: of a step; infinity where it has none.
       report: takes a line for a person.
 
-    Raises:
-      UserError: the folder cannot be made or written.
+    Raises UserError where there is no folder and none is to be made.
     """
 
     def __init__(
@@ -72,7 +63,7 @@ class Checkpoints:
         run: Run,
         keep: config.Run | None = None,
         score: Callable[[int], float] = lambda step: float("inf"),
-        report: Callable[[str], None] = tell,
+        report: Callable[[str], None] = print,
     ) -> None:
         self.folder = run.checkpoints.absolute()
         self._report = report
@@ -98,8 +89,6 @@ class Checkpoints:
                 "fingerprint": ocp.JsonCheckpointHandler(),
             },
         )
-        if keep and not self._writable():
-            raise UserError(f"{self.folder} is no folder that can be written: mend it")
 
     def latest(self) -> int | None:
         """The newest step, whole or not."""
@@ -114,10 +103,8 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        if not self._writable():  # Orbax would make a new one
-            raise UserError(
-                f"{self.folder} is gone or cannot be written: step {step} is not saved"
-            )
+        if not self.folder.exists():  # Orbax would make a new one
+            raise UserError(f"{self.folder} is gone: step {step} is not saved")
         values, bad = fingerprints(state)
         if bad:
             raise UserError(
@@ -129,11 +116,9 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state),
             fingerprint=ocp.args.JsonSave(facts | {"sha256": digest(facts)}),
         )
-        self.wait()
-        try:
+        with self._saving():
+            self._manager.wait_until_finished()
             self._manager.save(step, args=args)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise self._failure(error) from error
 
     def check(self) -> None:
         """Raise, as `wait`, if a save in the background has failed. Does not wait."""
@@ -141,30 +126,19 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in the background.
-
-        Raises:
-          Restart: it has failed; UserError: since the folder is lost.
-        """
-        try:
+        """Wait for the save in the background. Raises Restart: it has failed;
+        UserError: since the folder is lost."""
+        with self._saving():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failure(error) from error
 
-    def _failure(self, error: BaseException) -> Exception:
-        line = f"{self.folder}: a step could not be saved ({one_line(error)})"
-        kind = Restart if self._writable() else UserError
-        return kind(f"{line}: mend it and {AGAIN}")
-
-    def _writable(self) -> bool:
-        """Whether the folder is there and takes changes, if perhaps not just now."""
-        probe = self.folder / f".probe-{jax.process_index()}"
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
         try:
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            return error.errno not in LOST  # full, say
-        return True
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            line = f"{self.folder}: a step could not be saved ({one_line(error)})"
+            kind = Restart if self.folder.exists() else UserError
+            raise kind(f"{line}: mend it and {AGAIN}") from error
 
     def restore_newest(self, abstract: Any) -> tuple[int, Any, Unlogged] | None:
         """The newest checkpoint that is whole, placed as `abstract` says: its step, the
@@ -190,12 +164,9 @@ class Checkpoints:
 
     def _set_aside(self, step: int, reason: str) -> None:
         source = self.folder / str(step)
-        target = self.folder / f"{ASIDE}{step}"
+        before = len(list(self.folder.glob(f"{ASIDE}{step}*")))
+        target = self.folder / f"{ASIDE}{step}{f'-{before + 1}' if before else ''}"
         if jax.process_index() == 0:
-            number = 1
-            while target.exists():
-                number += 1
-                target = self.folder / f"{ASIDE}{step}-{number}"
             source.rename(target)
             if target.is_dir():
                 (target / "reason.txt").write_text(reason + "\n")
@@ -212,20 +183,15 @@ class Checkpoints:
             that differs is named), or it is damaged.
         """
         steps = sorted(self._manager.all_steps())
-        if step is None and steps:
-            step = steps[-1]
+        there = f"{self.folder} has steps {', '.join(map(str, steps)) or 'none'}"
+        step = steps[-1] if step is None and steps else step
         if step is None or step not in steps:
-            asked = "" if step is None else f" of step {step}"
-            found = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
-            raise UserError(f"{self.folder}: no checkpoint{asked}: {found}")
+            raise UserError(f"no checkpoint of step {step or 'any'}: {there}")
         try:
             return self._verified(step, abstract, isinstance(abstract, dict))[0]
         except Damaged as error:
-            others = [s for s in steps if s != step]
-            way_out = f"take step {others[-1]}" if others else "it is the only one"
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is damaged ({error}): {way_out}"
-            ) from error
+            line = f"checkpoint {self.folder / str(step)} is damaged ({error})"
+            raise UserError(f"{line}: take another: {there}") from error
 
     def _verified(
         self, step: int, abstract: Any, partial: bool
@@ -284,7 +250,7 @@ class Checkpoints:
             return self._manager.restore(step, args=args).state, facts
 
     @contextlib.contextmanager
-    def _blamed(self, path: epath.Path, what: str) -> Any:
+    def _blamed(self, path: epath.Path, what: str) -> Iterator[None]:
         """An error inside becomes Damaged, or a UserError where the fault is not in
         what is on the disk."""
         try:

@@ -8,6 +8,7 @@ configs/, returns `config_file.default()` with what differs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 from sra2_jax.section import NAME, SOME, Section, free, key, other
@@ -54,12 +55,10 @@ class Model(Section, where="model"):
 
     def conflicts(self) -> Iterator[str]:
         if self.width % self.heads or self.width % 4:
-            yield (
-                f"config.model.width={self.width} must be divisible by 4 and by "
-                f"config.model.heads={self.heads}"
-            )
+            width, heads = self.given("width"), self.given("heads")
+            yield f"{width} must be divisible by 4 and by {heads}"
         if self.attention == "cudnn" and self.dtype != "bfloat16":
-            yield "config.model.attention='cudnn' needs config.model.dtype='bfloat16'"
+            yield f"{self.given('attention')} needs config.model.dtype='bfloat16'"
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,7 @@ class Alignment(Section):
 
     def conflicts(self) -> Iterator[str]:
         if self.enabled and self.t_min >= self.t_max:
-            yield (
-                f"{self._name('t_min')}={self.t_min} must be below "
-                f"{self._name('t_max')}={self.t_max}"
-            )
+            yield f"{self.given('t_min')} must be below {self.given('t_max')}"
 
 
 @dataclass(frozen=True)
@@ -209,10 +205,8 @@ class Sampling(Section, where="sampling"):
 
     def conflicts(self) -> Iterator[str]:
         if self.guidance_low > self.guidance_high:
-            yield (
-                f"config.sampling.guidance_low={self.guidance_low} must not exceed "
-                f"config.sampling.guidance_high={self.guidance_high}"
-            )
+            low, high = self.given("guidance_low"), self.given("guidance_high")
+            yield f"{low} must not exceed {high}"
 
 
 @dataclass(frozen=True)
@@ -230,17 +224,11 @@ class Run(Section, where="run"):
 
     def conflicts(self) -> Iterator[str]:
         if self.checkpoint_every % self.log_every:
-            yield (
-                f"config.run.checkpoint_every={self.checkpoint_every} must be a "
-                f"multiple of config.run.log_every={self.log_every}, so that a resumed "
-                "run logs the same rows"
-            )
+            saved, logged = self.given("checkpoint_every"), self.given("log_every")
+            yield f"{saved} must be a multiple of {logged}: resumed rows would differ"
         if self.keep_every % self.checkpoint_every:
-            yield (
-                f"config.run.keep_every={self.keep_every} must be 0 or a multiple of "
-                f"config.run.checkpoint_every={self.checkpoint_every}: others are "
-                "never saved"
-            )
+            kept, saved = self.given("keep_every"), self.given("checkpoint_every")
+            yield f"{kept} must be 0 or a multiple of {saved}"
 
 
 @dataclass(frozen=True)
@@ -255,10 +243,7 @@ class Eval(Section, where="eval"):
 
     def conflicts(self) -> Iterator[str]:
         if self.features == "inception" and not self.reference:
-            yield (
-                "config.eval.features='inception' needs config.eval.reference, an .npz "
-                "in ADM's format (docs/evaluation.md)"
-            )
+            yield f"{self.given('features')} needs config.eval.reference, an .npz"
 
 
 @dataclass(frozen=True)
@@ -305,45 +290,33 @@ class Config(Section):
         return {n: s for n, s in encoders.items() if s.source == "features"}
 
     def conflicts(self) -> Iterator[str]:
-        model, mesh, batch = self.model, self.mesh, self.batch_size
-        size, channels = self.latents.size, self.latents.channels
-        guided = self.sampling.guidance_channels
-        if size % model.patch_size:
+        for whole, part in (
+            ("latents.size", "model.patch_size"),
+            ("model.heads", "mesh.tensor"),
+            ("batch_size", "accumulate"),
+            ("batch_size", "data.streams"),
+            ("batch_size", "mesh.fsdp"),
+        ):
+            if attrgetter(whole)(self) % attrgetter(part)(self):
+                yield f"{self.given(whole)} is not divisible by {self.given(part)}"
+        # The number of devices is not known here.
+        rows = abs(self.mesh.data) * self.mesh.fsdp * self.accumulate
+        if self.batch_size % rows:
             yield (
-                f"config.model.patch_size={model.patch_size} does not divide "
-                f"config.latents.size={size}"
+                f"{self.given('batch_size')} is not divisible by config.mesh.data x "
+                f"config.mesh.fsdp x config.accumulate = {rows}"
             )
-        if guided > channels:
-            yield (
-                f"config.sampling.guidance_channels={guided} exceeds "
-                f"config.latents.channels={channels}"
-            )
+        if self.sampling.guidance_channels > self.latents.channels:
+            guided = self.given("sampling.guidance_channels")
+            yield f"{guided} exceeds {self.given('latents.channels')}"
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
         if self.eval.features == "digits" and not digits:
             yield (
                 "config.eval.features='digits' needs config.data.num_classes=10 and "
                 "config.data.resolution=32"
             )
-        # What a batch is divided by. The number of devices is not known here.
-        rows = abs(mesh.data) * mesh.fsdp * self.accumulate
-        for name, parts in (
-            ("config.accumulate=", self.accumulate),
-            ("config.data.streams=", self.data.streams),
-            ("config.mesh.fsdp=", mesh.fsdp),
-            ("config.mesh.data x config.mesh.fsdp x config.accumulate = ", rows),
-        ):
-            if batch % parts:
-                yield f"config.batch_size={batch} is not divisible by {name}{parts}"
-        if model.heads % mesh.tensor:
-            yield (
-                f"config.mesh.tensor={mesh.tensor} does not divide "
-                f"config.model.heads={model.heads}"
-            )
         for section in vars(self.align).values():
             for block in ("depth", "teacher_depth"):
-                depth = getattr(section, block, 1)
-                if section.enabled and depth > model.depth:
-                    yield (
-                        f"{section._name(block)}={depth}: the network has "
-                        f"config.model.depth={model.depth} blocks"
-                    )
+                if section.enabled and getattr(section, block, 1) > self.model.depth:
+                    depth = self.given("model.depth")
+                    yield f"{section.given(block)}: the network has {depth} blocks"

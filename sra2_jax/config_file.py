@@ -1,15 +1,15 @@
 """Configs from files, flags and saved runs."""
 
 import re
-from collections.abc import Sequence
-from importlib.util import module_from_spec, spec_from_file_location
+import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sra2_jax.config import Config
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 from sra2_jax.section import fields, flatten, parse, shown
 
 # size -> width, depth, heads of SiT
@@ -49,43 +49,26 @@ def set_size(config: ConfigDict, size: str) -> None:
 def load(config: str | Path, *overrides: str) -> Config:
     """The config of a file, with overrides "section.key=value".
 
-    Args:
-      config: a path, or the name of one of the project's: "sra2_b".
-
-    Raises:
-      UserError: no such file, one that is no config, or as `Config.of`.
+    config: a path, or the name of one of the project's: "sra2_b". Raises UserError: no
+    such file, one that is no config, or as `Config.of`.
     """
-    pairs = [(k, v) for k, _, v in (text.partition("=") for text in overrides)]
-    return override(read_file(config), pairs)
+    return override(config, dict(text.partition("=")[::2] for text in overrides))
 
 
-def override(file: ConfigDict, pairs: Sequence[tuple[str, str | None]]) -> Config:
-    """The config of a file's values and, over them, those of flags.
+def override(config: str | Path, texts: Mapping[str, str]) -> Config:
+    """`load` with {"section.key": value as a text}.
 
     What the file says alone need not go together.
-
-    Raises:
-      UserError: as `section.parse` and `Config.of`.
     """
-    values = dict(flatten(file, Config)) | parse(Config, pairs)
-    return Config().override(values)
-
-
-def read_file(config: str | Path) -> ConfigDict:
-    """What a config file's get_config() returns, not checked. Raises UserError."""
-    spec = spec_from_file_location("config_file", _find(str(config)))
-    if spec is None or spec.loader is None:
-        raise UserError(f"--config={config}: must end in .py, as those in configs/")
-    module = module_from_spec(spec)
+    path = _find(str(config))
     try:
-        spec.loader.exec_module(module)
-        found = module.get_config()
+        file = runpy.run_path(str(path))["get_config"]()
+        if not isinstance(file, ConfigDict):
+            raise TypeError("its get_config() returns no ConfigDict")
     except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = one_line(error, 500)
         raise UserError(f"--config={config} is no config file ({reason})") from error
-    if not isinstance(found, ConfigDict):
-        raise UserError(f"--config={config}: its get_config() returns no ConfigDict")
-    return found
+    return Config().override(dict(flatten(file, Config)) | parse(Config, texts))
 
 
 def _find(config: str) -> Path:
@@ -120,38 +103,30 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
 
 
 def check_paths(config: Config, workdir: str) -> None:
-    """Refuse a run in `workdir` that would not find what it reads. Only looks at
-    names, and not at remote ones (gs://).
-
-    Raises:
-      UserError: the first key that names nothing.
-    """
+    """Refuse a run in `workdir` that would not find what it reads, by the first key
+    that names nothing (UserError). Remote names (gs://) are not looked at."""
     data = config.data.dir or f"{workdir}/latents"
+    wanted: dict[str, tuple[str, str]] = {}  # key -> value, what it must be
     if not exists(f"{data}/latents.json"):
         if not config.data.images:
             raise no_latents(data)
-        if not exists(config.data.images):
-            raise UserError(
-                f"config.data.images={config.data.images}: no such folder: give one "
-                "with a sub-folder for each class, tfds:NAME[:SPLIT] or digits"
-            )
+        how = "no such folder; it has a sub-folder for each class; or tfds:NAME, digits"
+        wanted["data.images"] = config.data.images, how
     if config.eval.features == "inception":
+        how = "no such file: docs/evaluation.md says how to get it"
         for name in ("inception", "reference"):
-            if not exists(file := getattr(config.eval, name)):
-                raise UserError(
-                    f"config.eval.{name}={file}: no such file: docs/evaluation.md says "
-                    "how to get it"
-                )
+            wanted[f"eval.{name}"] = getattr(config.eval, name), how
     networks = {"vae": config.vae}
     for name, section in vars(config.align).items():
         if section.enabled and getattr(section, "source", "") == "images":
             networks[f"align.{name}.model"] = section.model
     for name, source in networks.items():
-        if not (exists(source) or HUB_ID.fullmatch(source)):
-            raise UserError(
-                f"config.{name}={source}: no such folder, and no owner/name[@revision] "
-                "of the Hugging Face hub either"
-            )
+        if not HUB_ID.fullmatch(source):
+            how = "no such folder, and no owner/name[@revision] of the Hugging Face hub"
+            wanted[name] = source, how
+    for name, (value, how) in wanted.items():
+        if not exists(value):
+            raise UserError(f"config.{name}={value}: {how}")
 
 
 def no_latents(folder: Any) -> UserError:

@@ -32,12 +32,12 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def leave(line: str, status: int) -> NoReturn:
-    """Print a line and end at once, from any thread.
+    """Print a line, if not empty, and end at once, from any thread.
 
     On their way out the libraries' threads would print thousands of lines about the
     same error, or hang.
     """
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, line and f"{line}\n")):
         with contextlib.suppress(OSError):  # nobody listens, or the disk is full
             stream.write(text)
             stream.flush()

@@ -19,7 +19,7 @@ from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.run import Run
 from sra2_jax.runtime import versions
-from sra2_jax.section import Pairs, fields, parse
+from sra2_jax.section import fields, parse
 from sra2_jax.sharding import batch_sharding, make_mesh, replicated, within
 from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
@@ -199,7 +199,7 @@ def generate(
     return np.concatenate([*images(np.arange(len(labels)), np.asarray(labels))])
 
 
-def read_settings(workdir: str, overrides: Pairs) -> Config:
+def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
     """A run's config with overrides of what sampling may change.
 
     Raises:

@@ -1,7 +1,6 @@
 """One run in a folder at a time; notices when the folder is lost. No jax here."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -11,12 +10,10 @@ import time
 from typing import Any, Self
 
 from sra2_jax.errors import MISTAKE, Restart, UserError, leave
-from sra2_jax.run import TRIES, Run, number
+from sra2_jax.run import Run, number, patiently
 
 # Without a beat of lock.json until a run counts as dead: it gives one every ten.
 STALE_SECONDS, BEAT_SECONDS = 60.0, 10.0
-# A lock that the file system does not have.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 class Lock:
@@ -33,32 +30,26 @@ class Lock:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run, self._path = run, run.lock
+        self._run = run
         self._mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         }
-        self._file: int | None = None
         self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
     def __enter__(self) -> Self:
-        if not self._run.writes:
-            return self
-        try:
-            self._run.folder.mkdir(parents=True, exist_ok=True)
-            if "://" not in str(self._path):
-                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-                self._claim(self._file)
-            self._refuse_living()
-            self._write(self._mine | {"beat": time.time()})
-        except OSError as error:
-            raise UserError(
-                f"{self._run} cannot be written ({error.strerror or error}): use "
-                "another --workdir"
-            ) from error
-        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
-        self._thread.start()
+        if self._run.writes:
+            try:
+                self._run.folder.mkdir(parents=True, exist_ok=True)
+                self._claim()
+                self._write(self._mine | {"beat": time.time()})
+            except OSError as error:
+                raise UserError(
+                    f"{self._run} cannot be written ({error}): use another --workdir"
+                ) from error
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,23 +61,23 @@ class Lock:
             # Not removed: another process may have it open and be about to lock it.
             self._write({})
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
 
-    def _claim(self, file: int) -> None:
-        """The kernel's lock, where there is one."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self._run} is in use by {self._holder()}: wait for it, stop it, or "
-                "use another --workdir"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-
-    def _refuse_living(self) -> None:
-        """Refuse another machine's lock with a fresh beat."""
+    def _claim(self) -> None:
+        """The kernel's lock, where there is one; no living run of another machine."""
+        self._file: Any = None
+        if "://" not in str(self._run):
+            self._run.lock.touch()
+            self._file = open(self._run.lock, "r+")  # noqa: SIM115
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self._run} is in use by {self._holder()}: wait for it, stop it, "
+                    "or use another --workdir"
+                ) from None
+            except OSError:  # a file system without locks
+                self._file = None
         held = self._run.read("lock")
         age = time.time() - (number(held, "beat") or 0.0)
         local = held.get("host") == self._mine["host"] and self._file is not None
@@ -97,43 +88,35 @@ class Lock:
             )
 
     def _holder(self) -> str:
-        held = self._run.read("lock")
-        return (
-            f"process {held.get('pid')} on {held.get('host')}, started "
-            f"{held.get('started')}"
+        return "process {pid} on {host}, started {started}".format_map(
+            dict.fromkeys(self._mine, None) | self._run.read("lock")
         )
 
     def _write(self, facts: dict[str, Any]) -> None:
-        data = json.dumps(facts).encode() + b"\n"
+        """In place, which a full disk does not prevent."""
+        text = json.dumps(facts) + "\n"
         if self._file is None:
-            self._path.write_bytes(data)
+            self._run.lock.write_text(text)
             return
-        os.pwrite(self._file, data, 0)
-        os.ftruncate(self._file, len(data))
+        self._file.seek(0)
+        self._file.write(text)
+        self._file.truncate()
+        self._file.flush()
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
-            for pause in (*TRIES, None):
-                try:
-                    self._check()
-                    self._write(self._mine | {"beat": time.time()})
-                    break
-                except OSError as error:
-                    if pause is None:
-                        leave(
-                            f"error: {self._run} is lost ({error.strerror or error}): "
-                            "mend it and run the same command again to go on from the "
-                            "last checkpoint",
-                            MISTAKE,
-                        )
-                    time.sleep(pause)
+            try:
+                patiently(self._renew)
+            except OSError as error:
+                leave(
+                    f"error: {self._run} is lost ({error}): mend it and run the same "
+                    "command again to go on from the last checkpoint",
+                    MISTAKE,
+                )
 
-    def _check(self) -> None:
-        """The file is still there and ours."""
-        if self._file is not None:
-            found, opened = os.stat(self._path), os.fstat(self._file)
-            if (found.st_dev, found.st_ino) != (opened.st_dev, opened.st_ino):
-                raise OSError(errno.ESTALE, "it was replaced")
+    def _renew(self) -> None:
+        self._run.lock.stat()  # it is there
         held = self._run.read("lock")
         if held and {k: held.get(k) for k in self._mine} != self._mine:
-            leave(f"stopped: {self._run} was taken over by {self._holder()}", MISTAKE)
+            raise OSError(f"taken over by {self._holder()}")
+        self._write(self._mine | {"beat": time.time()})

@@ -28,9 +28,9 @@ class Log:
     """Writes rows of scalars, one every config.run.log_every steps, means over those.
 
     Rows go to metrics.jsonl, TensorBoard and, through clu, the console; a terminal
-    gets a progress bar instead. Only the process that writes the run does. events.jsonl
-    keeps what happened, with its time, over all restarts. What cannot be written is
-    said once and stops nothing. A context manager; `restart` comes before all else.
+    gets a progress bar instead. events.jsonl keeps what happened, over all restarts.
+    What cannot be written is said once and stops nothing. A context manager; `restart`
+    comes before all else.
 
     Attributes:
       unlogged: metrics of the steps that no row has yet.
@@ -41,8 +41,8 @@ class Log:
         self._run, self._config = run, config
         self._step, self._count, self._clock = 0, 0, 0.0
         self._failed: set[str] = set()  # writers
-        self._closing: list[Callable[[], None]] = []
-        self._bar: tqdm | None = None
+        self._tensorboard: Any = None
+        self._bar = tqdm(disable=True)
         self.unlogged: list[dict[str, float]] = []
         self.scores = {row["step"]: row for row in run.rows() if _scores(row)}
 
@@ -52,8 +52,7 @@ class Log:
         unlogged: as it was saved with the step, so that a resumed run writes the rows
           of an uninterrupted one.
 
-        Raises:
-          UserError: metrics.jsonl cannot be written.
+        Raises OSError where metrics.jsonl cannot be written.
         """
         kept = [row for row in self._run.rows() if row["step"] <= step]
         self.scores = {row["step"]: row for row in kept if _scores(row)}
@@ -65,44 +64,33 @@ class Log:
         tensorflow()  # first, so that it takes no GPU
         from clu import metric_writers
 
-        try:
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_whole(self._run.metrics, text)
-        except OSError as error:
-            raise UserError(
-                f"{self._run.metrics} cannot be written ({error.strerror or error}): "
-                "free some space or use another --workdir"
-            ) from error
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_whole(self._run.metrics, text)
         self._tensorboard = metric_writers.SummaryWriter(str(self._run.tensorboard))
         self._console = metric_writers.LoggingWriter()
-        self._closing = [self._tensorboard.flush, self._tensorboard.close]
-        if sys.stderr.isatty():
-            steps = self._config.steps
-            self._bar = tqdm(total=steps, initial=step, unit="step", smoothing=0.05)
+        steps = self._config.steps
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", smoothing=0.05, disable=None
+        )  # None: on a terminal alone
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a step."""
-        config = self._config
-        self._step = step
+        config, self._step = self._config, step
         self.unlogged.append(metrics)
         self._count += 1
-        if self._bar is not None:
-            self._bar.update(1)
+        self._bar.update(1)
         if step % config.run.log_every and step != config.steps:
             return
         now = time.perf_counter()
-        elapsed = now - self._clock
-        row = mean(self.unlogged)
-        row["images_per_second"] = self._count * config.batch_size / elapsed
-        left = (config.steps - step) * elapsed / self._count
+        speed = self._count * config.batch_size / (now - self._clock)
+        row = mean(self.unlogged) | {"images_per_second": speed}
+        left = round((config.steps - step) * config.batch_size / speed)
         self.unlogged, self._count, self._clock = [], 0, now
-        if self._bar is not None:
-            terms = [k for k in row if k.startswith("loss_align")]
-            shown = {k: f"{row[k]:.4f}" for k in (*FIRST, *terms) if k in row}
-            shown["images/s"] = f"{row['images_per_second']:.0f}"
-            self._bar.set_postfix(shown)
+        if not self._bar.disable:
+            losses = {k: f"{v:.4f}" for k, v in row.items() if k.startswith("loss")}
+            self._bar.set_postfix(losses | {"images/s": f"{speed:.0f}"})
         elif self._run.writes:
-            self._console.write_scalars(step, row | {"seconds_left": round(left)})
+            self._console.write_scalars(step, row | {"seconds_left": left})
         self.scalars(step, row)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
@@ -172,11 +160,10 @@ class Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for close in self._closing:
+        if self._tensorboard is not None:
             with self.trying("TensorBoard"):
-                close()
-        if self._bar is not None:
-            self._bar.close()
+                self._tensorboard.close()
+        self._bar.close()
 
 
 def _scores(row: dict[str, Any]) -> bool:
@@ -222,43 +209,31 @@ class Guard:
           UserError: more updates skipped in a row than are borne.
         """
         if metrics["skipped"]:
-            self._skipped.append(step)
-            bad = sorted(k for k, v in metrics.items() if not math.isfinite(v))
-            found = records()
-            self._log.event(step, "skipped", not_finite=bad, records=found)
-            self._log.message(
-                f"step {step}: {', '.join(bad)} not finite: the update was skipped"
-            )
-            if len(self._skipped) > self._most:
-                raise UserError(self._diagnosis(bad, found))
+            self._skip(step, metrics, records())
             return
-        self._skipped = []
-        loss = metrics["loss"]
-        if len(self._losses) >= ENOUGH and (z := self._z(loss)) > SPIKE:
-            self._log.event(step, "spike", loss=loss, z=z, records=records())
-            self._log.message(
-                f"step {step}: loss {loss:.4g} is {z:.1f} standard deviations above "
-                f"that of the last {len(self._losses)} steps"
-            )
+        self._skipped, loss = [], metrics["loss"]
+        if len(self._losses) >= ENOUGH:
+            mean, std = float(np.mean(self._losses)), float(np.std(self._losses))
+            # The floor is for losses that are all alike.
+            z = (loss - mean) / max(std, 1e-6 * abs(mean), 1e-30)
+            if z > SPIKE:
+                self._log.event(step, "spike", loss=loss, z=z, records=records())
+                self._log.message(
+                    f"step {step}: loss {loss:.4g} is {z:.1f} standard deviations "
+                    f"above that of the last {len(self._losses)} steps"
+                )
         self._losses.append(loss)
 
-    def _z(self, loss: float) -> float:
-        mean = sum(self._losses) / len(self._losses)
-        variance = sum((x - mean) ** 2 for x in self._losses) / len(self._losses)
-        # The floor is for losses that are all alike.
-        return (loss - mean) / max(math.sqrt(variance), 1e-6 * abs(mean), 1e-30)
-
-    def _diagnosis(self, bad: list[str], records: list[int]) -> str:
-        first, last = self._skipped[0], self._skipped[-1]
-        terms = [k for k in bad if k not in ("loss", "grad_norm")]
-        if terms:
-            cause = f"{', '.join(terms)} not finite: look at that term and the records"
-        elif "loss" in bad:
-            cause = "the sum of the losses overflows: lower config.align.*.weight"
-        else:
-            cause = "finite losses with gradients that are not: lower the learning rate"
-        return (
-            f"the updates of steps {first} to {last} were all skipped, more than "
-            f"config.run.most_skipped={self._most} ({cause}; the last batch held "
-            f"records {', '.join(map(str, records[:8]))}, ..., events.jsonl lists all)"
-        )
+    def _skip(self, step: int, metrics: dict[str, float], records: list[int]) -> None:
+        self._skipped.append(step)
+        bad = sorted(k for k, v in metrics.items() if not math.isfinite(v))
+        self._log.event(step, "skipped", not_finite=bad, records=records)
+        line = f"{', '.join(bad)} not finite"
+        self._log.message(f"step {step}: {line}: the update was skipped")
+        if len(self._skipped) > self._most:
+            raise UserError(
+                f"the updates of steps {self._skipped[0]} to {step} were all skipped, "
+                f"more than config.run.most_skipped={self._most} ({line}): lower the "
+                "learning rate or an alignment's weight, or look at the records that "
+                "events.jsonl names"
+            )

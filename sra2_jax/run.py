@@ -9,12 +9,11 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -22,10 +21,9 @@ from sra2_jax.config import Config
 from sra2_jax.config_file import changes
 from sra2_jax.errors import UserError, one_line
 
-MEGABYTE = 2**20
-LARGEST = 64 * MEGABYTE  # of the facts beside a checkpoint
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 TRIES = (0.5, 1, 2)  # seconds between them
+Made = TypeVar("Made")
 
 
 class Run:
@@ -82,19 +80,14 @@ class Run:
             write_whole(self.folder / f"{name}.json", as_json(facts))
 
     def config(self) -> Config:
-        """The config that it was started with.
-
-        Raises:
-          UserError: no config.json, or one that this version cannot use.
-        """
+        """The config that it was started with. Raises UserError: no config.json, or
+        one that this version cannot use."""
         path = self.folder / "config.json"
         found = read_json(path)
         try:
             return Config.of(found)
         except (UserError, RecursionError) as error:
-            raise UserError(
-                f"{path}: {error}: written by another version, or not by this program"
-            ) from error
+            raise UserError(f"{path}: {error}: written by another version?") from error
 
     def finished(self, step: int) -> bool:
         """Whether it has written its results at `step`."""
@@ -109,39 +102,25 @@ class Run:
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def whole(self, step: int) -> bool:
-        """Whether a checkpoint's arrays and facts are there, these as they were saved.
-
-        The arrays are held against them when the run goes on.
-        """
+        """Whether a checkpoint's arrays and facts are there, these as they were saved
+        (the arrays are held against them when the run goes on)."""
         folder = self.checkpoints / str(step)
         try:
-            facts = read_json(folder / "fingerprint" / "metadata", LARGEST)
+            facts = read_json(folder / "fingerprint" / "metadata")
         except UserError:
             return False
         saved = facts.pop("sha256", None) == digest(facts)
         return saved and (folder / "state" / "_METADATA").exists()
 
-    def rows(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
-        """The whole rows of metrics.jsonl that have a step, in the order written.
-
-        last_bytes: of the file's end alone.
-        """
-        try:
-            with self.metrics.open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                start = max(size - last_bytes, 0) if last_bytes else 0
-                file.seek(start)
-                lines = file.read().splitlines()
-        except OSError:
-            return []
+    def rows(self) -> list[dict[str, Any]]:
+        """The whole rows of metrics.jsonl that have a step, in the order written."""
         rows = []
-        for line in lines[1 if start else 0 :]:
-            # The line being written, or one torn by a crash, is left out.
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if number(row, "step") is not None:
-                    rows.append(row)
-        return rows
+        with contextlib.suppress(OSError):
+            for line in self.metrics.read_bytes().splitlines():
+                # The line being written, or one torn by a crash, is left out.
+                with contextlib.suppress(ValueError, RecursionError):
+                    rows.append(json.loads(line))
+        return [row for row in rows if number(row, "step") is not None]
 
     def claim(self, config: Config, versions: Mapping[str, Any]) -> None:
         """Make the folder and write config.json and versions.json.
@@ -162,10 +141,9 @@ class Run:
                 ) from error
             fixed, free = changes(before, config)
             if fixed:
-                more = f" (and {len(fixed) - 3} more)" if len(fixed) > 3 else ""
                 raise UserError(
-                    f"{self} holds a run of another config: {'; '.join(fixed[:3])}"
-                    f"{more}: set them back or use another --workdir"
+                    f"{self} holds a run of another config: {'; '.join(fixed)}: set "
+                    "them back or use another --workdir"
                 )
             for line in free if self.writes else ():
                 print(f"resumed with {line}", file=sys.stderr, flush=True)
@@ -175,13 +153,8 @@ class Run:
         self.write("versions", versions)
 
     def claim_dataset(self, folder: Any, sha256: str) -> None:
-        """See that a run goes on with its dataset, by the digest of its description.
-
-        It may move, but not become another one. run.json keeps latents.sha256.
-
-        Raises:
-          UserError: the run has checkpoints and was trained on another one.
-        """
+        """See that a run goes on with its dataset, by the digest of its description:
+        it may move, but not become another one (UserError)."""
         before = lookup(self.read("run"), "latents", "sha256")
         if self.steps() and before not in (None, sha256):
             raise UserError(
@@ -195,18 +168,10 @@ def as_json(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=2) + "\n"
 
 
-def read_json(path: Any, limit: int = MEGABYTE) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes.
-
-    Raises:
-      UserError: it cannot be read, is too large, or is not a JSON object.
-    """
+def read_json(path: Any) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none to be read."""
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ValueError(f"it has more than {limit:,} bytes")
-        found = json.loads(data)
+        found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
         return found
@@ -214,22 +179,25 @@ def read_json(path: Any, limit: int = MEGABYTE) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({one_line(error, 100)})") from error
 
 
-def write_whole(path: Any, text: str) -> None:
-    """Write a small file, all of it or nothing; a passing error is tried again.
+def patiently(action: Callable[[], Made]) -> Made:
+    """Do it, again where it fails. Raises its OSError after three and a half seconds,
+    if it still does."""
+    for pause in TRIES:
+        with contextlib.suppress(OSError):
+            return action()
+        time.sleep(pause)
+    return action()
 
-    Raises:
-      OSError: still not possible after three and a half seconds.
-    """
+
+def write_whole(path: Any, text: str) -> None:
+    """Write a small file, all of it or nothing. Raises OSError as `patiently`."""
     temporary = path.parent / f"{path.name}.tmp"
-    for pause in (*TRIES, None):
-        try:
-            temporary.write_text(text)
-            temporary.replace(path)
-            return
-        except OSError:
-            if pause is None:
-                raise
-            time.sleep(pause)
+
+    def write() -> None:
+        temporary.write_text(text)
+        temporary.replace(path)
+
+    patiently(write)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

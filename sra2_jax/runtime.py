@@ -4,6 +4,7 @@ versions, TensorFlow kept off the GPUs."""
 import argparse
 import faulthandler
 import functools
+import importlib.metadata
 import os
 import platform
 import select
@@ -13,8 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,10 +37,8 @@ AGAIN = "run the same command again to go on from the last checkpoint"
 def join(arguments: argparse.Namespace) -> None:
     """Join the other processes, if the flags ask for it, before any device is used.
 
-    Ends the process with status 42 if the others do not come in time.
-
-    Raises:
-      UserError: flags that do not belong together, or no cluster to be found.
+    Ends the process with status 42 if the others do not come in time. Raises UserError:
+    flags that do not belong together, or no cluster to be found.
     """
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     given = [value is not None for value in by_hand]
@@ -49,7 +47,7 @@ def join(arguments: argparse.Namespace) -> None:
     if not (arguments.distributed or all(given)):
         return
     seconds = arguments.join_seconds
-    who = "this process" if not all(given) else "process {2} of {1}".format(*by_hand)
+    who = "process {2} of {1}".format(*by_hand) if all(given) else "this process"
     where = f" at {arguments.coordinator}" if all(given) else ""
     line = f"stopped: {who} waited {seconds} s for the others{where}: start all of them"
     # JAX would abort, a minute later, with no word on what to do.
@@ -84,13 +82,7 @@ def part(line: str = "", status: int = 0) -> None:
     """
     if jax.process_count() > 1:
         jax.distributed.shutdown()
-        leave(line, status) if line else leave_quietly(status)
-
-
-def leave_quietly(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        leave(line, status)
 
 
 def anywhere(mesh: Mesh) -> Callable[[bool], Any]:
@@ -112,13 +104,10 @@ def agree(text: str) -> str:
     """The text of the first process that has one; "" if none has. Called by all."""
     if jax.process_count() == 1:
         return text
-    row = np.zeros(256, np.uint8)
-    encoded = np.frombuffer(text.encode()[:256], np.uint8)
-    row[: len(encoded)] = encoded
-    for found in multihost_utils.process_allgather(row):
-        if found.any():
-            return bytes(found).rstrip(b"\0").decode(errors="replace")
-    return ""
+    row = np.frombuffer(text.encode()[:256].ljust(256, b"\0"), np.uint8)
+    rows = multihost_utils.process_allgather(row)
+    texts = (bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows)
+    return next(filter(None, texts), "")
 
 
 class Stop(Exception):
@@ -132,9 +121,6 @@ class Watch:
     SIGTERM and the first Ctrl-C, from then on, set `stopping`; while there is nothing
     to save yet SIGTERM ends the process with status 42. No progress for `stall_seconds`
     writes the stacks of all threads and ends it with 42, too.
-
-    Args:
-      stall_seconds: allowed between two calls of `progress`.
     """
 
     def __init__(self, stall_seconds: float = float("inf")) -> None:
@@ -161,10 +147,10 @@ class Watch:
             self._interruptible = False
 
     def __enter__(self) -> Self:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
         # Python runs a handler when the main thread is free; the pipe is written at
         # once.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
         self._before = {
             number: signal.signal(number, self._signalled)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -193,32 +179,22 @@ class Watch:
             raise Stop
 
     def _run(self) -> None:
-        told = None  # when SIGTERM came
+        told = float("inf")  # when SIGTERM came
         while True:
-            ready, _, _ = select.select([self._read], [], [], 0.5)
-            if ready:
+            if select.select([self._read], [], [], 0.5)[0]:
                 numbers = os.read(self._read, 64)
                 if not numbers:
                     return
-                if signal.SIGTERM in numbers:
-                    told = time.monotonic()
-            if told is not None:
-                self._check_stop(told)
-            quiet = time.monotonic() - self._since
+                told = time.monotonic() if signal.SIGTERM in numbers else told
+            now = time.monotonic()
+            phase, quiet = self._phase, now - self._since
+            starving = phase == "data" and min(quiet, now - told) > PATIENCE_SECONDS
+            if told <= now and (phase in NOTHING_TO_SAVE or starving):
+                leave(f"stopped: SIGTERM ({phase}): {AGAIN}", RESTART)
             if quiet > self._stall:
                 faulthandler.dump_traceback(sys.stderr, all_threads=True)
-                leave(
-                    f"stopped: no progress for {quiet:.0f} s ({self._phase}), see the "
-                    f"stacks above: {AGAIN}",
-                    RESTART,
-                )
-
-    def _check_stop(self, told: float) -> None:
-        now = time.monotonic()
-        starving = self._phase == "data" and now - self._since > PATIENCE_SECONDS
-        starving = starving and now - told > PATIENCE_SECONDS
-        if self._phase in NOTHING_TO_SAVE or starving:
-            leave(f"stopped: SIGTERM ({self._phase}): {AGAIN}", RESTART)
+                line = f"no progress for {quiet:.0f} s ({phase}), see the stacks above"
+                leave(f"stopped: {line}: {AGAIN}", RESTART)
 
 
 def keep_compiled(folder: Any) -> None:
@@ -252,26 +228,20 @@ def tensorflow() -> Any:
 
 def versions() -> dict[str, Any]:
     """What a program ran on: packages, commit, devices, date."""
-    root = Path(sra2_jax.__file__).parents[1]
-    git = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
-    return {
-        "sra2_jax": sra2_jax.__version__,
-        "commit": commit or "unknown",
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+    found: dict[str, Any] = {"sra2_jax": sra2_jax.__version__, "commit": "unknown"}
+    git = ["git", "-C", str(Path(sra2_jax.__file__).parents[1]), "rev-parse", "HEAD"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        found["commit"] = subprocess.check_output(
+            git, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    found["python"] = platform.python_version()
+    for name in PACKAGES:
+        found[name] = "not installed"
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

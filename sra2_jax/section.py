@@ -3,13 +3,15 @@
 No jax here: a mistake is found before anything slow is imported.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar, Self, get_args
 
 from ml_collections import ConfigDict
@@ -17,7 +19,6 @@ from ml_collections import ConfigDict
 from sra2_jax.errors import UserError
 
 Field = dataclasses.Field
-Pairs = Sequence[tuple[str, str | None]]  # a key, its value as a text
 SOME = r"[^\0\n]+", "must not be empty"
 ANY = r"[^\0\n]*", "must be one line"
 NAME = r"\w[\w.+-]*", "must be a name of letters, digits, '_', '.', '+' and '-'"
@@ -38,21 +39,19 @@ class Key:
     free: bool = False
 
 
-def key(default: Any, about: str, *limits: float, **more: Any) -> Any:
-    """A key that a run keeps for life: another value would make it another run."""
-    known: dict[str, Any] = dict(zip(("low", "high"), limits, strict=False))
-    return field(default=default, metadata={"key": Key(about, **known, **more)})
+def key(default: Any, *known: Any, **more: Any) -> Any:
+    """A key that a run keeps for life; known, more: the fields of `Key`."""
+    return field(default=default, metadata={"key": Key(*known, **more)})
 
 
-def free(default: Any, about: str, *limits: float, **more: Any) -> Any:
+def free(default: Any, *known: Any, **more: Any) -> Any:
     """A key that a resumed run may change."""
-    return key(default, about, *limits, free=True, **more)
+    return key(default, *known, free=True, **more)
 
 
 def other(section: Any, name: str, default: Any) -> Any:
     """The key of another section, with another default."""
-    (f,) = (f for f in dataclasses.fields(section) if f.name == name)
-    return field(default=default, metadata=f.metadata)
+    return field(default=default, metadata=fields(section)[name].metadata)
 
 
 def allowed(f: Field) -> str:
@@ -89,8 +88,7 @@ class Section:
 
     where: "model" of config.model, "" of the whole.
 
-    Raises:
-      UserError: the first key that is wrong, its value and what is allowed.
+    Raises UserError: the first key that is wrong, its value and what is allowed.
     """
 
     where: ClassVar[str] = ""
@@ -108,12 +106,14 @@ class Section:
                 value = float(value) if abs(value) < 1e300 else math.inf
                 object.__setattr__(self, f.name, value)
             if not fits(f, value):
-                raise UserError(f"{self._name(f.name)}={shown(value)}: {allowed(f)}")
+                raise UserError(f"{self.given(f.name)}: {allowed(f)}")
         for line in self.conflicts():
             raise UserError(line)
 
-    def _name(self, key: str) -> str:
-        return ".".join(filter(None, ("config", self.where, key)))
+    def given(self, key: str) -> str:
+        """ "config.SECTION.KEY=VALUE", of a key or "section.key"."""
+        name = ".".join(filter(None, ("config", self.where, key)))
+        return f"{name}={shown(attrgetter(key)(self))}"
 
     def conflicts(self) -> Iterator[str]:
         """What cannot go together, a line each."""
@@ -121,12 +121,10 @@ class Section:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | ConfigDict) -> Self:
-        """From nested mappings, as a config file or a saved config.json has them.
+        """From nested mappings or {"section.key": value}; what is missing, since it is
+        younger than the mapping, has its default.
 
-        A key that is missing has its default: it is younger than the mapping.
-
-        Raises:
-          UserError: an unknown key, or a value that it may not have.
+        Raises UserError: an unknown key, or a value that it may not have.
         """
         flat = dict(flatten(values, cls))
         for name in flat:
@@ -135,9 +133,7 @@ class Section:
 
     def override(self, values: Mapping[str, Any]) -> Self:
         """A copy with {"section.key": value}. Raises UserError as `of`."""
-        for name in values:
-            find(type(self), name)
-        return _make(type(self), self.flat() | dict(values), "")
+        return self.of(self.flat() | dict(values))
 
     def flat(self) -> dict[str, Any]:
         """{"section.key": value} of every key."""
@@ -182,56 +178,33 @@ def flatten(
 
 
 def find(cls: Any, name: str) -> Field:
-    """The field of a key.
-
-    Raises:
-      UserError: there is none; the nearest one that exists is named.
-    """
-    names = list(fields(cls))
+    """The field of a key. Raises UserError: there is none; the nearest is named."""
+    names = fields(cls)
     if name in names:
-        return fields(cls)[name]
-    name = name if len(name) <= 80 else f"{name[:77]}..."
+        return names[name]
     if inside := [k for k in names if k.startswith(f"{name}.")]:
-        raise UserError(
-            f"config.{name} is a section: set its keys, as config.{inside[0]}"
-        )
-    last = {k.rsplit(".", 1)[-1]: k for k in names}
-    near = difflib.get_close_matches(name, names, 1) or [
-        last[m]
-        for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), 1, 0.5)
-    ]
+        example = f"set its keys, as config.{inside[0]}"
+        raise UserError(f"config.{name} is a section: {example}")
+    near = difflib.get_close_matches(name[:80], names, 1)
     hint = f"did you mean config.{near[0]}?" if near else "--keys lists them"
-    raise UserError(f"unknown key config.{name}: {hint}")
+    raise UserError(f"unknown key config.{name[:80]}: {hint}")
 
 
-def parse(cls: Any, pairs: Pairs) -> dict[str, Any]:
-    """{"section.key": value} of keys with their values as texts.
+def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
+    """{"section.key": value} of {"section.key": value as a text}.
 
-    Raises:
-      UserError: no such key, one given twice, no text, or a value it may not have.
+    Raises UserError: no such key, or a value it may not have.
     """
     values: dict[str, Any] = {}
-    for name, text in pairs:
-        f = find(cls, name)
-        if text is None:
-            raise UserError(f"--config.{name} has no value: {allowed(f)}")
-        if name in values:
-            raise UserError(f"--config.{name} is given twice: leave one out")
-        value = _parse(f, text)
+    for name, text in texts.items():
+        f, value = find(cls, name), None  # type: tuple[Field, Any]
+        if f.type is bool:
+            value = {"true": True, "false": False}.get(text.lower())
+        else:
+            with contextlib.suppress(ValueError):
+                value = f.type(text) if f.type in (int, float) else text
         if value is None or not fits(f, value):
             given = shown(text if value is None else value)
             raise UserError(f"config.{name}={given}: {allowed(f)}")
         values[name] = value
     return values
-
-
-def _parse(f: Field, text: str) -> Any:
-    """None where the text is none of the key's type."""
-    if f.type is bool:
-        return {"true": True, "false": False}.get(text.lower())
-    if f.type is int and not re.fullmatch(r"[+-]?[0-9][0-9_]{,99}", text):
-        return None
-    try:
-        return f.type(text) if f.type in (int, float) else text
-    except ValueError:
-        return None

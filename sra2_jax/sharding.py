@@ -41,8 +41,7 @@ def make_mesh(
 ) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over `devices`, all of them by default.
 
-    Raises:
-      UserError: the numbers of the section do not fit the devices or the processes.
+    Raises UserError: the section does not fit the devices or the processes.
     """
     devices = devices or jax.devices()
     data, fsdp, tensor = section.data, section.fsdp, section.tensor
@@ -54,10 +53,8 @@ def make_mesh(
             f"config.mesh.tensor={tensor} must be the number of devices, {len(devices)}"
         )
     if jax.process_count() > 1 and jax.local_device_count() % tensor:
-        raise UserError(
-            f"config.mesh.tensor={tensor} must divide the {jax.local_device_count()} "
-            "devices of a process: rows of a batch would be split between hosts"
-        )
+        own = f"the {jax.local_device_count()} devices of a process"
+        raise UserError(f"{section.given('tensor')} must divide {own}")
     # Auto: explicit axes, make_mesh's default, make FSDP parameters fail in Dense.
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh((data, fsdp, tensor), AXES, auto, devices=devices)
@@ -96,20 +93,15 @@ def within(mesh: Mesh) -> contextlib.AbstractContextManager[object]:
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """Place an activation's dimensions on mesh axes; nothing outside of `within`.
-
-    Where XLA would guess: it may split tokens or channels to suit a parameter that
-    fsdp splits, and gather the batch.
-    """
+    XLA might split tokens or channels to suit a parameter, and gather the batch."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
 
 
 def placed(state: Any, mesh: Mesh) -> Any:
-    """The abstract state (ShapeDtypeStructs) with a sharding for each leaf, by RULES.
-
-    A dimension that its axis does not divide stays whole.
-    """
+    """The abstract state (ShapeDtypeStructs) with a sharding for each leaf, by RULES;
+    a dimension that its axis does not divide stays whole."""
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]

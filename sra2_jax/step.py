@@ -50,10 +50,8 @@ class State:
 class Program:
     """A config on a mesh: what everything that compiles a step or a sampler uses.
 
-    Nothing is computed or allocated before it is asked for.
-
-    Args:
-      attention: implementation, where it is not to be tried on this machine's device.
+    Nothing is computed or allocated before it is asked for. attention: implementation,
+    where it is not to be tried on this machine's device.
     """
 
     config: Config
@@ -63,22 +61,11 @@ class Program:
     @cached_property
     def network(self) -> DiT:
         """The backbone, for its shapes; `running` computes."""
-        c, m = self.config, self.config.model
-        return DiT(
-            size=c.latents.size,
-            channels=c.latents.channels,
-            patch_size=m.patch_size,
-            width=m.width,
-            depth=m.depth,
-            heads=m.heads,
-            num_classes=c.data.num_classes,
-            mlp_ratio=m.mlp_ratio,
-            time_scale=m.time_scale,
-            learn_sigma=m.learn_sigma,
-            scan=m.scan,
-            remat=m.remat,
-            dtype=jnp.dtype(m.dtype),
-        )
+        size, _, channels = self.config.latent_shape
+        settings = vars(self.config.model) | {"attention": "xla"}
+        settings["dtype"] = jnp.dtype(self.config.model.dtype)
+        classes = self.config.data.num_classes
+        return DiT(size=size, channels=channels, num_classes=classes, **settings)
 
     @cached_property
     def running(self) -> DiT:
@@ -162,11 +149,7 @@ class Program:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
         label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
-        (B, T, d) float16.
-
-        Raises:
-          UserError: it does not divide.
-        """
+        (B, T, d) float16. Raises UserError where it does not divide."""
         c = self.config
         sharding.check_batch(c, self.mesh)
         side = c.data.resolution
@@ -201,8 +184,8 @@ class Program:
     def draw(self, batch: Batch, step: Array) -> Batch:
         """All of a step's randomness: what the loss needs of a batch.
 
-        Draws have the shape of the global batch and depend on (seed, step) alone, so
-        they are the same on any number of devices and for any gradient accumulation.
+        Draws depend on (seed, step) alone: they are the same on any number of devices
+        and for any gradient accumulation.
         """
         c = self.config
         key = jax.random.fold_in(jax.random.key(c.seed), step)
@@ -226,11 +209,7 @@ class Program:
     def loss(
         self, params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
     ) -> tuple[Array, Metrics]:
-        """The combined loss and its terms.
-
-        Args:
-          ema: the network's average; frozen: as `load_frozen`; draws: as `draw`.
-        """
+        """The combined loss and its terms; ema: the network's average."""
         depths = tuple(sorted({a.depth for a in self.alignments.values()}))
         inputs = draws["x_t"], draws["t"], draws["y"]
         network = params["network"]
@@ -278,18 +257,14 @@ class Program:
         return State(state.step + 1, params, ema, opt_state), metrics
 
     def lower(self) -> jax.stages.Lowered:
-        """(state, batch, frozen) -> (state, metrics), float32 scalars; the state is
-        donated, the new one lies where `abstract` says."""
+        """(state, batch, frozen) -> (state, metrics); the state is donated."""
         out = self.places, sharding.replicated(self.mesh)
         step = jax.jit(self.update, donate_argnums=0, out_shardings=out)
         return step.lower(self.abstract, self.batch, self.frozen)
 
     def compile(self, frozen: Any = None) -> Callable[[State, Batch], Any]:
         """The compiled step, (state, batch) -> (state, metrics); it cannot recompile
-        later. What a batch has besides is left alone.
-
-        frozen: as `load_frozen` gives it, which is called where None.
-        """
+        later. What a batch has besides is left alone. frozen: as of `load_frozen`."""
         compiled = self.lower().compile()
         frozen = self.load_frozen() if frozen is None else frozen
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from sra2_jax.observe import Observer
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch
 from sra2_jax.sharding import batch_sharding, check_batch, make_mesh
-from sra2_jax.step import Program, State
+from sra2_jax.step import Program, State, count_parameters
 
 
 def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
@@ -93,21 +94,19 @@ def batches(
 
 def facts(program: Program, seconds: float) -> dict[str, Any]:
     """What the report says of the run besides its config."""
-
-    def count(tree: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-    params = program.abstract.params
-    parameters = {"network": count(params["network"]), "heads": count(params["heads"])}
-    parameters["encoder"] = count(program.frozen)
+    parts = program.abstract.params | {"encoder": program.frozen}
     methods = [
         {"name": name, "title": a.title, "aim": a.aim, "depth": a.depth}
         for name, a in program.alignments.items()
     ]
-    seconds = round(seconds, 2)
-    return {"methods": methods, "parameters": parameters, "compile_seconds": seconds}
+    return {
+        "methods": methods,
+        "parameters": {name: count_parameters(tree) for name, tree in parts.items()},
+        "compile_seconds": round(seconds, 2),
+    }
 
 
+@dataclass
 class Loop:
     """Steps until config.steps; all processes run it alike.
 
@@ -115,107 +114,100 @@ class Loop:
     for the host, and all processes see a stop at the same step.
 
     Args:
-      step: compiled, (state, batch) -> (state, metrics).
+      update: the compiled step, (state, batch) -> (state, metrics).
     """
 
-    def __init__(
-        self,
-        program: Program,
-        step: Any,
-        state: State,
-        log: Log,
-        checkpoints: Checkpoints,
-        observer: Observer,
-        watch: Watch,
-    ) -> None:
-        self._config, self._update = program.config, step
-        self._state, self._step = state, int(state.step)
-        self._log, self._checkpoints = log, checkpoints
-        self._observer, self._watch = observer, watch
-        self._guard = Guard(program.config.run.most_skipped, log)
-        self._anywhere = runtime.anywhere(program.mesh)
-        self._pending: Any = None  # step, metrics and record ids not read yet
+    program: Program
+    update: Any
+    state: State
+    log: Log
+    checkpoints: Checkpoints
+    observer: Observer
+    watch: Watch
+
+    def __post_init__(self) -> None:
+        self.config, self.step = self.program.config, int(self.state.step)
+        self.guard = Guard(self.config.run.most_skipped, self.log)
+        self.anywhere = runtime.anywhere(self.program.mesh)
+        self.pending: Any = None  # step, metrics and record ids not read yet
 
     def run(self, batches: Iterator[dict[str, jax.Array]]) -> None:
         """All steps, then the last samples and the report. Raises as `train`."""
-        steps, resumed = self._config.steps, 0 < self._step < self._config.steps
+        steps = self.config.steps
         try:
-            if resumed:
-                with self._log.paused():
-                    self._observer.observe(self._step, self._ema, resumed=True)
-            while self._step < steps:
-                with self._watch.interruptible("data"):
+            if 0 < self.step < steps:
+                with self.log.paused():
+                    self.observer.observe(self.step, self.ema, resumed=True)
+            while self.step < steps:
+                with self.watch.interruptible("data"):
                     batch = next(batches)
-                self._advance(batch)
-            self._observer.finish(steps, self._ema)
+                self.advance(batch)
+            self.observer.finish(steps, self.ema)
         except Stop:
-            self._stop()
+            self.stop()
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
-            raise Restart(
-                f"another process is lost ({one_line(error)}): {runtime.AGAIN}"
-            ) from error
+            line = f"another process is lost ({one_line(error)}): {runtime.AGAIN}"
+            raise Restart(line) from error
 
     @property
-    def _ema(self) -> Any:
-        return self._state.ema["network"]
+    def ema(self) -> Any:
+        return self.state.ema["network"]
 
-    def _advance(self, batch: dict[str, jax.Array]) -> None:
+    def advance(self, batch: dict[str, jax.Array]) -> None:
         """One step, and what is due after it. Raises Stop on all processes at once."""
-        config, observer = self._config, self._observer
-        self._watch.progress("step")
-        index = batch["index"]
-        self._state, metrics = self._update(self._state, batch)
-        self._step += 1
-        metrics["stop"] = self._anywhere(bool(self._watch.stopping))
-        stop = self._read()
-        self._pending = self._step, metrics, index
+        self.watch.progress("step")
+        self.state, metrics = self.update(self.state, batch)
+        self.step += 1
+        metrics["stop"] = self.anywhere(bool(self.watch.stopping))
+        stop = self.read()
+        self.pending = self.step, metrics, batch["index"]
 
-        last = self._step == config.steps
-        if self._step % config.run.log_every == 0:
-            self._checkpoints.check()
-        saving = last or self._step % config.run.checkpoint_every == 0
-        observing = not last and any(observer.due(self._step))
+        last = self.step == self.config.steps
+        if self.step % self.config.run.log_every == 0:
+            self.checkpoints.check()
+        saving = last or self.step % self.config.run.checkpoint_every == 0
+        observing = not last and any(self.observer.due(self.step))
         if saving or observing:
-            stop = self._read() or stop
-            with self._log.paused():
+            stop = self.read() or stop
+            with self.log.paused():
                 if saving:  # first: scoring may take long, and be cut off
-                    self._save()
+                    self.save()
                 if observing:
-                    observer.observe(self._step, self._ema)
+                    self.observer.observe(self.step, self.ema)
                 if saving:
-                    observer.report()
+                    self.observer.report()
         if stop:
             raise Stop
 
-    def _read(self) -> bool:
+    def read(self) -> bool:
         """Take the metrics of the step before; whether SIGTERM had come by then."""
-        if self._pending is None:
+        if self.pending is None:
             return False
-        (step, metrics, index), self._pending = self._pending, None
+        (step, metrics, index), self.pending = self.pending, None
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         stop = values.pop("stop")
 
         def records() -> list[int]:
             return list(map(int, multihost_utils.process_allgather(index, tiled=True)))
 
-        self._guard.check(step, values, records)
-        self._log.step(step, values)
+        self.guard.check(step, values, records)
+        self.log.step(step, values)
         return bool(stop)
 
-    def _save(self) -> None:
-        self._watch.progress("save")
-        self._checkpoints.save(self._step, self._state, self._log.unlogged)
+    def save(self) -> None:
+        self.watch.progress("save")
+        self.checkpoints.save(self.step, self.state, self.log.unlogged)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """Save and end, all processes together."""
-        self._read()
-        self._save()
-        self._checkpoints.wait()
-        line = f"step {self._step} is saved: the same command goes on from there"
-        if self._watch.stopping == "Ctrl-C":
-            self._log.message(line)
+        self.read()
+        self.save()
+        self.checkpoints.wait()
+        line = f"step {self.step} is saved: the same command goes on from there"
+        if self.watch.stopping == "Ctrl-C":
+            self.log.message(line)
             raise KeyboardInterrupt
         runtime.part(f"stopped: {line}", RESTART)
         raise Restart(line)

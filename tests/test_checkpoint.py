@@ -256,16 +256,12 @@ def test_foreign_folders(tmp_path):
     (folder / "5").write_bytes(b"\x80\x04.")  # a file
     with (
         opened(tmp_path, None) as checkpoints,
-        pytest.raises(UserError, match=r"no checkpoint: it has none"),
+        pytest.raises(UserError, match=r"no checkpoint of step any: .* has steps none"),
     ):
         checkpoints.restore(abstract(some_state()))
     assert {p.name for p in folder.iterdir()} == {"notes", "5"}
     with pytest.raises(UserError, match="no such folder: give the workdir of a run"):
         opened(tmp_path / "nothing", None)
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "checkpoints").touch()
-    with pytest.raises(UserError, match="is no folder that can be written"):
-        opened(tmp_path / "x")
 
 
 def full_disk(folder, limit):
@@ -287,7 +283,7 @@ def full_disk(folder, limit):
     again.save(3, state)
     again.wait()
     shutil.move(folder, f"{folder}.moved")
-    with pytest.raises(UserError, match="is gone or cannot be written: step 4"):
+    with pytest.raises(UserError, match="is gone: step 4 is not"):
         again.save(4, state)
     print("fine")
 

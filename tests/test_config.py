@@ -121,7 +121,7 @@ def test_overrides_make_a_copy():
     changed = config.override({"steps": 3, "latents.shift_factor": -1})
     assert (changed.steps, config.steps) == (3, 1000)
     assert changed.latents.shift_factor == -1.0
-    assert parse(Config, [("latents.shift_factor", "-.5")]) == {
+    assert parse(Config, {"latents.shift_factor": "-.5"}) == {
         "latents.shift_factor": -0.5
     }
 
@@ -146,7 +146,7 @@ def test_a_section_checks_itself(make, message):
         ("def get_config(:", "is no config file (SyntaxError: "),
         ("import nothing_of_this_name", "(ModuleNotFoundError: No module"),
         ("def get_config(): raise SystemExit(3)", "(SystemExit: 3)"),
-        ("x = 1", "has no attribute 'get_config')"),
+        ("x = 1", "(KeyError: 'get_config')"),
         ("def get_config(): return {}", "its get_config() returns no ConfigDict"),
         (FILE.format("c.steps = 'many'"), "(TypeError: Could not override field"),
         (FILE.format("c.more = 3"), "unknown key config.more"),
@@ -183,7 +183,6 @@ def test_mesh_refuses(tiny, changes, message):
     [
         ("", "cannot be read (JSONDecodeError"),
         ("[" * 100_000, "cannot be read (RecursionError"),
-        (" " * 2**21, "more than 1,048,576 bytes"),
         ("\xff", "cannot be read (UnicodeDecodeError"),
         ("[]", "no JSON object"),
         ('{"a": ' * 500 + "1" + "}" * 500, "unknown key config.a.a"),

@@ -47,26 +47,17 @@ def test_spikes_are_found_and_ordinary_losses_are_not():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("bad", "cause"),
-    [
-        (
-            {"loss": math.nan, "loss_align_vae": math.nan, "grad_norm": math.nan},
-            "loss_align_vae not finite: look at that term",
-        ),
-        ({"loss": math.inf, "grad_norm": math.inf}, "the sum of the losses overflows"),
-        ({"grad_norm": math.inf}, "lower the learning rate"),
-    ],
-)
-def test_too_many_in_a_row_end_the_run(bad, cause):
+def test_too_many_in_a_row_end_the_run():
     """Not of those that a good step interrupts."""
     guard = Guard(2, Heard())
-    bad = metrics(1.0, skipped=1.0) | bad
+    bad = metrics(math.nan, skipped=1.0, loss_align_vae=math.nan)
     for step in (1, 2, 4, 5):
         guard.check(step, bad, lambda: [1])
         if step == 2:
             guard.check(3, metrics(1.0), lambda: [1])
-    with pytest.raises(UserError, match=f"steps 4 to 6 were all skipped.*{cause}"):
+    with pytest.raises(
+        UserError, match=r"steps 4 to 6 were all skipped.*\(loss, loss_align"
+    ):
         guard.check(6, bad, lambda: [1])
 
 

@@ -5,7 +5,7 @@ what it reads of a record, draws and aims at; docs/extending.md shows how.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,14 +16,6 @@ from sra2_jax import config
 from sra2_jax.models.dit import XAVIER, DiT, FinalLayer
 
 Arrays = Mapping[str, Array]
-
-
-class Frozen(Protocol):
-    """A network that a target runs and nothing trains."""
-
-    def shapes(self) -> Any:
-        """ShapeDtypeStructs of its parameters; none is allocated."""
-        ...
 
 
 class Alignment(config.Alignment):
@@ -47,7 +39,8 @@ class Alignment(config.Alignment):
 
     @property
     def frozen(self) -> Any:
-        """The network, a `Frozen`, that the target runs; None where it runs none."""
+        """The network that the target runs, whose `shapes()` are its parameters'
+        ShapeDtypeStructs; None where it runs none."""
         return None
 
     def load(self) -> Any:
@@ -63,23 +56,15 @@ class Alignment(config.Alignment):
         raise NotImplementedError
 
     def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
-        """What the target needs besides the record's fields.
-
-        Args:
-          key: shared by all alignments.
-          clean: z, the sampled latent, mean, noise and t of the step.
-        """
+        """What the target needs besides the record's fields. key: shared by all
+        alignments; clean: z, the sampled latent, mean, noise and t of the step."""
         return {}
 
     def compute_target(
         self, network: DiT, frozen: Any, ema: Any, draws: Arrays
     ) -> Array:
-        """Target tokens (B, T, features).
-
-        Args:
-          frozen: parameters as `load` gives them; ema: those of the network's average.
-          draws: x_t, t, y, the record's fields and what `draw` gave.
-        """
+        """Target tokens (B, T, features). frozen: parameters as of `load`; ema: of the
+        network's average; draws: x_t, t, y, the record's fields and those of `draw`."""
         raise NotImplementedError
 
     def macs(self, network: DiT) -> int:
@@ -89,8 +74,7 @@ class Alignment(config.Alignment):
     def weight_at(self, step: Array) -> Array:
         """The weight at `step`: constant, or from `schedule_start` on a fall over
         `schedule_steps` steps, to zero ("linear", "cosine"), or tenfold every so
-        many ("exponential", SRA's rule counted in steps).
-        """
+        many ("exponential", SRA's rule counted in steps)."""
         x = (step - self.schedule_start) / self.schedule_steps
         x = jnp.maximum(jnp.asarray(x, jnp.float32), 0.0)
         factor = {
@@ -107,11 +91,8 @@ class Alignment(config.Alignment):
         target: Float[Array, "b t d"],
         t: Float[Array, " b"],
     ) -> Float[Array, ""]:
-        """Mean loss over the batch, unweighted.
-
-        Samples with t outside [t_min, t_max] count as zero and still count in the
-        mean, so that the expectation is that of 1[t in range] times the loss.
-        """
+        """Mean loss over the batch, unweighted. Samples with t outside [t_min, t_max]
+        count as zero: the expectation is that of 1[t in range] times the loss."""
         if self.zscore:
             prediction, target = zscore(prediction), zscore(target)
         losses = elementwise(self.loss, prediction, target, self.beta)
@@ -123,12 +104,8 @@ class MLPAlignment(config.MLPAlignment, Alignment):
     """One whose head are linear layers."""
 
     def head(self, network: DiT) -> nn.Module:
-        """`head_layers` linear layers, hidden ones of `head_width` (0: twice D).
-
-        SRA 2: 5 to p*p*C; REPA: 3 with hidden 2048 to the encoder's width; SRA: 2 back
-        to D. With `head_final_layer` the last hidden layer returns to D, and a layer
-        like DiT's final one is the last.
-        """
+        """SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
+        SRA: 2 back to D. With `head_final_layer` the last hidden layer returns to D."""
         sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
         if self.head_final_layer and sizes:
             sizes[-1] = network.width
@@ -140,10 +117,9 @@ class MLPHead(nn.Module):
     """Linear layers with SiLU between them.
 
     Attributes:
-      widths: sizes of the hidden layers.
-      features: size of the output vector of each token.
-      final_layer: end in a layer of the design of DiT's final layer (LayerNorm and
-        adaLN by the condition vector) in place of a plain linear layer.
+      widths: of the hidden layers; features: of the output of each token.
+      final_layer: end in a layer like DiT's final one (LayerNorm and adaLN by the
+        condition) in place of a plain linear one.
       dtype: compute type of the matrix products.
     """
 
@@ -156,18 +132,13 @@ class MLPHead(nn.Module):
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
         """Tokens (B, T, D) and condition (B, D) -> predictions (B, T, features)."""
 
-        def dense(i: int, width: int, x: Array) -> Array:
-            layer = nn.Dense(
-                width, dtype=self.dtype, kernel_init=XAVIER, name=f"linear_{i}"
-            )
-            return layer(nn.silu(x) if i else x)
-
-        for i, width in enumerate(self.widths):
-            x = dense(i, width, x)
+        sizes = (*self.widths, *(() if self.final_layer else (self.features,)))
+        for i, width in enumerate(sizes):
+            x = nn.silu(x) if i else x
+            name = f"linear_{i}"
+            x = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER, name=name)(x)
         if self.final_layer:
             x = FinalLayer(self.features, self.dtype, name="final")(x, c)
-        else:
-            x = dense(len(self.widths), self.features, x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -25,7 +25,6 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.run import Run
-from sra2_jax.section import Pairs
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
 from sra2_jax.weights import files, tree
@@ -219,8 +218,7 @@ def export_run(
     print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")
 
 
-def _arguments() -> tuple[argparse.Namespace, Pairs]:
-    """The flags, and the overrides --config.KEY=VALUE of an import."""
+def _arguments() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     out: dict[str, Any] = {"type": Path, "required": True, "metavar": "FILE"}
@@ -229,7 +227,9 @@ def _arguments() -> tuple[argparse.Namespace, Pairs]:
     reverse["help"] = "FILE's time runs from noise to data, as in SiT's own code"
 
     more = "Any key of the config: --config.KEY=VALUE"
-    add = commands.add_parser("import", help="make a run", epilog=more).add_argument
+    importing = commands.add_parser("import", help="make a run", epilog=more)
+    importing.add_keys()
+    add = importing.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth, .ckpt, .safetensors, .npz")
     add("--workdir", required=True, metavar="RUN", help="folder of the run to make")
     add("--config", required=True, help="config file that fits FILE")
@@ -248,18 +248,16 @@ def _arguments() -> tuple[argparse.Namespace, Pairs]:
     add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
     add("--out", **out)
 
-    arguments, overrides = parser.parse_known()
-    if overrides and arguments.command != "import":
-        parser.error(f"{arguments.command} takes no config")
-    return arguments, overrides
+    return parser.parse_args()
 
 
 def main() -> None:
-    arguments, overrides = _arguments()
-    flags = vars(arguments)
+    flags = vars(_arguments())
     command = flags.pop("command")
     if command == "import":
-        file = config_file.read_file(flags.pop("config"))
-        flags["config"] = config_file.override(file, overrides)
-    run: Any = {"import": import_file, "export": export_run}
-    run.get(command, convert_inception)(**flags)
+        config = config_file.override(flags.pop("config"), flags.pop("overrides"))
+        import_file(config=config, **flags)
+    elif command == "export":
+        export_run(**flags)
+    else:
+        convert_inception(**flags)

@@ -161,7 +161,7 @@ def main() -> None:
     add("--out", metavar="FILE.json", help="results (beside SAMPLES)")
     add("--batch_size", type=int, default=64, help="of the network (%(default)s)")
     add_feature_arguments(parser)
-    a = parser.parse()
+    a = parser.parse_args()
     if bool(a.reference) == bool(a.make_reference):
         parser.error("give one of --reference and --make_reference")
     if a.make_reference:

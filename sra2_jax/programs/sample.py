@@ -6,7 +6,6 @@ alone. A program that was killed goes on where it was when run again: finished p
 stay in samples.shards/ until the .npz is whole. Runs without TensorFlow.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -175,13 +174,14 @@ def new_file(flag: str, text: str, suffix: str) -> epath.Path:
     return out
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: Parser) -> None:
     """The flags that name a run and its weights."""
     add = parser.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--step", type=int, help="of the checkpoint (the newest)")
     add("--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)")
     add_distributed(parser)
+    parser.add_keys()
     parser.epilog = (
         "Sampling is as the run's config says; any key of its section sampling, and "
         "seed, vae and model.dtype, can be overridden: "
@@ -194,11 +194,11 @@ def main() -> None:
     add_run_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="new file")
     parser.add_argument("--num", type=int, default=50_000, help="images (%(default)s)")
-    arguments, overrides = parser.parse_known()
+    arguments = parser.parse_args()
     out = new_file("out", arguments.out, ".npz")
     if arguments.num < 1:
         raise UserError(f"--num={arguments.num}: must be at least 1")
-    config = read_settings(arguments.workdir, overrides)
+    config = read_settings(arguments.workdir, arguments.overrides)
     runtime.join(arguments)
     generate = open_run(arguments.workdir, config, arguments.weights, arguments.step)
     sample(generate, out, arguments.num)

@@ -18,7 +18,6 @@ from sra2_jax.errors import MISTAKE, UserError
 from sra2_jax.lock import STALE_SECONDS
 from sra2_jax.run import ASIDE, Run, number
 
-TAIL = 2**18  # bytes of metrics.jsonl that are read, the last ones: 1,000 rows or so
 ROWS = 20  # of which the speed is the median
 
 
@@ -36,7 +35,7 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     run = Run(workdir)
     if not run.exists():
         raise UserError(f"{run}: no run is there: give the workdir of one")
-    config, rows = run.read("config"), run.rows(TAIL)
+    config, rows = run.read("config"), run.rows()
     steps, batch = (number(config, key) for key in ("steps", "batch_size"))
     whole = next((step for step in run.steps() if run.whole(step)), None)
     step = max((row["step"] for row in rows), default=whole)

@@ -221,11 +221,11 @@ def main() -> None:
     add("--interval", default="0:1,0:0.7", help="low:high, t = 0 is data (%(default)s)")
     add("--num", type=int, default=5000, help="samples a cell (%(default)s)")
     add_feature_arguments(parser)
-    a, overrides = parser.parse_known()
+    a = parser.parse_args()
     scales, intervals = parse_scales(a.guidance), parse_intervals(a.interval)
     if a.num < 2:
         raise UserError(f"--num={a.num}: must be at least 2")
-    config = read_settings(a.workdir, overrides)
+    config = read_settings(a.workdir, a.overrides)
     cells = {cell_of(s, i): None for s in scales for i in intervals}  # each once
     for cell in cells:  # fails before anything is loaded
         config.override(guidance_of(cell))

@@ -299,7 +299,7 @@ def main() -> int:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="DIR", help="folder of golden files")
     add("--strict", action="store_true", help="fail on kinds not covered yet")
-    arguments = parser.parse()
+    arguments = parser.parse_args()
     # Accelerators round float32 products to bf16 or TF32 unless told otherwise.
     with jax.default_matmul_precision("highest"):
         return verify(arguments.folder, arguments.strict)

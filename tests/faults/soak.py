@@ -15,17 +15,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from sra2_jax.optim import make_optimizer
-from sra2_jax.state import create_sharded
 
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.config import Config
 from sra2_jax.errors import UserError
+from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
+from sra2_jax.step import Program
+from tests.test_checkpoint import KEEP
 
 ROOT = Path(__file__).parents[2]
 KILLS, FLIPS, STEPS, ENCODE_KILLS = 50, 200, 2000, 20
@@ -63,81 +66,67 @@ def test_kills(start, command, tmp_path):
 
 @pytest.fixture
 def saved(start, command, tiny, tmp_path):
-    """A run's checkpoints of steps 8 and 12, how to restore, and the states."""
-    workdir = tmp_path / "run"
-    assert start(*command, f"--workdir={workdir}").status(300) == 0
-    transform, _ = make_optimizer(**tiny.optim)
-    mesh = make_mesh(-1, 1, tiny.batch_size)
-    abstract, _ = create_sharded(tiny, transform, mesh)
-    folder, spare = workdir / "checkpoints", tmp_path / "spare"
-    shutil.rmtree(folder / "4")
-    shutil.copytree(folder, spare)
+    """A run's checkpoint of step 12, the newest; how to restore; how to mend it."""
+    run, spare = Run(tmp_path / "run"), tmp_path / "spare"
+    assert start(*command, f"--workdir={run}").status(300) == 0
+    abstract = Program(Config.of(tiny), make_mesh()).abstract
+    shutil.copytree(run.checkpoints, spare)
 
     def restore():
-        checkpoints = Checkpoints(folder, 3)
-        try:
+        with Checkpoints(run, KEEP) as checkpoints:
             step, state, _ = checkpoints.restore_newest(abstract)
             return step, jax.device_get(state)
-        finally:
-            checkpoints.close()
 
     def mend():
-        shutil.rmtree(folder)
-        shutil.copytree(spare, folder)
+        shutil.rmtree(run.checkpoints)
+        shutil.copytree(spare, run.checkpoints)
 
-    return folder / "12", restore, mend
+    return tmp_path / "run" / "checkpoints" / "12", restore, mend
 
 
 def flip(path):
     """A random bit of a file."""
     data = bytearray(path.read_bytes())
-    bit = DRAW.randrange(8 * len(data))
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
+    if data:
+        bit = DRAW.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+
+
+DAMAGES = {
+    "flipped": flip,
+    "cut": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "emptied": lambda p: p.write_bytes(b""),
+    "deleted": lambda p: p.unlink(),
+}
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_damaged_checkpoints(saved):
-    """200 flipped bits, then every file cut, emptied and deleted: the state restored is
-    that of the step before, or, where the file does not matter, the very state."""
+    """Each file cut, emptied and deleted, 200 random bits flipped: the state restored
+    is that of the step before, or, where the file does not matter, the very state."""
     newest, restore, mend = saved
     files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
-    whole = restore()
-    before = None
-    count = {"set aside": 0, "restored whole": 0, "refused": 0}
-
-    def check(damage, path):
-        nonlocal before
-        damage(newest / path)
-        try:
-            found = restore()
-        except UserError:
-            count["refused"] += 1
-            return mend()
-        if found[0] == 12:
-            count["restored whole"] += 1
-            jax.tree.map(np.testing.assert_array_equal, found[1], whole[1])
-        else:
-            count["set aside"] += 1
-            before = before or found
-            jax.tree.map(np.testing.assert_array_equal, found[1], before[1])
-        mend()
-
     weights = [(newest / f).stat().st_size for f in files]
+    jobs = [(damage, f) for damage in ("cut", "emptied", "deleted") for f in files]
     for i in range(FLIPS):
         # half of them by size, where the numbers are; half in any file
-        path = DRAW.choices(files, weights if i % 2 else None)[0]
-        if (newest / path).stat().st_size:
-            check(flip, path)
-    print(f"\n{FLIPS} flipped bits: {count}")
-    count = dict.fromkeys(count, 0)
-    for path in files:
-        check(lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]), path)
-        check(lambda p: p.write_bytes(b""), path)
-        check(lambda p: p.unlink(), path)
-    print(f"{len(files)} files cut, emptied, deleted: {count}")
+        jobs.append(("flipped", DRAW.choices(files, weights if i % 2 else None)[0]))
+    states, count = dict([restore()]), Counter()
+    for damage, path in jobs:
+        DAMAGES[damage](newest / path)
+        try:
+            step, state = restore()
+            states.setdefault(step, state)
+            jax.tree.map(np.testing.assert_array_equal, state, states[step])
+            count[damage, f"step {step}"] += 1
+        except UserError:
+            count[damage, "refused"] += 1
+        mend()
+    print(f"\n{dict(count)}")
+    assert {step for _, step in count} <= {"step 12", "step 8", "refused"}
 
 
 @pytest.mark.timeout(3600)
