@@ -122,12 +122,8 @@ SIX = np.zeros(6, np.float32)
         ),
         (lambda w: w | {"pos_embed": w["pos_embed"][:, :5]}, "not the fixed sine"),
         (
-            lambda w: {k: v.astype(float) for k, v in w.items()},
-            "pos_embed is float64",
-        ),
-        (
-            lambda w: w | {"sra2_head.3.weight": SIX[:, None]},
-            "sra2_head.3.weight is no layer of a head",
+            lambda w: w | {"blocks.1.attn.qkv.bias": np.zeros(48, int)},
+            r"blocks.1.attn.qkv.bias is int64, \(48,\) expected",
         ),
         (lambda w: w | {"module.pos_embed": SIX}, "same tensor under several"),
     ],

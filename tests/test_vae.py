@@ -43,15 +43,10 @@ def test_bfloat16_compute_stays_near_and_returns_float32(golden_vae):
     vae, params = golden_vae
     half = vae.clone(dtype=jnp.bfloat16)
     with np.load(GOLDEN / "golden.npz") as file:
-        image, latent, wanted, decoded = (
-            jnp.moveaxis(file[name], 1, -1)
-            for name in ("image", "latent", "mean", "decoded")
-        )
+        image, wanted = (jnp.moveaxis(file[name], 1, -1) for name in ("image", "mean"))
     mean, std = apply(half, params, image, method="encode")
-    images = apply(half, params, latent, method="decode")
-    assert mean.dtype == std.dtype == images.dtype == jnp.float32
+    assert mean.dtype == std.dtype == jnp.float32
     assert 1e-5 < relative_error(mean, wanted) < 0.05
-    assert 1e-5 < relative_error(images, decoded) < 0.05
 
 
 def test_sd_vae_size_and_shapes():

@@ -252,7 +252,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    flags = vars(_arguments())
+    flags = {k: v for k, v in vars(_arguments()).items() if "config." not in k}
     command = flags.pop("command")
     if command == "import":
         config = config_file.override(flags.pop("config"), flags.pop("overrides"))
