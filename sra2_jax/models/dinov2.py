@@ -76,10 +76,9 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray:
     """Weights (new, old) of cubic interpolation along one axis, float32.
 
-    As torch's `interpolate(mode="bicubic", align_corners=False)`: pixel centres lie at
-    half integers, and pixels beyond the border repeat the last one; with antialias they
-    are left out, rows sum to 1 again, and the kernel is as many times wider as the axis
-    shrinks.
+    As torch's `interpolate(align_corners=False)`: pixels beyond the border repeat the
+    last one; with antialias they are left out, rows sum to 1 again, and the kernel is
+    as many times wider as the axis shrinks.
     """
     scale = old / new
     centres = (np.arange(new) + 0.5)[:, None] * scale
@@ -111,11 +110,8 @@ def standardise(pixels: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 def preprocess(
     images: UInt8[Array, "b h w 3"], side: int
 ) -> Float[Array, "b {side} {side} 3"]:
-    """What the encoder takes, float32: standardised, then resized.
-
-    Bicubic with a = -0.75 and no antialiasing, as `preprocess_raw_image` of REPA's
-    train.py.
-    """
+    """What the encoder takes, float32: standardised, then resized without antialiasing,
+    as `preprocess_raw_image` of REPA's train.py."""
     x = standardise(images.astype(jnp.float32) / 255)
     return _resize(x, side, side, -0.75, antialias=False)
 

@@ -71,7 +71,7 @@ def patchify(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b t d"]:
     """Image to row-major tokens; within a token (row, column, channel)."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // p) * (w // p), p * p * c)
+    return x.reshape(b, -1, p * p * c)
 
 
 def unpatchify(tokens: Float[Array, "b t d"], p: int) -> Float[Array, "b h w c"]:
@@ -240,14 +240,12 @@ class DiT(nn.Module):
         """Predict from x_t.
 
         Args:
-          x: noisy latents (B, size, size, channels).
-          t: times (B,) in [0, 1], 0 = data, 1 = noise.
-          y: labels (B,), num_classes for the null label.
+          x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise.
+          y: labels, num_classes for the null label.
           features: 1-based numbers of the blocks whose output is wanted.
 
         Returns:
-          prediction shaped like x (float32), {block: tokens (B, T, width)} for the
-          blocks asked for, and the condition vector (B, width).
+          prediction (float32), {block: tokens (B, T, width)}, the condition vector.
         """
         p, d = self.patch_size, self.width
         tokens = dense(self, d, "patch")(patchify(x, p))
@@ -273,11 +271,8 @@ class DiT(nn.Module):
     def _blocks(
         self, tokens: Array, c: Array, features: tuple[int, ...]
     ) -> tuple[Array, dict[int, Array]]:
-        """Run the stack; keep the asked blocks' outputs in the carry.
-
-        Overwriting a carried buffer costs one token array for each kept block;
-        returning every block's output would cost `depth` of them.
-        """
+        """Run the stack; keep the asked blocks' outputs in the carry: one token array
+        for each, where returning every block's output would cost `depth` of them."""
         block_type = Block
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]

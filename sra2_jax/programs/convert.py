@@ -49,10 +49,8 @@ def import_file(
 ) -> None:
     """Make `workdir` a run at the file's step, and print what became of its parts.
 
-    Args:
-      step: in place of the file's own; 1 where neither says.
-      reverse: the file's network runs from noise at 0 to data at 1 (SiT's code); a file
-        of `export_run` says so itself.
+    step: in place of the file's own; 1 where neither says. reverse: the file's network
+    runs from noise at 0 to data at 1 (SiT's code); `export_run` notes that in the file.
 
     Raises UserError: an unusable file, a config that does not fit it, or a run that has
     checkpoints already. Nothing is left behind then.
@@ -184,11 +182,9 @@ def export_run(
 ) -> None:
     """Write a run's weights in SiT's names, float32, and print what was written.
 
-    Args:
-      out: new .safetensors or .npz; weights: "ema" or "raw".
-      step: of the checkpoint, the newest by default.
-      heads: with the alignment heads, see `alignment.HEAD_NAMES`.
-      reverse: for code that runs from noise at 0 to data at 1 (SiT's).
+    out: new .safetensors or .npz; weights: "ema" or "raw"; step: of the checkpoint, the
+    newest by default; heads: with the alignment heads, see `alignment.HEAD_NAMES`;
+    reverse: for code that runs from noise at 0 to data at 1 (SiT's).
 
     Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
     """

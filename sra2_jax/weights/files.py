@@ -7,14 +7,14 @@ PyTorch's. No code that a file brings is run.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 from flax import traverse_util
@@ -24,11 +24,11 @@ from safetensors.numpy import load_file, save_file
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.run import read_json
+from sra2_jax.weights import tree
 
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
-MISFIT = f"weights of another network than that of {CONFIG}"
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
@@ -39,8 +39,6 @@ AGAIN = (
     "need it: pip install -e '.[torch]'"
 )
 
-Config = TypeVar("Config")
-
 
 @contextlib.contextmanager
 def _blamed(name: Any, advice: str = AGAIN) -> Iterator[None]:
@@ -49,9 +47,7 @@ def _blamed(name: Any, advice: str = AGAIN) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # numpy, zipfile, safetensors, torch and the hub's client
+    except Exception as error:  # of numpy, zipfile, safetensors, torch, the hub
         # Torch's comes after advice to load the file without any protection.
         reason = one_line(error, 10_000).split("WeightsUnpickler error: ")[-1][:200]
         raise UserError(f"{name}: {reason}: {advice}") from error
@@ -63,10 +59,9 @@ def _blamed(name: Any, advice: str = AGAIN) -> Iterator[None]:
 def fetch(source: str, weights: str) -> Path:
     """The local folder of `source`, downloaded if it is a hub id.
 
-    source: a folder or `owner/name[@revision]`; an existing folder wins. A commit as
-    revision pins what is loaded. With HF_HUB_OFFLINE=1 nothing is downloaded, and what
-    was downloaded before is used. "digits" is the one shipped with this package.
-    weights: name of the safetensors file in it.
+    source: a folder or `owner/name[@revision]`; an existing folder wins, "digits" is
+    the one shipped with this package. A commit as revision pins what is loaded. With
+    HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file wanted in it.
 
     Raises UserError: neither a folder nor a hub id, or the hub does not deliver it.
     """
@@ -97,57 +92,6 @@ def fetch(source: str, weights: str) -> Path:
         )
 
 
-def read_config(
-    folder: Path,
-    kind: type[Config],
-    newer: Mapping[str, Any],
-    only: Mapping[str, Any],
-) -> tuple[Config, dict[str, Any]]:
-    """A folder's config.json as the dataclass `kind`, and all of its fields.
-
-    newer: what stands for a key that is missing or null; only: see `check_values`.
-
-    Raises UserError: no JSON, a field that is missing, of another type, an absurd
-    number, or one that `kind` refuses.
-    """
-    path = folder / CONFIG
-    found = {k: v for k, v in read_json(path).items() if v is not None}
-    fields = {**newer, **found}
-    check_values(folder, fields, only)
-    values = {}
-    for key, of in get_type_hints(kind).items():
-        value = fields.get(key)
-        if not _is(value, of):
-            name = getattr(of, "__name__", of)
-            raise UserError(
-                f"{path}: {key} is {value!r:.80}; {name} expected, at most {LARGEST}"
-            )
-        values[key] = (get_origin(of) or of)(value)
-    try:
-        return kind(**values), fields
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def check_values(
-    folder: Path, fields: Mapping[str, Any], only: Mapping[str, Any]
-) -> None:
-    """Refuse keys that do not have the one value which is implemented."""
-    for key, value in only.items():
-        if fields.get(key) != value:
-            raise UserError(
-                f"{folder / CONFIG}: {key} is {fields.get(key)!r:.80}; only {value!r} "
-                "is supported, choose another model"
-            )
-
-
-def _is(value: Any, kind: Any) -> bool:
-    if kind == tuple[int, ...]:
-        return isinstance(value, list) and all(_is(part, int) for part in value)
-    kinds = (int, float) if kind is float else (kind,)
-    return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
-
-
 def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
     """All tensors of a folder by their name. Raises UserError: a damaged file."""
     index, names = folder / (weights + INDEX), {weights}
@@ -160,25 +104,83 @@ def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_folder(
-    folder: Path,
-    weights: str,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-) -> None:
-    """Write config.json and weights as `save_pretrained` of the libraries does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # A stale index would win over the new file, here and in the libraries.
-    (folder / (weights + INDEX)).unlink(missing_ok=True)
-    save_file(dict(tensors), folder / weights, metadata={"format": "pt"})
-    text = json.dumps(fields, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a library keeps a network in a folder.
+
+    Attributes:
+      weights: name of the safetensors file; network, config: our classes.
+      newer: what stands for a key of config.json that is missing or null.
+      only: of a config, the keys with one value that we implement.
+      name: of our modules in the file; current: tensors by the names of today.
+    """
+
+    weights: str
+    network: Callable[[Any], Any]
+    config: Callable[..., Any]
+    newer: Mapping[str, Any]
+    only: Callable[[Any], dict[str, Any]]
+    name: tree.Name
+    current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+    def describe(self, source: str) -> tuple[Path, Any]:
+        """The folder of `source` and its network.
+
+        Raises UserError: as `fetch`, no JSON, a field that is missing, of another type,
+        an absurd number, or a network that is not implemented.
+        """
+        folder = fetch(source, self.weights)
+        path = folder / CONFIG
+        found = {k: v for k, v in read_json(path).items() if v is not None}
+        fields, values = {**self.newer, **found}, {}
+        for key, of in get_type_hints(self.config).items():
+            value = fields.get(key)
+            if not _is(value, of):
+                wanted = f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
+                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
+            values[key] = (get_origin(of) or of)(value)
+        try:
+            config = self.config(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        for key, only in self.only(config).items():
+            if (value := fields.get(key)) != only:
+                wanted = f"only {only!r} is supported, choose another model"
+                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
+        return folder, self.network(config)
+
+    def load(self, source: str) -> tuple[Any, tree.Params]:
+        """The network and its parameters. Raises UserError as `describe` and `read`."""
+        folder, module = self.describe(source)
+        tensors = self.current(read_weights(folder, self.weights))
+        complaint = f"{folder}: weights of another network than that of {CONFIG}"
+        patch = getattr(module.config, "patch_size", 1)
+        return module, tree.read(tensors, module.shapes(), self.name, complaint, patch)
+
+    def save(self, folder: Path, config: Any, params: tree.Params, **more: Any) -> None:
+        """Write what `save_pretrained` of the library does; more: for config.json."""
+        patch = getattr(config, "patch_size", 1)
+        tensors = tree.write(params, self.name, patch)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A stale index would win over the new file, here and in the libraries.
+        (folder / (self.weights + INDEX)).unlink(missing_ok=True)
+        save_file(tensors, folder / self.weights, metadata={"format": "pt"})
+        fields = dataclasses.asdict(config) | self.only(config) | more
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind == tuple[int, ...]:
+        return isinstance(value, list) and all(_is(part, int) for part in value)
+    kinds = (int, float) if kind is float else (kind,)
+    return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
 
 
 # State dicts
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Contents:
     """What a file holds.
 

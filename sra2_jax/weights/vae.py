@@ -1,13 +1,13 @@
 """Published autoencoder weights: read and written in the folder format of diffusers."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from sra2_jax.weights import files, tree
+from sra2_jax.weights.files import Format
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -17,13 +17,6 @@ OLD_ATTENTION = {
     "key": "to_k",
     "value": "to_v",
     "proj_attn": "to_out.0",
-}
-# Keys that change the network or its latents and have one value we implement.
-ONLY_VALUE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
 }
 # What diffusers assumes where a file was written before the key existed.
 NEWER_KEYS = {
@@ -35,49 +28,13 @@ NEWER_KEYS = {
 }
 
 
-def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
-    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
-
-    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, a hub id
-    `owner/name[@revision]`, or "digits", see `files.fetch`.
-
-    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
-    its parameters: nested dict of float32 numpy arrays, the value of "params" in
-    `vae.apply`. Put them on the device once with `jax.device_put`.
-
-    Raises UserError: no such folder or file, hub not reachable, a malformed file,
-    another kind of model, or tensors that do not fit the config.
-    """
-    folder = files.fetch(source, WEIGHTS)
-    config, fields = files.read_config(folder, VAEConfig, NEWER_KEYS, ONLY_VALUE)
-    files.check_values(folder, fields, _block_types(config))
-    tensors = _current_names(files.read_weights(folder, WEIGHTS))
-    model = AutoencoderKL(config)
-    misfit = f"{folder}: {files.MISFIT}"
-    return model, tree.read(tensors, model.shapes(), _name, misfit)
-
-
-def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
-    """Write an AutoencoderKL as diffusers 0.42 does, for `load_vae` and for diffusers.
-
-    folder: made where missing; files of the same name are replaced. params: as
-    `load_vae` returns them; each tensor is stored in its own dtype.
-    """
-    fields = asdict(config) | ONLY_VALUE | _block_types(config)
-    fields |= {
-        "_diffusers_version": "0.42.1",
-        "force_upcast": True,
-        # Read by diffusers' tiled decoding only.
-        "sample_size": 32 * config.downsample,
-        "shift_factor": config.shift_factor or None,
-    }
-    files.write_folder(Path(folder), WEIGHTS, fields, tree.write(params, _name))
-
-
-def _block_types(config: VAEConfig) -> dict[str, list[str]]:
-    """The only ones that we implement."""
+def _only(config: VAEConfig) -> dict[str, Any]:
     levels = len(config.block_out_channels)
     return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
@@ -99,3 +56,40 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 tensor = tensor[:, :, 0, 0]
         renamed[name] = tensor
     return renamed
+
+
+FORMAT = Format(
+    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, _only, _name, _current_names
+)
+
+
+def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
+    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
+
+    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, a hub id
+    `owner/name[@revision]`, or "digits", see `files.fetch`.
+
+    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
+    its parameters: nested dict of float32 numpy arrays, the value of "params" in
+    `vae.apply`. Put them on the device once with `jax.device_put`.
+
+    Raises UserError: no such folder or file, hub not reachable, a malformed file,
+    another kind of model, or tensors that do not fit the config.
+    """
+    return FORMAT.load(source)
+
+
+def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
+    """Write an AutoencoderKL as diffusers 0.42 does, for `load_vae` and for diffusers.
+
+    folder: made where missing; files of the same name are replaced. params: as
+    `load_vae` returns them; each tensor is stored in its own dtype.
+    """
+    more = {
+        "_diffusers_version": "0.42.1",
+        "force_upcast": True,
+        # Read by diffusers' tiled decoding only.
+        "sample_size": 32 * config.downsample,
+        "shift_factor": config.shift_factor or None,
+    }
+    FORMAT.save(Path(folder), config, params, **more)
