@@ -222,8 +222,8 @@ def _arguments() -> argparse.Namespace:
     reverse: dict[str, Any] = {"dest": "reverse", "action": "store_true"}
     reverse["help"] = "FILE's time runs from noise to data, as in SiT's own code"
 
-    more = "Any key of the config: --config.KEY=VALUE"
-    importing = commands.add_parser("import", help="make a run", epilog=more)
+    importing = commands.add_parser("import", help="make a run of a checkpoint file")
+    importing.epilog = "Any key of the config: --config.KEY=VALUE"
     importing.add_keys()
     add = importing.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth, .ckpt, .safetensors, .npz")
@@ -232,7 +232,8 @@ def _arguments() -> argparse.Namespace:
     add("--step", type=int, help="training steps done (the file's, or 1)")
     add("--reverse_time", **reverse)
 
-    add = commands.add_parser("export", help="write SiT's names").add_argument
+    exporting = commands.add_parser("export", help="write weights in SiT's names")
+    add = exporting.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--out", **out)
     add("--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)")
@@ -240,7 +241,8 @@ def _arguments() -> argparse.Namespace:
     add("--heads", action="store_true", help="with the alignment heads")
     add("--reverse_time", **reverse)
 
-    add = commands.add_parser("inception", help="weights of FID").add_argument
+    inception = commands.add_parser("inception", help="FID's network, without PyTorch")
+    add = inception.add_argument
     add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
     add("--out", **out)
 

@@ -62,7 +62,7 @@ def sha256(path: str | Path) -> str:
 def convert_inception(file: Path, out: Path) -> None:
     """Write the weights as .safetensors or .npz, which need no PyTorch.
 
-    Raises UserError: an unusable `file`, or an `out` that `files.write_file` refuses.
+    Raises UserError: as `load_inception` and `files.write_file`.
     """
     files.check_writable(out)
     weights = _read(file)
@@ -74,11 +74,8 @@ def convert_inception(file: Path, out: Path) -> None:
 def from_torch_fidelity(
     weights: Mapping[str, np.ndarray], source: Path
 ) -> tuple[Inception, Params]:
-    """Fold each batch norm into its convolution, in float64.
-
-    Raises UserError: names, shapes or values that are not this network's; `source` is
-    named.
-    """
+    """Fold each batch norm into its convolution, in float64. Raises UserError: names or
+    shapes that are not this network's; `source` is named."""
     complaint = f"{source}: not the Inception network of FID ({HOW})"
     # Without PyTorch's counters, and the bias, which no metric uses.
     rest = {k: v for k, v in weights.items() if np.ndim(v) and k != "fc.bias"}

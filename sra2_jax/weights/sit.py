@@ -90,10 +90,8 @@ def to_reference(
     size: int,
     patch_size: int,
 ) -> dict[str, np.ndarray]:
-    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names.
-
-    size: side of the latent grid.
-    """
+    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names;
+    size: side of the latent grid."""
     width = params["patch"]["bias"].size
     weights = {POSITIONS: sincos_positions(width, size // patch_size)[None]}
     weights |= tree.write(params, NAMES.__getitem__, patch_size)
@@ -110,7 +108,7 @@ def reverse_time(params: Params, time_scale: float, velocity: bool) -> Params:
     in them, so its kernel is changed, exactly but for rounding to float32. A `velocity`
     changes its sign too. Applying this twice gives the same network back.
 
-    params: tree of `models.dit.DiT`; time_scale: its factor on t.
+    time_scale: the network's factor on t.
     """
     half = TIME_FEATURES // 2
     angles = time_scale * np.exp(-np.log(10000.0) * np.arange(half) / half)[:, None]
