@@ -1,5 +1,6 @@
 """A number for each array, to notice on the way back from disk that any bit changed."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,24 +11,15 @@ from jaxtyping import Array
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def names(tree: Any) -> list[str]:
-    """ "a/b/c" for each leaf; the same for a state, its metadata and nested dicts."""
-
-    def name(key: Any) -> str:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                return str(getattr(key, attribute))
-        return str(key)
-
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return ["/".join(map(name, path)) for path, _ in paths]
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves by "a/b/c"; the same for a state, its metadata and nested dicts."""
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def kinds(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
     """By name the shape and the dtype of each leaf."""
-    leaves = jax.tree.leaves(tree)
-    found = [(tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves]
-    return dict(zip(names(tree), found, strict=True))
+    return {name: (tuple(x.shape), str(x.dtype)) for name, x in _named(tree).items()}
 
 
 def fingerprints(tree: Any) -> tuple[dict[str, int], list[str]]:
@@ -41,27 +33,21 @@ def fingerprints(tree: Any) -> tuple[dict[str, int], list[str]]:
 
     Leaves: arrays of up to four bytes an element, global ones too.
     """
-    leaves = jax.tree.leaves(tree)
-    sharding = getattr(leaves[0], "sharding", None)
-    everywhere = (
-        NamedSharding(sharding.mesh, PartitionSpec())
-        if isinstance(sharding, NamedSharding)
-        else None
-    )
+    leaves = _named(tree)
+    place = getattr(next(iter(leaves.values())), "sharding", None)
+    if isinstance(place, NamedSharding):
+        everywhere = NamedSharding(place.mesh, PartitionSpec())
+    else:
+        everywhere = None
     compute = jax.jit(_compute, out_shardings=everywhere)
-    values, finite = jax.device_get(compute(leaves))
-    found = names(tree)
-    by_name = {name: int(v) for name, v in zip(found, values, strict=True)}
-    return by_name, [n for n, ok in zip(found, finite, strict=True) if not ok]
+    sums, finite = jax.device_get(compute(list(leaves.values())))
+    by_name = {name: int(v) for name, v in zip(leaves, sums, strict=True)}
+    return by_name, [n for n, ok in zip(leaves, finite, strict=True) if not ok]
 
 
 def _compute(leaves: list[Array]) -> tuple[Array, Array]:
-    sums = [_fingerprint(x) for x in leaves]
-    finite = [
-        jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else True
-        for x in leaves
-    ]
-    return jnp.stack(sums), jnp.stack(list(map(jnp.asarray, finite)))
+    finite = [jnp.isfinite(x).all() for x in leaves]
+    return jnp.stack([_fingerprint(x) for x in leaves]), jnp.stack(finite)
 
 
 def _fingerprint(x: Array) -> Array:
@@ -70,9 +56,8 @@ def _fingerprint(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize])
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(
-            jnp.uint32, x.shape, axis
-        )
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        place = place * jnp.uint32(size) + along
     # Murmur3's finalizer spreads the places over all numbers.
     place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
     place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -19,15 +19,6 @@ LABELS = np.arange(23) % 5
 MU, SIGMA = np.arange(4.0), np.eye(4)
 
 
-@pytest.fixture
-def whole(tmp_path):
-    """A sample file as numpy writes it."""
-    path = tmp_path / "whole.npz"
-    settings = np.array(json.dumps({"seed": 3}))
-    np.savez(path, IMAGES, LABELS, settings=settings)
-    return path
-
-
 def refused(path, *words):
     """Opening, or a pass over its images, must fail with a line that names the file."""
     with pytest.raises(UserError) as caught:
@@ -53,11 +44,7 @@ def test_images_labels_and_settings(tmp_path, save):
         parts = list(images.batches(size))
         assert len(parts[0]) == min(size, 23)
         np.testing.assert_array_equal(np.concatenate(parts), IMAGES)
-
-
-def test_settings_that_are_no_json_object_are_ignored(tmp_path):
-    path = tmp_path / "samples.npz"
-    for settings in ("{", "[1]", 3.0):
+    for settings in ("{", "[1]", 3.0):  # no JSON object: ignored
         np.savez(path, IMAGES, settings=np.array(settings))
         images = open_images(str(path))
         assert images.settings is images.labels is None
@@ -80,8 +67,9 @@ def test_large_files_are_streamed(tmp_path):
 def test_folder(tmp_path):
     """Any depth, in the order of the paths; hidden files and other suffixes are not
     images."""
-    names, squares = ["b/2.PNG", "a/z/1.png", "c.png"], IMAGES[:, :, :8]
-    for i, name in enumerate([*names, ".hidden/x.png", "a/.x.png"]):
+    names = "b/2.PNG", "a/z/1.png", "c.png", ".hidden/x.png", "a/.x.png"
+    squares = IMAGES[:, :, :8]
+    for i, name in enumerate(names):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(squares[i]).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
@@ -142,6 +130,9 @@ def test_references(tmp_path):
     assert len(reference) == 0
 
 
+# Damage
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
@@ -154,15 +145,17 @@ def test_references(tmp_path):
         ({"mu": MU * 1j, "sigma": SIGMA}, ["complex128"]),
         ({"mu": np.array([None] * 4), "sigma": SIGMA}, ["Object arrays"]),
         ({"features": MU}, ["'arr_0.npy'"]),
+        ({"images": IMAGES, "y": LABELS}, ["'arr_0.npy'"]),
+        ({"arr_0": IMAGES, "arr_1": LABELS[:-1]}, ["arr_1", "23 images"]),
+        ({"arr_0": IMAGES, "arr_1": LABELS + 0.5}, ["arr_1", "23 images"]),
+        ({"arr_0": IMAGES, "arr_1": np.eye(23, dtype=int)}, ["arr_1", "23 images"]),
     ],
 )
-def test_unusable_references(tmp_path, arrays, words):
+def test_unusable_files(tmp_path, arrays, words):
     path = tmp_path / "reference.npz"
+    refused(path, "No such file", "give one")
     np.savez(path, **arrays)
     refused(path, *words)
-
-
-# Damage
 
 
 @pytest.mark.parametrize(
@@ -191,20 +184,24 @@ def test_missing_files_and_keys(tmp_path):
     refused(path, "'arr_0.npy'")
 
 
-@pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.99])
-def test_cut_files(whole, share):
-    data = whole.read_bytes()
-    whole.write_bytes(data[: int(share * len(data))])
-    refused(whole, "no whole .npz")
+def cut_to(share):
+    return lambda data: data[: int(share * len(data))]
+
+
+def flipped(data):
+    data = bytearray(data)
+    data[len(data) // 2] ^= 8
+    return data
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_flipped_bits(tmp_path, save):
+@pytest.mark.parametrize(
+    "damage", [flipped, *(cut_to(share) for share in (0, 0.3, 0.9, 0.99))]
+)
+def test_damaged_files(tmp_path, save, damage):
     path = tmp_path / "samples.npz"
     save(path, IMAGES)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 8
-    path.write_bytes(data)
+    path.write_bytes(damage(path.read_bytes()))
     refused(path, "no whole .npz")
 
 
@@ -246,9 +243,10 @@ def failing():
         (failing(), KeyboardInterrupt),
     ],
 )
-def test_failed_writing_leaves_what_was_there(whole, images, error):
-    before = whole.read_bytes()
+def test_failed_writing_leaves_what_was_there(tmp_path, images, error):
+    path = tmp_path / "samples.npz"
+    path.write_bytes(b"before")
     with pytest.raises(error):
-        write_npz(whole, {}, images, IMAGES.shape)
-    assert whole.read_bytes() == before
-    assert list(whole.parent.iterdir()) == [whole]
+        write_npz(path, {}, images, IMAGES.shape)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,8 +1,8 @@
 """The autoencoder, its files, the digits and what is shipped for them."""
 
 import dataclasses
+import re
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,18 @@ import pytest
 import sklearn.datasets
 from safetensors.numpy import load_file, save_file
 
-import sra2_jax.assets
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.errors import UserError
+from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_vae, save_vae
-from sra2_jax.weights.files import CONFIG, INDEX
-from sra2_jax.weights.vae import WEIGHTS
+from sra2_jax.weights.files import CONFIG, INDEX, fetch
+from sra2_jax.weights.vae import NEWER_KEYS, WEIGHTS
+from tests.conftest import ROOT
 from tests.test_weights import assert_same_tree, edit_config, refused
 
-GOLDEN = Path(__file__).parent / "golden" / "vae"
-ASSET = Path(sra2_jax.assets.__file__).parent / "digits_vae"
-
-
-def nhwc(x):
-    return jnp.asarray(x.transpose(0, 2, 3, 1))
-
-
-def relative_error(got, wanted):
-    return np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max()
+GOLDEN = ROOT / "tests" / "golden" / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -37,59 +30,35 @@ def golden_vae():
     return load_vae(str(GOLDEN))
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN / "golden.npz") as file:
-        return {name: nhwc(file[name]) for name in file.files}
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A writable copy of the golden autoencoder."""
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(GOLDEN / name, tmp_path / name)
-    return tmp_path
+    return shutil.copytree(GOLDEN, tmp_path / "vae")
 
 
-# The network
+# The network; its golden cases are in test_verify
 
 
-def test_golden_encoder(golden_vae, golden):
-    vae, params = golden_vae
-    moments = vae.apply({"params": params}, golden["image"], method="moments")
-    mean, std = vae.apply({"params": params}, golden["image"], method="encode")
-    assert relative_error(moments, golden["moments"]) <= 1e-4
-    assert relative_error(mean, golden["mean"]) <= 1e-4
-    assert relative_error(std, golden["std"]) <= 1e-4
-
-
-def test_golden_decoder(golden_vae, golden):
-    vae, params = golden_vae
-    images = vae.apply({"params": params}, golden["latent"], method="decode")
-    assert images.dtype == jnp.float32
-    assert relative_error(images, golden["decoded"]) <= 1e-4
-
-
-def test_bfloat16_compute_stays_near_and_returns_float32(golden_vae, golden):
+def test_bfloat16_compute_stays_near_and_returns_float32(golden_vae):
     vae, params = golden_vae
     half = vae.clone(dtype=jnp.bfloat16)
-    mean, std = half.apply({"params": params}, golden["image"], method="encode")
+    with np.load(GOLDEN / "golden.npz") as file:
+        image, wanted = (jnp.moveaxis(file[name], 1, -1) for name in ("image", "mean"))
+    mean, std = apply(half, params, image, method="encode")
     assert mean.dtype == std.dtype == jnp.float32
-    assert 1e-5 < relative_error(mean, golden["mean"]) < 0.05
+    assert 1e-5 < relative_error(mean, wanted) < 0.05
 
 
 def test_sd_vae_size_and_shapes():
     vae = AutoencoderKL(VAEConfig())
-    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    variables = jax.eval_shape(vae.init, jax.random.key(0), image)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == 83_653_863
+    params = vae.shapes()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
 
     def shape(method, x):
-        def run(variables, x):
-            return vae.apply(variables, x, method=method)
+        out = jax.eval_shape(lambda p, x: apply(vae, p, x, method=method), params, x)
+        return jax.tree.map(lambda x: x.shape, out)
 
-        return jax.tree.map(lambda out: out.shape, jax.eval_shape(run, variables, x))
-
+    image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
     latent = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
     assert vae.config.downsample == 8
     assert shape("moments", image) == (1, 32, 32, 8)
@@ -108,7 +77,9 @@ def test_sd_vae_size_and_shapes():
     ],
 )
 def test_impossible_config_is_refused(changes):
-    with pytest.raises(UserError, match=r"VAE config: .*(scaling_factor|num|layers)"):
+    ((key, value),) = changes.items()
+    said = re.escape(f"{key}={value}")
+    with pytest.raises(UserError, match=rf"VAEConfig\(.*{said}.*must be above 0"):
         dataclasses.replace(VAEConfig(), **changes)
 
 
@@ -134,10 +105,8 @@ def test_save_then_load_is_exact(tmp_path):
         scaling_factor=1.5305,
         shift_factor=0.0609,
     )
-    vae = AutoencoderKL(config)
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
-    draw = np.random.default_rng(0).standard_normal
-    params = jax.tree.map(lambda x: draw(x.shape, np.float32), shapes["params"])
+    draw, shapes = np.random.default_rng(0).normal, AutoencoderKL(config).shapes()
+    params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
     save_vae(tmp_path, config, params)
     again, loaded = load_vae(str(tmp_path))
     assert again.config == config
@@ -160,12 +129,7 @@ def test_attention_names_of_sd_vae_ft_ema(folder, golden_vae, as_convolution):
 
 
 def test_config_of_an_early_diffusers(folder):
-    newer = (
-        "scaling_factor", "shift_factor", "force_upcast", "latents_mean",
-        "latents_std", "mid_block_add_attention", "use_quant_conv",
-        "use_post_quant_conv",
-    )  # fmt: skip
-    edit_config(folder, **dict.fromkeys(newer))
+    edit_config(folder, **dict.fromkeys((*NEWER_KEYS, "latents_mean", "latents_std")))
     assert load_vae(str(folder))[0].config.scaling_factor == 0.18215
 
 
@@ -185,7 +149,7 @@ def test_config_of_an_early_diffusers(folder):
         ({"block_out_channels": [16, 32.5]}, ["block_out_channels"]),
         ({"layers_per_block": "1"}, ["layers_per_block", "int expected"]),
         ({"use_quant_conv": 1}, ["use_quant_conv", "bool expected"]),
-        ({"norm_num_groups": 7}, ["norm_num_groups 7", "16"]),
+        ({"norm_num_groups": 7}, ["norm_num_groups=7", "(16, 32)"]),
     ],
 )
 def test_unsupported_config(folder, changes, words):
@@ -201,33 +165,30 @@ def digits():
     return {split: load_digits(split) for split in ("train", "test")}
 
 
-def test_digits_shapes_and_labels(digits):
+def test_digits(digits):
+    """Shapes, labels; splits that are disjoint and fixed."""
     for split, count in (("train", 1437), ("test", 360)):
         images, labels = digits[split]
-        assert images.shape == (count, 32, 32, 3)
-        assert images.dtype == np.uint8
-        assert labels.shape == (count,)
-        assert labels.dtype == np.int64
+        assert (images.shape, images.dtype) == ((count, 32, 32, 3), np.uint8)
+        assert (labels.shape, labels.dtype) == ((count,), np.int64)
         assert (images == images[..., :1]).all()
         share = np.bincount(labels, minlength=10) / count
         np.testing.assert_allclose(share, 0.1, atol=0.004)
-
-
-def test_digits_splits_are_disjoint_and_fixed(digits):
     rows = np.concatenate([to_8x8(images) for images, _ in digits.values()])
     # No two of scikit-learn's 1,797 digits are equal, so neither are any two here.
     assert len(np.unique(rows, axis=0)) == 1797
     np.testing.assert_array_equal(load_digits("test")[0], digits["test"][0])
+    with pytest.raises(ValueError, match="validation"):
+        load_digits("validation")
 
 
 def test_to_8x8_is_close_to_the_original_digits(digits):
     source = sklearn.datasets.load_digits()
-    originals = source.data.astype(np.float32) / 16
     features = to_8x8(digits["test"][0])
-    assert features.shape == (360, 64)
-    assert features.dtype == np.float32
+    assert (features.shape, features.dtype) == ((360, 64), np.float32)
     assert features.min() >= 0
     assert features.max() <= 1
+    originals = source.data.astype(np.float32) / 16
     distances = np.square(features[:, None] - originals[None]).mean(-1)
     nearest = distances.argmin(1)
     np.testing.assert_array_equal(source.target[nearest], digits["test"][1])
@@ -235,25 +196,19 @@ def test_to_8x8_is_close_to_the_original_digits(digits):
     assert np.sqrt(distances.min(1).mean()) < 0.08  # bicubic blurs a little
 
 
-def test_unknown_split():
-    with pytest.raises(ValueError, match="validation"):
-        load_digits("validation")
-
-
 def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
-    assert sum(file.stat().st_size for file in ASSET.iterdir()) < 2_000_000
-    vae, params = load_vae(str(ASSET))
+    vae, params = load_vae("digits")
+    files = fetch("digits", WEIGHTS).iterdir()
+    assert sum(file.stat().st_size for file in files) < 2_000_000
     pixels = digits["test"][0]
-    images = jnp.asarray(pixels, jnp.float32) / 127.5 - 1
 
     @jax.jit
     def rebuild(params, images):
-        mean, std = vae.apply({"params": params}, images, method="encode")
-        decoded = vae.apply({"params": params}, mean, method="decode")
-        return mean, std, decoded
+        mean, _ = apply(vae, params, images, method="encode")
+        return mean, apply(vae, params, mean, method="decode")
 
-    mean, std, decoded = rebuild(params, images)
-    assert mean.shape == std.shape == (360, 4, 4, 4)
+    mean, decoded = rebuild(params, pixels / np.float32(127.5) - 1)
+    assert mean.shape == (360, 4, 4, 4)
     rebuilt = np.clip(127.5 * np.asarray(decoded) + 127.5, 0, 255)
     assert 10 * np.log10(255**2 / np.square(rebuilt - pixels).mean()) > 22
     scaled = vae.config.scaling_factor * np.asarray(mean)

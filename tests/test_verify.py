@@ -3,10 +3,8 @@ import shutil
 import numpy as np
 import pytest
 
-from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.errors import UserError
 from sra2_jax.programs.verify import relative_error, verify
-from sra2_jax.weights.sit import from_reference
 
 # file -> number of its cases
 COVERED = {
@@ -72,23 +70,6 @@ def test_without_golden_files(tmp_path, capsys):
     assert "3 passed, 0 failed" in capsys.readouterr().out
     with pytest.raises(UserError, match="no golden"):
         verify(tmp_path)
-
-
-def test_foreign_weights_are_refused(golden):
-    weights = {k[2:]: v for k, v in np.load(golden / "sit.npz").items() if k[0] == "w"}
-    renamed = {f"module.{k}": v for k, v in weights.items()}
-    settings, _, heads = from_reference(renamed, HEAD_NAMES)
-    assert settings == {
-        "size": 8, "channels": 4, "patch_size": 2, "width": 64, "depth": 3,
-        "num_classes": 10, "mlp_ratio": 4.0, "learn_sigma": False,
-    }  # fmt: skip
-    assert heads == {}
-    with pytest.raises(UserError, match="extra"):
-        from_reference(weights | {"extra.weight": np.zeros(3, np.float32)}, HEAD_NAMES)
-    with pytest.raises(UserError, match="not a SiT checkpoint"):
-        from_reference({"conv1.weight": np.zeros((3, 3), np.float32)}, HEAD_NAMES)
-    with pytest.raises(UserError, match="sine-cosine"):
-        from_reference(weights | {"pos_embed": weights["pos_embed"] + 0.1}, HEAD_NAMES)
 
 
 def test_relative_error():

@@ -16,14 +16,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sra2_jax.errors import UserError
-from sra2_jax.models.dit import patchify
+from sra2_jax.models import apply, shapes
+from sra2_jax.models.dit import block_macs, dense, patchify
 
 # Means and standard deviations of red, green and blue in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ZEROS, ONES = nn.initializers.zeros_init(), nn.initializers.ones_init()
 NORMAL = nn.initializers.truncated_normal(0.02)
-XAVIER = nn.initializers.xavier_uniform()
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class DINOv2Config:
     `image_size` is that of the position table. The mask token is used by DINOv2's
     training alone; it is here so that files keep all of their tensors.
 
-    Raises:
-        UserError: a count is not positive, num_attention_heads does not divide
-            hidden_size, or image_size is below patch_size.
+    Raises UserError: numbers that make no network.
     """
 
     hidden_size: int = 768
@@ -49,27 +47,16 @@ class DINOv2Config:
     use_mask_token: bool = True
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "mlp_ratio",
-            "patch_size",
-        ):
-            count = getattr(self, name)
-            if count < 1:
-                raise UserError(
-                    f"DINOv2 config: {name} is {count}; give a number above 0"
-                )
-        if self.hidden_size % self.num_attention_heads:
+        width, heads, patch = (
+            self.hidden_size,
+            self.num_attention_heads,
+            self.patch_size,
+        )
+        counts = width, heads, patch, self.num_hidden_layers, self.mlp_ratio
+        if min(counts) < 1 or width % heads or self.image_size < patch:
             raise UserError(
-                f"DINOv2 config: num_attention_heads {self.num_attention_heads} does "
-                f"not divide hidden_size {self.hidden_size}; change one of them"
-            )
-        if self.image_size < self.patch_size:
-            raise UserError(
-                f"DINOv2 config: image_size {self.image_size} is below patch_size "
-                f"{self.patch_size}; change one of them"
+                f"{self}: counts must be above 0, num_attention_heads divide "
+                "hidden_size, image_size be at least patch_size"
             )
 
     @property
@@ -89,10 +76,9 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray:
     """Weights (new, old) of cubic interpolation along one axis, float32.
 
-    Pixel centres lie at half integers. As torch's `interpolate(mode="bicubic",
-    align_corners=False)` does, pixels beyond the border repeat the last one; with
-    antialias they are left out, rows sum to 1 again, and the kernel is as many times
-    wider as the axis shrinks.
+    As torch's `interpolate(align_corners=False)`: pixels beyond the border repeat the
+    last one; with antialias they are left out, rows sum to 1 again, and the kernel is
+    as many times wider as the axis shrinks.
     """
     scale = old / new
     centres = (np.arange(new) + 0.5)[:, None] * scale
@@ -107,7 +93,7 @@ def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray
 
 
 def _resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
-    """Bicubic resize of (B, H, W, C) to (B, height, width, C), exact if equal."""
+    """(B, H, W, C) to (B, height, width, C), untouched if equal."""
     if x.shape[1:3] == (height, width):
         return x
     down = _bicubic_matrix(x.shape[1], height, a, antialias)
@@ -124,12 +110,8 @@ def standardise(pixels: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 def preprocess(
     images: UInt8[Array, "b h w 3"], side: int
 ) -> Float[Array, "b {side} {side} 3"]:
-    """What the encoder takes: ImageNet's mean and deviation removed, then resized.
-
-    images: uint8 (B, H, W, 3). Returns float32 (B, side, side, 3); bicubic with
-    a = -0.75 and no antialiasing, after the normalisation, as `preprocess_raw_image`
-    of REPA's train.py does.
-    """
+    """What the encoder takes, float32: standardised, then resized without antialiasing,
+    as `preprocess_raw_image` of REPA's train.py."""
     x = standardise(images.astype(jnp.float32) / 255)
     return _resize(x, side, side, -0.75, antialias=False)
 
@@ -151,22 +133,17 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         cfg = self.config
         b, n, d = x.shape
-
-        def dense(features: int, name: str, bias: bool = True) -> nn.Dense:
-            return nn.Dense(
-                features, bias, dtype=self.dtype, kernel_init=XAVIER, name=name
-            )
-
         y = layer_norm(cfg, "norm1")(x)
+        split = b, n, cfg.num_attention_heads, -1
         q, k, v = (
-            dense(d, name, cfg.qkv_bias)(y).reshape(b, n, cfg.num_attention_heads, -1)
+            dense(self, d, name, bias=cfg.qkv_bias)(y).reshape(split)
             for name in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
-        y = dense(d, "attention_out")(y.reshape(b, n, d))
+        y = dense(self, d, "attention_out")(y.reshape(b, n, d))
         x = x + self.param("scale1", ONES, (d,)) * y
-        y = dense(d * cfg.mlp_ratio, "mlp_in")(layer_norm(cfg, "norm2")(x))
-        y = dense(d, "mlp_out")(nn.gelu(y, approximate=False))
+        y = dense(self, d * cfg.mlp_ratio, "mlp_in")(layer_norm(cfg, "norm2")(x))
+        y = dense(self, d, "mlp_out")(nn.gelu(y, approximate=False))
         return x + self.param("scale2", ONES, (d,)) * y
 
 
@@ -175,10 +152,10 @@ class DINOv2(nn.Module):
 
     Attributes:
       config: the shape.
-      antialias: how the position table is resized to another grid than its own. True:
-        as REPA does (utils.py, `load_encoders`, by timm's `resample_abs_pos_embed`:
-        torch's antialiased bicubic, a = -0.5); False: as transformers does
-        (a = -0.75). It matters: dinov2-base has 37x37 positions, REPA's input 16x16.
+      antialias: how the position table (37x37 in dinov2-base) is resized to another
+        grid than its own. True: as REPA does (utils.py, `load_encoders`, by timm's
+        `resample_abs_pos_embed`: torch's antialiased bicubic, a = -0.5); False: as
+        transformers does (a = -0.75).
       scan: run the blocks as a loop, or unrolled.
       dtype: compute type of the matrix products.
     """
@@ -192,20 +169,17 @@ class DINOv2(nn.Module):
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """Tokens of the last layer after its norm, the class token first.
 
-        pixels: (B, H, W, 3) as `preprocess` returns them, H and W multiples of
-        patch_size p. Returns float32 (B, 1 + H/p * W/p, hidden_size), row-major.
+        pixels: (B, H, W, 3) as `preprocess` returns them. Returns float32
+        (B, 1 + H/p * W/p, hidden_size), row-major.
 
-        Raises:
-          ValueError: p does not divide H or W.
+        Raises ValueError: patch_size p does not divide H or W.
         """
         cfg = self.config
         p, d = cfg.patch_size, cfg.hidden_size
         b, height, width, _ = pixels.shape
         if height % p or width % p:
             raise ValueError(f"{height}x{width} pixels are no whole patches of {p}")
-        x = nn.Dense(d, dtype=self.dtype, kernel_init=XAVIER, name="patch")(
-            patchify(pixels, p)
-        )
+        x = dense(self, d, "patch")(patchify(pixels, p))
         if cfg.use_mask_token:
             self.param("mask_token", ZEROS, (1, d))
         token = self.param("class_token", NORMAL, (1, 1, d))
@@ -225,16 +199,14 @@ class DINOv2(nn.Module):
     def shapes(self) -> Any:
         """ShapeDtypeStructs of its parameters; none is allocated."""
         side = self.config.patch_size
-        pixels = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-        return jax.eval_shape(self.init, jax.random.key(0), pixels)["params"]
+        return shapes(self, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
 
     def macs(self, grid: int) -> int:
         """Multiply-accumulates for one image of grid x grid patches."""
         c = self.config
-        d, tokens = c.hidden_size, grid * grid + 1
-        dense = 4 * d * d + 2 * d * int(d * c.mlp_ratio)
-        block = tokens * dense + 2 * tokens * tokens * d
-        return grid * grid * 3 * c.patch_size**2 * d + c.num_hidden_layers * block
+        d = c.hidden_size
+        block = block_macs(grid**2 + 1, d, d * c.mlp_ratio)
+        return grid**2 * 3 * c.patch_size**2 * d + c.num_hidden_layers * block
 
     def _positions(self, height: int, width: int) -> Array:
         """The table (1, 1 + height * width, D), resized where its grid differs."""
@@ -254,10 +226,8 @@ def patch_features(
 ) -> Float[Array, "b {grid*grid} d"]:
     """REPA's targets (`x_norm_patchtokens`): a feature for each cell of a grid.
 
-    images: uint8 (B, H, W, 3), resized to grid * patch_size: 224 for ImageNet at 256
-    pixels and a grid of 16, 448 at 512 pixels and 32. Returns float32
-    (B, grid * grid, hidden_size), row-major, without the class token.
+    images: resized to grid * patch_size: 224 for ImageNet at 256 pixels and a grid of
+    16, 448 at 512 pixels and 32. Returns float32, row-major, without the class token.
     """
     pixels = preprocess(images, module.config.patch_size * grid)
-    tokens: Any = module.apply({"params": params}, pixels)
-    return tokens[:, 1:]
+    return apply(module, params, pixels)[:, 1:]

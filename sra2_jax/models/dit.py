@@ -47,9 +47,8 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
 
     Half of the channels encode the column, then half the row; each half is
     [sin, cos] with base 10000, computed in float64 as the reference does.
+    width: a multiple of 4.
     """
-    if width % 4:
-        raise ValueError(f"width {width} must be divisible by 4 for 2-D positions")
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
 
@@ -60,11 +59,10 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
-def timestep_features(
-    t: Float[Array, " b"], size: int = TIME_FEATURES
-) -> Float[Array, "b f"]:
+def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b f"]:
     """Sinusoidal features ordered [cos, sin], largest period 10000."""
-    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(size // 2) / (size // 2))
+    half = TIME_FEATURES // 2
+    frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half) / half)
     angles = t[:, None] * frequencies[None].astype(t.dtype)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=1)
 
@@ -73,7 +71,7 @@ def patchify(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b t d"]:
     """Image to row-major tokens; within a token (row, column, channel)."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, (h // p) * (w // p), p * p * c)
+    return x.reshape(b, -1, p * p * c)
 
 
 def unpatchify(tokens: Float[Array, "b t d"], p: int) -> Float[Array, "b h w c"]:
@@ -94,6 +92,18 @@ def layer_norm(x: Array) -> Array:
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
     """Apply adaLN's shift and scale, (B, D), to normalised tokens, (B, T, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def dense(
+    module: Any, size: int, name: str, init: Any = XAVIER, bias: bool = True
+) -> nn.Dense:
+    """A linear layer in the compute type of the module that it belongs to."""
+    return nn.Dense(size, bias, dtype=module.dtype, kernel_init=init, name=name)
+
+
+def block_macs(tokens: int, width: int, hidden: int) -> int:
+    """Multiply-accumulates of a transformer block for one image."""
+    return tokens * width * (4 * width + 2 * hidden + 2 * tokens)
 
 
 class HeadsDense(nn.Module):
@@ -135,29 +145,24 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
         b, t, d = x.shape
-
-        def dense(size: int, name: str, init: Any = XAVIER) -> nn.Dense:
-            return nn.Dense(size, dtype=self.dtype, kernel_init=init, name=name)
-
         # In x's type: 1 + scale would lose half of scale's digits in bf16.
-        modulation = dense(6 * d, "modulation", ZEROS)(nn.silu(c)).astype(x.dtype)
-        modulation = constrain(modulation, BATCH, None)
+        modulation = dense(self, 6 * d, "modulation", ZEROS)(nn.silu(c))
+        modulation = constrain(modulation.astype(x.dtype), BATCH, None)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
 
         qkv = HeadsDense(self.heads, self.dtype, name="qkv")
         q, k, v = qkv(modulate(layer_norm(x), shift1, scale1))
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
         mixed = checkpoint_name(mixed, "attention")
-        mixed = dense(d, "attention_out")(mixed.reshape(b, t, d))
+        mixed = dense(self, d, "attention_out")(mixed.reshape(b, t, d))
         x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
 
         # The ratio may come from hidden / d of a checkpoint, off by rounding.
-        hidden = dense(int(d * self.mlp_ratio + 1e-6), "mlp_in")(
-            modulate(layer_norm(x), shift2, scale2)
-        )
+        widen = dense(self, int(d * self.mlp_ratio + 1e-6), "mlp_in")
+        hidden = widen(modulate(layer_norm(x), shift2, scale2))
         hidden = constrain(hidden, BATCH, None, "tensor")
         # Saved for the backward pass is its input alone, the tanh is computed again.
-        hidden = dense(d, "mlp_out")(jax.checkpoint(nn.gelu)(hidden))
+        hidden = dense(self, d, "mlp_out")(jax.checkpoint(nn.gelu)(hidden))
         return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
 
 
@@ -169,15 +174,11 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        d = x.shape[-1]
-        modulation = nn.Dense(
-            2 * d, dtype=self.dtype, kernel_init=ZEROS, name="modulation"
-        )(nn.silu(c))
+        modulation = dense(self, 2 * x.shape[-1], "modulation", ZEROS)(nn.silu(c))
         modulation = constrain(modulation.astype(c.dtype), BATCH, None)
         shift, scale = jnp.split(modulation, 2, axis=-1)
-        return nn.Dense(
-            self.features, dtype=self.dtype, kernel_init=ZEROS, name="linear"
-        )(modulate(layer_norm(x), shift, scale))
+        linear = dense(self, self.features, "linear", ZEROS)
+        return linear(modulate(layer_norm(x), shift, scale))
 
 
 class DiT(nn.Module):
@@ -221,8 +222,7 @@ class DiT(nn.Module):
         """Multiply-accumulates of the first `depth` blocks for one image."""
         d, patch = self.width, self.patch_size**2 * self.channels
         tokens, hidden = self.grid**2, int(d * self.mlp_ratio + 1e-6)
-        dense = d * 3 * d + d * d + 2 * d * hidden
-        block = tokens * dense + 2 * tokens * tokens * d + d * 6 * d
+        block = block_macs(tokens, d, hidden) + d * 6 * d
         ends = tokens * patch * d + TIME_FEATURES * d + d * d
         if final:
             out = patch * (2 if self.learn_sigma else 1)
@@ -240,22 +240,18 @@ class DiT(nn.Module):
         """Predict from x_t.
 
         Args:
-          x: noisy latents (B, size, size, channels).
-          t: times (B,) in [0, 1], 0 = data, 1 = noise.
-          y: labels (B,), num_classes for the null label.
+          x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise.
+          y: labels, num_classes for the null label.
           features: 1-based numbers of the blocks whose output is wanted.
 
         Returns:
-          prediction shaped like x (float32), {block: tokens (B, T, width)} for the
-          blocks asked for, and the condition vector (B, width).
+          prediction (float32), {block: tokens (B, T, width)}, the condition vector.
         """
         p, d = self.patch_size, self.width
-        tokens = nn.Dense(d, dtype=self.dtype, kernel_init=XAVIER, name="patch")(
-            patchify(x, p)
-        )
+        tokens = dense(self, d, "patch")(patchify(x, p))
         # Adding the float32 table makes the residual stream float32, as it is under
         # the reference's autocast.
-        tokens = tokens + sincos_positions(d, self.size // p).astype(x.dtype)
+        tokens = tokens + sincos_positions(d, self.grid).astype(x.dtype)
         tokens = constrain(tokens, BATCH, None, None)
         c = constrain(self._condition(t, y), BATCH, None)
         tokens, kept = self._blocks(tokens, c, features)
@@ -267,31 +263,21 @@ class DiT(nn.Module):
     def _condition(self, t: Array, y: Array) -> Array:
         d = self.width
         hidden = timestep_features(t * self.time_scale)
-        for name in ("time_in", "time_out"):
-            if name == "time_out":
-                hidden = nn.silu(hidden)
-            hidden = nn.Dense(d, dtype=self.dtype, kernel_init=NORMAL, name=name)(
-                hidden
-            )
+        hidden = nn.silu(dense(self, d, "time_in", NORMAL)(hidden))
+        hidden = dense(self, d, "time_out", NORMAL)(hidden)
         labels = nn.Embed(self.num_classes + 1, d, embedding_init=NORMAL, name="label")
         return hidden + labels(y)
 
     def _blocks(
         self, tokens: Array, c: Array, features: tuple[int, ...]
     ) -> tuple[Array, dict[int, Array]]:
-        """Run the stack; keep the asked blocks' outputs in the carry.
-
-        Overwriting a carried buffer costs one token array for each kept block;
-        returning every block's output would cost `depth` of them.
-        """
+        """Run the stack; keep the asked blocks' outputs in the carry: one token array
+        for each, where returning every block's output would cost `depth` of them."""
         block_type = Block
         if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
             # Unrolled code needs the CSE barrier, or XLA would undo the remat.
-            block_type = nn.remat(
-                Block,
-                policy=REMAT_POLICIES[self.remat],
-                prevent_cse=not self.scan,
-            )
+            block_type = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
 
         def body(block: nn.Module, carry: Any, number: Any) -> tuple[Any, None]:
             x, kept = carry
@@ -305,9 +291,8 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=1 if self.scan else self.depth,
         )
-        block = block_type(
-            self.heads, self.mlp_ratio, self.attention, self.dtype, name="blocks"
-        )
+        shape = self.heads, self.mlp_ratio, self.attention, self.dtype
+        block = block_type(*shape, name="blocks")
         kept = {n: jnp.zeros_like(tokens) for n in features}
         # NumPy's, a constant: unrolled, the compiler knows which blocks are kept.
         numbers = np.arange(1, self.depth + 1)

@@ -20,6 +20,20 @@ Branches = Mapping[str, Sequence[tuple[int, Kernel] | tuple[int, Kernel, Kernel]
 
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 ROW, COLUMN = (1, 7), (7, 1)
+BLOCK_B: Branches = {
+    "branch3x3": [(384, THREE)],
+    "branch3x3dbl": [(64, ONE), (96, THREE), (96, THREE)],
+}
+BLOCK_D: Branches = {
+    "branch3x3": [(192, ONE), (320, THREE)],
+    "branch7x7x3": [(192, ONE), (192, ROW), (192, COLUMN), (192, THREE)],
+}
+BLOCK_E: Branches = {
+    "branch1x1": [(320, ONE)],
+    "branch3x3": [(384, ONE), (384, (1, 3), (3, 1))],
+    "branch3x3dbl": [(448, ONE), (384, THREE), (384, (1, 3), (3, 1))],
+    "branch_pool": [(192, ONE)],
+}
 
 
 def block_a(pool: int) -> Branches:
@@ -31,12 +45,6 @@ def block_a(pool: int) -> Branches:
     }
 
 
-BLOCK_B: Branches = {
-    "branch3x3": [(384, THREE)],
-    "branch3x3dbl": [(64, ONE), (96, THREE), (96, THREE)],
-}
-
-
 def block_c(c: int) -> Branches:
     return {
         "branch1x1": [(192, ONE)],
@@ -46,44 +54,29 @@ def block_c(c: int) -> Branches:
     }
 
 
-BLOCK_D: Branches = {
-    "branch3x3": [(192, ONE), (320, THREE)],
-    "branch7x7x3": [(192, ONE), (192, ROW), (192, COLUMN), (192, THREE)],
+# name -> branches, and what its pooling is; "halve": every branch halves the grid
+BLOCKS: Mapping[str, tuple[Branches, str]] = {
+    "Mixed_5b": (block_a(32), "average"),
+    "Mixed_5c": (block_a(64), "average"),
+    "Mixed_5d": (block_a(64), "average"),
+    "Mixed_6a": (BLOCK_B, "halve"),
+    "Mixed_6b": (block_c(128), "average"),
+    "Mixed_6c": (block_c(160), "average"),
+    "Mixed_6d": (block_c(160), "average"),
+    "Mixed_6e": (block_c(192), "average"),
+    "Mixed_7a": (BLOCK_D, "halve"),
+    "Mixed_7b": (BLOCK_E, "average"),
+    "Mixed_7c": (BLOCK_E, "max"),  # torch-fidelity and the graph alike
 }
-BLOCK_E: Branches = {
-    "branch1x1": [(320, ONE)],
-    "branch3x3": [(384, ONE), (384, (1, 3), (3, 1))],
-    "branch3x3dbl": [(448, ONE), (384, THREE), (384, (1, 3), (3, 1))],
-    "branch_pool": [(192, ONE)],
-}
-# name, branches, whether it halves the grid, what its pooling branch pools by
-BLOCKS: Sequence[tuple[str, Branches, bool, str]] = (
-    ("Mixed_5b", block_a(32), False, "average"),
-    ("Mixed_5c", block_a(64), False, "average"),
-    ("Mixed_5d", block_a(64), False, "average"),
-    ("Mixed_6a", BLOCK_B, True, "max"),
-    ("Mixed_6b", block_c(128), False, "average"),
-    ("Mixed_6c", block_c(160), False, "average"),
-    ("Mixed_6d", block_c(160), False, "average"),
-    ("Mixed_6e", block_c(192), False, "average"),
-    ("Mixed_7a", BLOCK_D, True, "max"),
-    ("Mixed_7b", BLOCK_E, False, "average"),
-    ("Mixed_7c", BLOCK_E, False, "max"),  # torch-fidelity and the graph alike
-)
 
 
 class Outputs(NamedTuple):
-    """Features of B images, float32.
+    """Features of B images, float32."""
 
-    Attributes:
-      pool: (B, 2048), of FID, Precision and Recall.
-      spatial: (B, 17, 17, 7), of sFID: first channels of Mixed_6d's 1x1 branch.
-      logits: (B, 1008), without bias, of the Inception Score.
-    """
-
-    pool: Float[Array, "b 2048"]
+    pool: Float[Array, "b 2048"]  # of FID, Precision and Recall
+    # of sFID: the first channels of Mixed_6d's 1x1 branch
     spatial: Float[Array, "b 17 17 7"]
-    logits: Float[Array, "b 1008"]
+    logits: Float[Array, "b 1008"]  # without bias, of the Inception Score
 
 
 def resize_bilinear(
@@ -99,9 +92,7 @@ def resize_bilinear(
         places = np.arange(side, dtype=np.float32) * np.float32(size / side)
         low = places.astype(int)
         high = np.minimum(low + 1, size - 1)
-        shape = [1, 1, 1, 1]
-        shape[axis] = side
-        share = (places - low).reshape(shape)
+        share = (places - low).reshape((side, 1, 1) if axis == 1 else (side, 1))
         below, above = (jnp.take(images, i, axis=axis) for i in (low, high))
         images = below + (above - below) * share
     return images
@@ -120,22 +111,21 @@ class Mixed(nn.Module):
     """Parallel branches over the same input, their channels side by side."""
 
     branches: Branches
-    halves: bool
     pool: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b g v k"]:
         outputs = []
-        for branch, convolutions in self.branches.items():
+        for branch, layers in self.branches.items():
             y = x
             if branch == "branch_pool" and self.pool == "max":
                 y = nn.max_pool(x, THREE, ONE, "SAME")
             elif branch == "branch_pool":
                 y = nn.avg_pool(x, THREE, ONE, "SAME", count_include_pad=False)
-            for i, (features, *kernels) in enumerate(convolutions, 1):
-                last = self.halves and i == len(convolutions)
-                how: Any = {"strides": 2, "padding": "VALID"} if last else {}
-                name = branch if len(convolutions) == 1 else f"{branch}_{i}"
+            for i, (features, *kernels) in enumerate(layers, 1):
+                halves = self.pool == "halve" and i == len(layers)
+                how: Any = {"strides": 2, "padding": "VALID"} if halves else {}
+                name = branch if len(layers) == 1 else f"{branch}_{i}"
                 names = [name] if len(kernels) == 1 else [f"{name}a", f"{name}b"]
                 parts = [
                     convolution(y, features, kernel, name, **how)
@@ -143,7 +133,7 @@ class Mixed(nn.Module):
                 ]
                 y = jnp.concatenate(parts, axis=-1)
             outputs.append(y)
-        if self.halves:
+        if self.pool == "halve":
             outputs.append(nn.max_pool(x, THREE, (2, 2)))
         return jnp.concatenate(outputs, axis=-1)
 
@@ -164,8 +154,8 @@ class Inception(nn.Module):
         x = convolution(x, 192, THREE, "Conv2d_4a_3x3", padding="VALID")
         x = nn.max_pool(x, THREE, (2, 2))
         spatial = x
-        for name, branches, halves, pool in BLOCKS:
-            x = Mixed(branches, halves, pool, name=name)(x)
+        for name, (branches, pool) in BLOCKS.items():
+            x = Mixed(branches, pool, name=name)(x)
             if name == "Mixed_6d":
                 spatial = x[..., :SPATIAL]
         pooled = x.mean(axis=(1, 2))

@@ -6,7 +6,9 @@ that `sra2_jax.weights` converts weights by rule instead of by table.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sra2_jax.errors import UserError
+from sra2_jax.models import shapes
 
+Layer = Callable[..., nn.Module]  # takes its name
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers DiagonalGaussianDistribution
 
@@ -27,9 +31,7 @@ class VAEConfig:
     A latent z goes to the diffusion model as (z - shift_factor) * scaling_factor; the
     network itself never applies the two numbers, they only travel with it.
 
-    Raises:
-        UserError: a count is not positive, or norm_num_groups does not divide one of
-            block_out_channels.
+    Raises UserError: numbers that make no network.
     """
 
     in_channels: int = 3
@@ -45,25 +47,18 @@ class VAEConfig:
     shift_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        counts = {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "latent_channels": self.latent_channels,
-            "layers_per_block": self.layers_per_block,
-            "norm_num_groups": self.norm_num_groups,
-            "the number of block_out_channels": len(self.block_out_channels),
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise UserError(f"VAE config: {name} is {count}; give a number above 0")
-        for width in self.block_out_channels:
-            if width < 1 or width % self.norm_num_groups:
-                raise UserError(
-                    f"VAE config: norm_num_groups {self.norm_num_groups} does not "
-                    f"divide {width} of block_out_channels; change one of them"
-                )
-        if self.scaling_factor == 0.0:
-            raise UserError("VAE config: scaling_factor is 0; give 1 / std of latents")
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        channels = self.in_channels, self.out_channels, self.latent_channels
+        counts = *channels, self.layers_per_block, groups, len(widths), *widths
+        if (
+            min(counts) < 1
+            or any(w % groups for w in widths)
+            or not self.scaling_factor
+        ):
+            raise UserError(
+                f"{self}: counts must be above 0, norm_num_groups divide each of "
+                "block_out_channels, scaling_factor be 1 / std of latents"
+            )
 
     @property
     def downsample(self) -> int:
@@ -72,10 +67,11 @@ class VAEConfig:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with statistics in float32, result in `dtype`."""
+    """Group normalisation with statistics in float32, result in `dtype`, then SiLU."""
 
     groups: int
     dtype: Any
+    silu: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -88,11 +84,8 @@ class GroupNorm(nn.Module):
         centred = grouped - mean
         variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
         normed = (centred * jax.lax.rsqrt(variance + NORM_EPS)).reshape(x.shape)
-        return (normed * scale + bias).astype(self.dtype)
-
-
-def _conv3(features: int, dtype: Any, name: str) -> nn.Conv:
-    return nn.Conv(features, (3, 3), padding=1, dtype=dtype, name=name)
+        normed = (normed * scale + bias).astype(self.dtype)
+        return nn.silu(normed) if self.silu else normed
 
 
 class ResnetBlock(nn.Module):
@@ -104,14 +97,12 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm1")(x))
-        h = _conv3(self.features, self.dtype, "conv1")(h)
-        h = nn.silu(GroupNorm(self.groups, self.dtype, name="norm2")(h))
-        h = _conv3(self.features, self.dtype, "conv2")(h)
+        norm = partial(GroupNorm, self.groups, self.dtype)
+        conv = partial(nn.Conv, self.features, dtype=self.dtype)
+        h = conv((3, 3), padding=1, name="conv1")(norm(name="norm1")(x))
+        h = conv((3, 3), padding=1, name="conv2")(norm(name="norm2")(h))
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="conv_shortcut")(
-                x
-            )
+            x = conv((1, 1), name="conv_shortcut")(x)
         return x + h
 
 
@@ -124,49 +115,14 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
-        h = GroupNorm(self.groups, self.dtype, name="group_norm")(x)
+        linear = partial(nn.Dense, channels, dtype=self.dtype)
+        h = GroupNorm(self.groups, self.dtype, silu=False, name="group_norm")(x)
         h = h.reshape(batch, height * width, channels)
-        q, k, v = (
-            nn.Dense(channels, dtype=self.dtype, name=name)(h)
-            for name in ("to_q", "to_k", "to_v")
-        )
+        q, k, v = (linear(name=name)(h) for name in ("to_q", "to_k", "to_v"))
         scores = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores / math.sqrt(channels)).astype(self.dtype)
-        h = jnp.einsum("bts,bsc->btc", weights, v)
-        h = nn.Dense(channels, dtype=self.dtype, name="to_out_0")(h)
+        h = linear(name="to_out_0")(jnp.einsum("bts,bsc->btc", weights, v))
         return x + h.reshape(x.shape)
-
-
-class MidBlock(nn.Module):
-    """Resnet, attention (optional), resnet at the lowest resolution."""
-
-    config: VAEConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        width, groups = x.shape[-1], self.config.norm_num_groups
-        x = ResnetBlock(width, groups, self.dtype, name="resnets_0")(x)
-        if self.config.mid_block_add_attention:
-            x = AttentionBlock(groups, self.dtype, name="attentions_0")(x)
-        return ResnetBlock(width, groups, self.dtype, name="resnets_1")(x)
-
-
-class Downsample(nn.Module):
-    """Convolution with stride 2, padded on the lower and right side only."""
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
-        return nn.Conv(
-            x.shape[-1],
-            (3, 3),
-            strides=(2, 2),
-            padding=((0, 1), (0, 1)),
-            dtype=self.dtype,
-            name="conv",
-        )(x)
 
 
 class Upsample(nn.Module):
@@ -177,82 +133,74 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j c"]:
         x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return _conv3(x.shape[-1], self.dtype, "conv")(x)
+        return conv3(x.shape[-1], self.dtype)(name="conv")(x)
 
 
-class Stage(nn.Module):
-    """The resnets of one resolution, then a change of resolution unless it is the last.
+class Chain(nn.Module):
+    """Layers one after the other, each made by its name in the file of weights."""
 
-    `resample` is "down", "up" or None.
-    """
-
-    features: int
-    layers: int
-    groups: int
-    resample: str | None
-    dtype: Any
+    layers: Mapping[str, Layer]
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        for i in range(self.layers):
-            x = ResnetBlock(
-                self.features, self.groups, self.dtype, name=f"resnets_{i}"
-            )(x)
-        if self.resample == "down":
-            x = Downsample(self.dtype, name="downsamplers_0")(x)
-        elif self.resample == "up":
-            x = Upsample(self.dtype, name="upsamplers_0")(x)
+        for name, layer in self.layers.items():
+            x = layer(name=name)(x)
         return x
 
 
-class Encoder(nn.Module):
-    """Images to twice `latent_channels` maps, each stage but the last halving them."""
-
-    config: VAEConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        cfg = self.config
-        widths = cfg.block_out_channels
-        x = _conv3(widths[0], self.dtype, "conv_in")(x)
-        for i, width in enumerate(widths):
-            x = Stage(
-                width,
-                cfg.layers_per_block,
-                cfg.norm_num_groups,
-                "down" if i < len(widths) - 1 else None,
-                self.dtype,
-                name=f"down_blocks_{i}",
-            )(x)
-        x = MidBlock(cfg, self.dtype, name="mid_block")(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, self.dtype, name="conv_norm_out")(x))
-        return _conv3(2 * cfg.latent_channels, self.dtype, "conv_out")(x)
+def conv3(features: int, dtype: Any, strides: int = 1, padding: Any = 1) -> Layer:
+    how = {"strides": strides, "padding": padding, "dtype": dtype}
+    return partial(nn.Conv, features, (3, 3), **how)
 
 
-class Decoder(nn.Module):
-    """Latents to images; one resnet more per stage than in the encoder."""
+def blocks(
+    cfg: VAEConfig, dtype: Any, width: int, count: int, attentions: int = 0
+) -> dict[str, Layer]:
+    """The resnets of a resolution, attention after each of the first ones."""
+    layers: dict[str, Layer] = {}
+    groups = cfg.norm_num_groups
+    for i in range(count):
+        layers[f"resnets_{i}"] = partial(ResnetBlock, width, groups, dtype)
+        if i < attentions:
+            layers[f"attentions_{i}"] = partial(AttentionBlock, groups, dtype)
+    return layers
 
-    config: VAEConfig
-    dtype: Any
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
-        cfg = self.config
-        widths = cfg.block_out_channels[::-1]
-        x = _conv3(widths[0], self.dtype, "conv_in")(x)
-        x = MidBlock(cfg, self.dtype, name="mid_block")(x)
-        for i, width in enumerate(widths):
-            x = Stage(
-                width,
-                cfg.layers_per_block + 1,
-                cfg.norm_num_groups,
-                "up" if i < len(widths) - 1 else None,
-                self.dtype,
-                name=f"up_blocks_{i}",
-            )(x)
-        x = nn.silu(GroupNorm(cfg.norm_num_groups, self.dtype, name="conv_norm_out")(x))
-        return _conv3(cfg.out_channels, self.dtype, "conv_out")(x)
+def mid_block(cfg: VAEConfig, dtype: Any) -> Layer:
+    attentions = int(cfg.mid_block_add_attention)
+    return partial(Chain, blocks(cfg, dtype, cfg.block_out_channels[-1], 2, attentions))
+
+
+def outputs(cfg: VAEConfig, dtype: Any, features: int) -> dict[str, Layer]:
+    norm = partial(GroupNorm, cfg.norm_num_groups, dtype)
+    return {"conv_norm_out": norm, "conv_out": conv3(features, dtype)}
+
+
+def encoder(cfg: VAEConfig, dtype: Any) -> Chain:
+    """Images to twice `latent_channels` maps, each level but the last halving them."""
+    widths = cfg.block_out_channels
+    layers = {"conv_in": conv3(widths[0], dtype)}
+    for i, width in enumerate(widths):
+        level = blocks(cfg, dtype, width, cfg.layers_per_block)
+        if i < len(widths) - 1:
+            # Padded on the lower and right side only.
+            half = conv3(width, dtype, 2, ((0, 1), (0, 1)))
+            level["downsamplers_0"] = partial(Chain, {"conv": half})
+        layers[f"down_blocks_{i}"] = partial(Chain, level)
+    layers["mid_block"] = mid_block(cfg, dtype)
+    return Chain(layers | outputs(cfg, dtype, 2 * cfg.latent_channels))
+
+
+def decoder(cfg: VAEConfig, dtype: Any) -> Chain:
+    """Latents to images; one resnet more on each level than in the encoder."""
+    widths = cfg.block_out_channels[::-1]
+    layers = {"conv_in": conv3(widths[0], dtype), "mid_block": mid_block(cfg, dtype)}
+    for i, width in enumerate(widths):
+        level = blocks(cfg, dtype, width, cfg.layers_per_block + 1)
+        if i < len(widths) - 1:
+            level["upsamplers_0"] = partial(Upsample, dtype)
+        layers[f"up_blocks_{i}"] = partial(Chain, level)
+    return Chain(layers | outputs(cfg, dtype, cfg.out_channels))
 
 
 class AutoencoderKL(nn.Module):
@@ -268,22 +216,26 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         cfg = self.config
-        self.encoder = Encoder(cfg, self.dtype)
-        self.decoder = Decoder(cfg, self.dtype)
+        conv1 = partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
+        self.encoder = encoder(cfg, self.dtype)
+        self.decoder = decoder(cfg, self.dtype)
         if cfg.use_quant_conv:
-            self.quant_conv = nn.Conv(2 * cfg.latent_channels, (1, 1), dtype=self.dtype)
+            self.quant_conv = conv1(2 * cfg.latent_channels)
         if cfg.use_post_quant_conv:
-            self.post_quant_conv = nn.Conv(
-                cfg.latent_channels, (1, 1), dtype=self.dtype
-            )
+            self.post_quant_conv = conv1(cfg.latent_channels)
+
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of its parameters; none is allocated."""
+        side, channels = self.config.downsample, self.config.in_channels
+        image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        return shapes(self, image)
 
     def moments(
         self, images: Float[Array, "b height width c"]
     ) -> Float[Array, "b h w moments"]:
         """Posterior mean, then log variance before clipping, along the last axis.
 
-        images: (B, H, W, in_channels) in [-1, 1]. Returns float32
-        (B, H/downsample, W/downsample, 2 * latent_channels), unscaled.
+        images: in [-1, 1]. Returns float32, unscaled.
         """
         out = self.encoder(images.astype(self.dtype))
         if self.config.use_quant_conv:
@@ -295,9 +247,8 @@ class AutoencoderKL(nn.Module):
     ) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
         """Mean and standard deviation of the posterior q(z | image).
 
-        images: (B, H, W, in_channels) in [-1, 1]. Returns two float32 arrays
-        (B, H/downsample, W/downsample, latent_channels), unscaled; the log variance is
-        clipped to [-30, 20] as diffusers does.
+        images: in [-1, 1]. Returns float32, unscaled; the log variance is clipped to
+        [-30, 20] as diffusers does.
         """
         mean, logvar = jnp.split(self.moments(images), 2, axis=-1)
         return mean, jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR_RANGE))
@@ -307,8 +258,7 @@ class AutoencoderKL(nn.Module):
     ) -> Float[Array, "b height width c"]:
         """Images of unscaled latents: z = scaled / scaling_factor + shift_factor.
 
-        latents: (B, h, w, latent_channels). Returns float32
-        (B, h * downsample, w * downsample, out_channels), about [-1, 1], not clipped.
+        Returns float32, about [-1, 1], not clipped.
         """
         h = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:

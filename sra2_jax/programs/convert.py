@@ -9,7 +9,6 @@ or an .npz. Runs without TensorFlow.
 """
 
 import argparse
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,35 +49,32 @@ def import_file(
 ) -> None:
     """Make `workdir` a run at the file's step, and print what became of its parts.
 
-    Args:
-      step: in place of the file's own; 1 where neither says.
-      reverse: the file's network runs from noise at 0 to data at 1 (SiT's code); a file
-        of `export_run` says so itself.
+    step: in place of the file's own; 1 where neither says. reverse: the file's network
+    runs from noise at 0 to data at 1 (SiT's code); `export_run` notes that in the file.
 
-    Raises:
-      UserError: an unusable file, a config that does not fit it, or a run that has
-        checkpoints already. Nothing is left behind then.
+    Raises UserError: an unusable file, a config that does not fit it, or a run that has
+    checkpoints already. Nothing is left behind then.
     """
-    run = _vacant(workdir)
+    run = Run(workdir)
+    if run.checkpoints.exists() or run.folder.is_file():
+        raise UserError(f"{run}: holds checkpoints already: use another --workdir")
     contents = files.read_file(file)
     reverse = reverse or contents.reverse
-    if step is None:
-        step = contents.step or 1
+    step = contents.step or 1 if step is None else step
     if not 1 <= step <= config.steps:
         raise UserError(
             f"{file}: step {step} must lie between 1 and config.steps={config.steps}: "
             "set --config.steps or --step"
         )
-    lines = [f"{' and '.join(contents.sets)} weights"]
-    if len(contents.sets) == 1:
-        lines[0] += ", taken for both raw and ema"
-    lines.append("optimizer moments: zero, they are not converted")
     sets = _trees(file, contents, config, reverse)
     contents.sets.clear()  # the trees hold copies; at XL size that counts
     only = next(iter(sets.values()))
     raw, ema = sets.get("raw", only), sets.get("ema", only)
     state = _state(file, raw, ema, config, step)
     _write_run(run, state, config, step)
+    both = ", taken for both raw and ema" if raw is ema else ""
+    lines = [f"{file}: step {step}", f"{' and '.join(sets)} weights{both}"]
+    lines.append("optimizer moments: zero, they are not converted")
     found, wanted = raw[1].keys() | ema[1].keys(), state.params["heads"].keys()
     for name in sorted(found | wanted):
         fate = "loaded" if name in wanted else "left out, it is off in the config"
@@ -94,17 +90,7 @@ def import_file(
         heads = config.model.heads
         lines.append(f"attention: config.model.heads={heads}, the file does not say")
     lines.append(f"written: {run.checkpoints / str(step)}; main.py goes on from it")
-    print("\n  ".join([f"{file}: step {step}", *lines]))
-
-
-def _vacant(workdir: str) -> Run:
-    """The run, refused if it holds checkpoints."""
-    run = Run(workdir)
-    if run.folder.exists() and not run.folder.is_dir():
-        raise UserError(f"{run}: not a folder: use another --workdir")
-    if run.checkpoints.exists() and any(run.checkpoints.iterdir()):
-        raise UserError(f"{run}: holds checkpoints already: use another --workdir")
-    return run
+    print("\n  ".join(lines))
 
 
 def _trees(
@@ -135,12 +121,11 @@ def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> Non
     # the file has a whole number of hidden channels
     if int(width * ratio + 1e-6) == round(width * settings["mlp_ratio"]):
         settings["mlp_ratio"] = ratio
-    wrong = []
-    for name, theirs in settings.items():
-        key = KEYS.get(name, f"model.{name}")
-        ours = attrgetter(key)(config)
-        if ours != theirs:
-            wrong.append(f"--config.{key}={theirs} (now {ours})")
+    keys = {KEYS.get(name, f"model.{name}"): x for name, x in settings.items()}
+    ours = config.flat()
+    wrong = [
+        f"--config.{k}={x} (now {ours[k]})" for k, x in keys.items() if x != ours[k]
+    ]
     if wrong:
         raise UserError(f"{path} does not fit the config: it needs {', '.join(wrong)}")
 
@@ -177,13 +162,13 @@ def _state(path: Path, raw: Trees, ema: Trees, config: Config, step: int) -> Sta
 
 def _write_run(run: Run, state: State, config: Config, step: int) -> None:
     """RUN/checkpoints/STEP, then RUN/config.json; neither if one fails."""
-    made = not run.folder.exists()
+    made = run.checkpoints if run.folder.exists() else run.folder
     try:
         with Checkpoints(run, config.run) as checkpoints:
             checkpoints.save(step, state)
         run.write("config", config.to_dict())
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        (run.folder if made else run.checkpoints).rmtree(missing_ok=True)
+        made.rmtree(missing_ok=True)
         raise UserError(f"{run}: cannot be written ({one_line(error)})") from error
 
 
@@ -197,14 +182,11 @@ def export_run(
 ) -> None:
     """Write a run's weights in SiT's names, float32, and print what was written.
 
-    Args:
-      out: new .safetensors or .npz; weights: "ema" or "raw".
-      step: of the checkpoint, the newest by default.
-      heads: with the alignment heads, see `alignment.HEAD_NAMES`.
-      reverse: for code that runs from noise at 0 to data at 1 (SiT's).
+    out: new .safetensors or .npz; weights: "ema" or "raw"; step: of the checkpoint, the
+    newest by default; heads: with the alignment heads, see `alignment.HEAD_NAMES`;
+    reverse: for code that runs from noise at 0 to data at 1 (SiT's).
 
-    Raises:
-      UserError: `out` exists or is of another kind, no run or no such checkpoint.
+    Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
     """
     files.check_writable(out)
     run = Run(workdir)
@@ -223,57 +205,44 @@ def export_run(
     notes = {
         "format": "pt",
         "sra2_jax": sra2_jax.__version__,
-        "step": str(int(state.step)),
+        "step": str(state.step),
         "weights": weights,
         "num_heads": str(config.model.heads),
         "time": files.REVERSED if reverse else "data to noise",
     }
     files.write_file(out, tensors, notes)
-    count = sum(tensor.size for tensor in tensors.values())
-    print(
-        f"{out}: {weights} weights of step {int(state.step)}, {len(tensors)} tensors, "
-        f"{count:,} numbers"
-    )
+    print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")
 
 
 def _arguments() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    timed = Parser(add_help=False)
-    timed.add_argument(
-        "--reverse_time",
-        dest="reverse",
-        action="store_true",
-        help="FILE's time runs from noise to data, as in SiT's own code",
-    )
     out: dict[str, Any] = {"type": Path, "required": True, "metavar": "FILE"}
     out["help"] = " or ".join(files.WRITTEN)
+    reverse: dict[str, Any] = {"dest": "reverse", "action": "store_true"}
+    reverse["help"] = "FILE's time runs from noise to data, as in SiT's own code"
 
-    importing = commands.add_parser(
-        "import",
-        parents=[timed],
-        help="make a run of a checkpoint file",
-        epilog="Any key of the config: --config.KEY=VALUE",
-    )
+    importing = commands.add_parser("import", help="make a run of a checkpoint file")
+    importing.epilog = "Any key of the config: --config.KEY=VALUE"
     importing.add_keys()
     add = importing.add_argument
     add("file", type=Path, metavar="FILE", help=".pt, .pth, .ckpt, .safetensors, .npz")
     add("--workdir", required=True, metavar="RUN", help="folder of the run to make")
     add("--config", required=True, help="config file that fits FILE")
     add("--step", type=int, help="training steps done (the file's, or 1)")
+    add("--reverse_time", **reverse)
 
-    add = commands.add_parser(
-        "export", parents=[timed], help="write a run's weights in SiT's names"
-    ).add_argument
+    exporting = commands.add_parser("export", help="write weights in SiT's names")
+    add = exporting.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--out", **out)
     add("--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)")
     add("--step", type=int, help="of the checkpoint (the newest)")
     add("--heads", action="store_true", help="with the alignment heads")
+    add("--reverse_time", **reverse)
 
-    add = commands.add_parser(
-        "inception", help="weights of FID's network, without PyTorch"
-    ).add_argument
+    inception = commands.add_parser("inception", help="FID's network, without PyTorch")
+    add = inception.add_argument
     add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
     add("--out", **out)
 
@@ -281,12 +250,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    flags = vars(_arguments())
+    flags = {k: v for k, v in vars(_arguments()).items() if "config." not in k}
     command = flags.pop("command")
-    if command == "export":
-        export_run(**flags)
-    elif command == "inception":
-        convert_inception(**flags)
-    else:
+    if command == "import":
         config = config_file.override(flags.pop("config"), flags.pop("overrides"))
         import_file(config=config, **flags)
+    elif command == "export":
+        export_run(**flags)
+    else:
+        convert_inception(**flags)

@@ -30,6 +30,7 @@ from sra2_jax.metrics.moments import (
     gaussian,
 )
 from sra2_jax.metrics.neighbours import precision_recall
+from sra2_jax.models import apply
 from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
@@ -39,25 +40,22 @@ from sra2_jax.weights.sit import from_reference
 FLOAT32, TRAJECTORY32, FLOAT64, EXACT = 1e-4, 1e-3, 1e-6, 1e-9
 FLOAT16_DISTANCES = 0.005  # in which ADM finds neighbours; absolute
 
-# (case, error, tolerance)
-Result = tuple[str, float, float]
 Arrays = Mapping[str, np.ndarray]
-Check = Callable[[Path, Arrays], Iterator[Result]]
+# the name of a case, which is that of the expected array; ours; the tolerance
+Cases = Iterator[tuple[str, ArrayLike, float]]
 
 
 def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
     """max|a - b| / max|b|; infinite where the shapes differ."""
-    ours, reference = np.asarray(ours), np.asarray(reference)
-    if ours.shape != reference.shape:
+    a, b = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    if a.shape != b.shape:
         return float("inf")
-    if not reference.size:
+    if not b.size:
         return 0.0
-    a, b = ours.astype(np.float64), reference.astype(np.float64)
-    scale = np.abs(b).max()
-    return float(np.abs(a - b).max() / (scale if scale > 0 else 1.0))
+    return float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
 
 
-def closed_forms() -> Iterator[Result]:
+def closed_forms() -> Iterator[tuple[str, ArrayLike, ArrayLike]]:
     """Two Gaussians whose covariances share their axes, in uneven batches; ten equally
     likely, certain classes; samples that fill one of two far clusters."""
     draw = np.random.default_rng(0)
@@ -72,19 +70,16 @@ def closed_forms() -> Iterator[Result]:
             moments.add(part)
         sides += [moments.mean, moments.cov()]
     expected = np.sum((means[0] - means[1]) ** 2 + (spreads[0] - spreads[1]) ** 2)
-    error = relative_error(frechet_distance(*sides), expected)
-    yield "Frechet distance of two Gaussians", error, EXACT
+    yield "Frechet distance of two Gaussians", frechet_distance(*sides), expected
     score = InceptionScore(100)
     for rows in np.split(np.tile(np.eye(10), (60, 1)), [250]):
         score.add(rows)
-    error = relative_error(score.value(), 10.0)
-    yield "Inception Score of 10 certain classes", error, EXACT
+    yield "Inception Score of 10 certain classes", score.value(), 10.0
     cluster = draw.uniform(size=(200, 64)).astype(np.float32)
     real = np.concatenate([cluster, cluster + 100])
     samples = np.concatenate([cluster, cluster[:50] - 100])
-    found = np.array(precision_recall(real, samples))
-    error = relative_error(found, np.array([0.8, 0.5]))
-    yield "precision 4/5 and recall 1/2", error, EXACT
+    found = precision_recall(real, samples)
+    yield "precision 4/5 and recall 1/2", np.array(found), np.array([0.8, 0.5])
 
 
 def nhwc(x: np.ndarray) -> jax.Array:
@@ -92,60 +87,57 @@ def nhwc(x: np.ndarray) -> jax.Array:
     return jnp.moveaxis(jnp.asarray(x), 1, -1)
 
 
-def sit(path: Path, data: Arrays) -> Iterator[Result]:
+def nchw(x: Any) -> jax.Array:
+    return jnp.moveaxis(x, -1, 1)
+
+
+def sit(path: Path, data: Arrays) -> Cases:
     """The backbone with reference weights, and REPA's or SRA's head on its block."""
     config = json.loads(str(data["config"]))
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     settings, params, heads = from_reference(weights, HEAD_NAMES)
     model = DiT(heads=config["num_heads"], **settings)
     depth = config.get("encoder_depth", config.get("align_depth", 1))
-    apply: Any = jax.jit(model.apply, static_argnums=4)
-    out, kept, c = apply(
-        {"params": params}, nhwc(data["x"]), data["t"], data["y"], (depth,)
-    )
-    yield "out", relative_error(out, nhwc(data["out"])), FLOAT32
-    results = {"hidden": kept[depth]}
+    run: Any = jax.jit(model.apply, static_argnums=4)
+    inputs = nhwc(data["x"]), data["t"], data["y"]
+    out, kept, c = run({"params": params}, *inputs, (depth,))
+    results = {"out": nchw(out), "hidden": kept[depth]}
     for tree in heads.values():
         *widths, features = (layer["bias"].size for layer in tree.values())
         head = MLPHead(tuple(widths), features)
-        projected: Any = head.apply({"params": tree}, kept[depth], c)
-        results |= {"z": projected, "projected": projected}
+        results["z"] = results["projected"] = apply(head, tree, kept[depth], c)
     if "target" in data:
         losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
-    for name in sorted({"hidden", "projected", "projection_loss", "z"} & data.keys()):
-        yield name, relative_error(results[name], data[name]), FLOAT32
+    for name in ("out", "hidden", "projected", "projection_loss", "z"):
+        if name in data:
+            yield name, results[name], FLOAT32
 
 
-def vae(path: Path, data: Arrays) -> Iterator[Result]:
+def vae(path: Path, data: Arrays) -> Cases:
     """AutoencoderKL loaded from the folder's diffusers files."""
     model, params = load_vae(str(path.parent))
     image, latent = nhwc(data["image"]), nhwc(data["latent"])
-
-    def run(method: str, x: jax.Array) -> Any:
-        return model.apply({"params": params}, x, method=method)
-
-    mean, std = run("encode", image)
-    for name, ours in {
-        "moments": run("moments", image),
-        "mean": mean,
-        "std": std,
-        "decoded": run("decode", latent),
-    }.items():
-        yield name, relative_error(ours, nhwc(data[name])), FLOAT32
+    yield "moments", nchw(apply(model, params, image, method="moments")), FLOAT32
+    mean, std = apply(model, params, image, method="encode")
+    yield "mean", nchw(mean), FLOAT32
+    yield "std", nchw(std), FLOAT32
+    yield "decoded", nchw(apply(model, params, latent, method="decode")), FLOAT32
 
 
-def dinov2(path: Path, data: Arrays) -> Iterator[Result]:
+def dinov2(path: Path, data: Arrays) -> Cases:
     """The encoder loaded from the folder's transformers files."""
     module, params = load_dinov2(str(path.parent))
     # As transformers does, should the input have another size than the table.
     module = module.clone(antialias=False)
-    tokens: Any = module.apply({"params": params}, nhwc(data["pixel_values"]))
-    error = relative_error(tokens, data["last_hidden_state"])
-    yield "last_hidden_state", error, FLOAT32
+    yield (
+        "last_hidden_state",
+        apply(module, params, nhwc(data["pixel_values"])),
+        FLOAT32,
+    )
 
 
-def samplers(path: Path, data: Arrays) -> Iterator[Result]:
+def samplers(path: Path, data: Arrays) -> Cases:
     """Trajectories on the analytic field of the golden README, in both precisions."""
 
     def field(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
@@ -153,78 +145,64 @@ def samplers(path: Path, data: Arrays) -> Iterator[Result]:
         t = t.reshape(-1, 1, 1, 1)
         return 0.5 * x * jnp.cos(2 * t) + 0.1 * (k + 1) * jnp.sin(3 * x) + t
 
-    steps = int(data["steps"])
     paths: dict[str, Any] = {"linear": "linear", "cosine": "gvp", "vp": "vp"}
     for dtype, tolerance in (("float32", TRAJECTORY32), ("float64", FLOAT64)):
         with jax.enable_x64(dtype == "float64"):
-            noise = jnp.asarray(data["noise"], dtype).__getitem__
             for case in (k for k in data if "|" in k):
-                method, path_name, scale, low, high = case.split("|")
+                method, path_name, *numbers = case.split("|")
+                scale, low, high = map(float, numbers)
                 out = sampler.sample(
                     field,
                     jnp.asarray(data["latents"], dtype),
                     jnp.asarray(data["y"], "int32"),
                     null=1000,
                     method=method,
-                    steps=steps,
+                    steps=int(data["steps"]),
                     transport=Transport(paths[path_name]),
-                    guidance=sampler.Guidance(float(scale), float(low), float(high)),
-                    noise=noise,
+                    guidance=sampler.Guidance(scale, low, high),
+                    noise=jnp.asarray(data["noise"], dtype).__getitem__,
                 )
-                yield f"{case} {dtype}", relative_error(out, data[case]), tolerance
+                yield case, out, tolerance
 
 
-def interpolants(path: Path, data: Arrays) -> Iterator[Result]:
+def interpolants(path: Path, data: Arrays) -> Cases:
     """alpha, sigma and derivatives; the reference's time runs the other way."""
-    names = ("alpha", "sigma", "d_alpha", "d_sigma")
+    signs = {"alpha": 1, "sigma": 1, "d_alpha": -1, "d_sigma": -1}
     with jax.enable_x64(True):
         for name in sorted({k.split("|")[0] for k in data if "|" in k}):
             values = coefficients(name, 1 - jnp.asarray(data["t"], "float64"))
-            for key, ours in zip(names, values, strict=True):
-                sign = -1 if key.startswith("d_") else 1
-                error = relative_error(sign * ours, data[f"{name}|{key}"])
-                yield f"{name} {key}", error, FLOAT64
+            for (key, sign), ours in zip(signs.items(), values, strict=True):
+                yield f"{name}|{key}", sign * ours, FLOAT64
 
 
-def alignment_losses(path: Path, data: Arrays) -> Iterator[Result]:
+def alignment_losses(path: Path, data: Arrays) -> Cases:
     """Means of the elementwise losses and of 1 - cos over channels."""
-    for case, loss, a, b in (
-        ("smooth_l1_beta005", "smooth_l1", "a", "b"),
-        ("l1", "l1", "a", "b"),
-        ("l2", "l2", "a", "b"),
-        ("cosine", "cosine", "tokens_a", "tokens_b"),
-    ):
-        sides = jnp.asarray(data[a]), jnp.asarray(data[b])
-        value = jnp.mean(elementwise(loss, *sides, 0.05))
-        yield case, relative_error(value, data[case]), FLOAT32
+    sides = jnp.asarray(data["a"]), jnp.asarray(data["b"])
+    tokens = jnp.asarray(data["tokens_a"]), jnp.asarray(data["tokens_b"])
+    yield "smooth_l1_beta005", jnp.mean(elementwise("smooth_l1", *sides, 0.05)), FLOAT32
+    for loss, pair in (("l1", sides), ("l2", sides), ("cosine", tokens)):
+        yield loss, jnp.mean(elementwise(loss, *pair, 0.0)), FLOAT32
 
 
-def crops(path: Path, data: Arrays) -> Iterator[Result]:
+def crops(path: Path, data: Arrays) -> Cases:
     """ADM's centre crop, exact."""
     for case in (k for k in data if k.startswith("out_")):
         _, number, size = case.split("_")
-        image = center_crop(data[f"in_{number}"], int(size))
-        yield case, relative_error(image, data[case]), 0.0
+        yield case, center_crop(data[f"in_{number}"], int(size)), 0.0
 
 
-def adm_metrics(path: Path, data: Arrays) -> Iterator[Result]:
+def adm_metrics(path: Path, data: Arrays) -> Cases:
     """FID, sFID, Inception Score, Precision and Recall of ADM's evaluator."""
-    for case, a, b in (
-        ("fid", "samples", "ref"),
-        ("sfid", "spatial_samples", "spatial_ref"),
-    ):
-        distance = frechet_distance(*gaussian(data[a]), *gaussian(data[b]))
-        yield case, relative_error(distance, data[case]), FLOAT64
-    for case, split in (
-        ("inception_score_split_all", len(data["probs"])),
-        ("inception_score_split_50", 50),
-    ):
+    for case, of in (("fid", ""), ("sfid", "spatial_")):
+        samples, real = gaussian(data[f"{of}samples"]), gaussian(data[f"{of}ref"])
+        yield case, frechet_distance(*samples, *real), FLOAT64
+    for case, split in (("all", len(data["probs"])), ("50", 50)):
         score = InceptionScore(split)
         score.add(data["probs"])
-        yield case, relative_error(score.value(), data[case]), FLOAT32
+        yield f"inception_score_split_{case}", score.value(), FLOAT32
     values = precision_recall(data["ref"], data["samples"])
     for case, value in zip(("precision", "recall"), values, strict=True):
-        yield case, float(abs(value - data[case])), FLOAT16_DISTANCES
+        yield case, value, FLOAT16_DISTANCES / float(data[case])
 
 
 def inception_weights(data: Arrays) -> dict[str, np.ndarray]:
@@ -246,20 +224,17 @@ def inception_weights(data: Arrays) -> dict[str, np.ndarray]:
     return weights
 
 
-def inception(path: Path, data: Arrays) -> Iterator[Result]:
+def inception(path: Path, data: Arrays) -> Cases:
     """Inception's features and logits."""
     network, params = from_torch_fidelity(inception_weights(data), path)
     out: Any = jax.jit(network.apply)({"params": params}, data["images"])
-    for case, ours in (
-        ("pool3", out.pool),
-        ("spatial7", out.spatial),
-        ("logits_unbiased", out.logits),
-    ):
-        yield case, relative_error(ours, data[case]), FLOAT32
+    yield "pool3", out.pool, FLOAT32
+    yield "spatial7", out.spatial, FLOAT32
+    yield "logits_unbiased", out.logits, FLOAT32
 
 
 # a key of a golden file -> the check that it calls for
-CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
     "w/y_embedder.embedding_table.weight": sit,
     "moments": vae,
     "last_hidden_state": dinov2,
@@ -272,12 +247,12 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def passes(where: str, result: Result) -> bool:
+def passes(where: str, ours: ArrayLike, reference: ArrayLike, tolerance: float) -> bool:
     """Print a line about a case; whether it is within its tolerance."""
-    case, error, tolerance = result
+    error = relative_error(ours, reference)
     ok = error <= tolerance  # false for NaN
     verdict = "ok" if ok else "FAILED"
-    print(f"{where}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
+    print(f"{where}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
     return ok
 
 
@@ -285,13 +260,15 @@ def verify(folder: Path | None, strict: bool = False) -> int:
     """Check closed forms and every .npz below `folder`; print a line a case; return the
     exit status.
 
-    Raises:
-      UserError: no golden file in `folder`.
+    Raises UserError: no golden file in `folder`.
     """
     files = sorted(folder.rglob("*.npz")) if folder else []
     if folder and not files:
         raise UserError(f"{folder} holds no golden .npz files: name their folder")
-    passed = [passes("closed form", result) for result in closed_forms()]
+    passed = [
+        passes(f"closed form: {case}", ours, expected, EXACT)
+        for case, ours, expected in closed_forms()
+    ]
     skipped = 0
     for path in files:
         name = str(path.relative_to(folder or ""))
@@ -304,7 +281,8 @@ def verify(folder: Path | None, strict: bool = False) -> int:
                 skipped += 1
                 print(f"{name}: kind not covered yet")
                 continue
-            passed += [passes(name, result) for result in checks[0](path, data)]
+            for case, ours, tolerance in checks[0](path, data):
+                passed.append(passes(f"{name}: {case}", ours, data[case], tolerance))
         except (BadZipFile, KeyError, OSError, ValueError) as error:
             passed.append(False)
             print(f"{name}: FAILED: {type(error).__name__}: {error}")

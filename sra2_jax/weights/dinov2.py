@@ -1,17 +1,16 @@
 """Published DINOv2 weights: read and written in the folder format of transformers."""
 
-from dataclasses import asdict
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from sra2_jax.weights import files, tree
+from sra2_jax.weights.files import Format
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "model.safetensors"
-DIGITS = files.ASSETS / "digits_dinov2"
+# What transformers assumes where a file was written before the key existed.
+NEWER_KEYS = {"use_mask_token": True}
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {
     "model_type": "dinov2",
@@ -19,8 +18,6 @@ ONLY_VALUE = {
     "num_channels": 3,
     "use_swiglu_ffn": False,
 }
-# What transformers assumes where a file was written before the key existed.
-NEWER_KEYS = {"model_type": "missing", "use_mask_token": True}
 # Our modules -> theirs.
 NAMES = {
     "patch": "embeddings.patch_embeddings.projection",
@@ -43,44 +40,48 @@ NAMES = {
 PREFIX, CLASSIFIER = "dinov2.", ("classifier.weight", "classifier.bias")
 
 
+def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those of an image classifier without its prefix and its last layer."""
+    if not any(name.startswith(PREFIX) for name in tensors):
+        return tensors
+    kept = {k: v for k, v in tensors.items() if k not in CLASSIFIER}
+    return {k.removeprefix(PREFIX): v for k, v in kept.items()}
+
+
+FORMAT = Format(
+    WEIGHTS,
+    DINOv2,
+    DINOv2Config,
+    NEWER_KEYS,
+    lambda config: dict(ONLY_VALUE),
+    NAMES.__getitem__,
+    _current_names,
+)
+
+
 def load_dinov2(source: str) -> tuple[DINOv2, Params]:
     """Read a DINOv2 encoder from a folder or from the Hugging Face hub.
 
     source: a folder as `save_pretrained` of transformers' Dinov2Model (or
     Dinov2ForImageClassification, whose classifier is left out) or `save_dinov2` writes
-    it, or a hub id, such as facebook/dinov2-base, optionally with @revision; an
-    existing folder wins. "digits" is the small one shipped with this package.
+    it, a hub id, such as facebook/dinov2-base, optionally with @revision, or "digits",
+    see `files.fetch`.
 
     Returns the module (float32 compute, positions resized as REPA does; `clone` it for
     others) and its parameters: nested dict of float32 numpy arrays, the value of
     "params" in `module.apply`. Put them on the device once with `jax.device_put`.
 
-    Raises:
-        UserError: no such folder or file, hub not reachable, a malformed file, another
-            kind of model, or tensors that do not fit the config.
+    Raises UserError: no such folder or file, hub not reachable, a malformed file,
+    another kind of model, or tensors that do not fit the config.
     """
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    config, _ = files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)
-    module = DINOv2(config)
-    tensors = files.read_weights(folder, WEIGHTS)
-    if any(name.startswith(PREFIX) for name in tensors):
-        tensors = {
-            name.removeprefix(PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name not in CLASSIFIER
-        }
-    p = config.patch_size
-    wanted = tree.shapes(module, jax.ShapeDtypeStruct((1, p, p, 3), np.float32))
-    complaint = f"{folder}: {files.MISFIT}"
-    return module, tree.read(tensors, wanted, NAMES.__getitem__, complaint, p)
+    return FORMAT.load(source)
 
 
 def describe_dinov2(source: str) -> DINOv2:
     """The network of `load_dinov2` without its weights; of DINOv2-B without a file."""
     if source == "facebook/dinov2-base":
         return DINOv2(DINOv2Config())
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    return DINOv2(files.read_config(folder, DINOv2Config, NEWER_KEYS, ONLY_VALUE)[0])
+    return FORMAT.describe(source)[1]
 
 
 def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> None:
@@ -89,15 +90,13 @@ def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> Non
     folder: made where missing; files of the same name are replaced. params: as
     `load_dinov2` returns them; each tensor is stored in its own dtype.
     """
-    tensors = tree.write(params, NAMES.__getitem__, config.patch_size)
     depth = config.num_hidden_layers
-    fields = asdict(config) | ONLY_VALUE
-    fields |= {
+    more = {
         "apply_layernorm": True,
         "architectures": ["Dinov2Model"],
         "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
-        "dtype": str(tensors["layernorm.weight"].dtype),
+        "dtype": str(np.asarray(params["norm"]["scale"]).dtype),
         "hidden_dropout_prob": 0.0,
         "initializer_range": 0.02,
         "layerscale_value": 1.0,
@@ -107,4 +106,4 @@ def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> Non
         "stage_names": ["stem", *(f"stage{i + 1}" for i in range(depth))],
         "transformers_version": "5.23.0",
     }
-    files.write_folder(Path(folder), WEIGHTS, fields, tensors)
+    FORMAT.save(Path(folder), config, params, **more)

@@ -6,47 +6,67 @@ PyTorch's. No code that a file brings is run.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from flax import traverse_util
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sra2_jax.config_file import HUB_ID
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
+from sra2_jax.run import read_json
+from sra2_jax.weights import tree
 
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
-MISFIT = f"weights of another network than that of {CONFIG}"
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
-# what else its files hold
-BESIDES = ("opt", "args", "epoch", "steps")
 WRITTEN = (".safetensors", ".npz")
 REVERSED = "noise to data"  # note of a network that runs so
+AGAIN = (
+    "fetch it again, or save a dict of plain tensors as .safetensors; PyTorch's files "
+    "need it: pip install -e '.[torch]'"
+)
 
-Config = TypeVar("Config")
+
+@contextlib.contextmanager
+def _blamed(name: Any, advice: str = AGAIN) -> Iterator[None]:
+    """Whatever the libraries find wrong becomes one line about a file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of numpy, zipfile, safetensors, torch, the hub
+        # Torch's comes after advice to load the file without any protection.
+        reason = one_line(error, 10_000).split("WeightsUnpickler error: ")[-1][:200]
+        raise UserError(f"{name}: {reason}: {advice}") from error
+
+
+# Folders
 
 
 def fetch(source: str, weights: str) -> Path:
     """The local folder of `source`, downloaded if it is a hub id.
 
-    source: a folder or `owner/name[@revision]`; an existing folder wins. A commit as
-    revision pins what is loaded. With HF_HUB_OFFLINE=1 nothing is downloaded, and what
-    was downloaded before is used. weights: name of the safetensors file in it.
+    source: a folder or `owner/name[@revision]`; an existing folder wins, "digits" is
+    the one shipped with this package. A commit as revision pins what is loaded. With
+    HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file wanted in it.
 
-    Raises:
-        UserError: neither a folder nor a hub id, or the hub does not deliver it.
+    Raises UserError: neither a folder nor a hub id, or the hub does not deliver it.
     """
+    if source == "digits":
+        return next(ASSETS.glob(f"*/{weights}")).parent
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -61,7 +81,8 @@ def fetch(source: str, weights: str) -> Path:
     from huggingface_hub import snapshot_download
 
     shards = weights.replace(".safetensors", "-*.safetensors")
-    try:
+    advice = f"check the name, the network and HF_HUB_OFFLINE, or {wanted}"
+    with _blamed(f"{source}: not from the hub", advice):
         return Path(
             snapshot_download(
                 hub_id["repo"],
@@ -69,74 +90,84 @@ def fetch(source: str, weights: str) -> Path:
                 allow_patterns=[CONFIG, weights, weights + INDEX, shards],
             )
         )
-    # The client lets errors of several libraries through; the way out is the same.
-    except Exception as error:
-        raise UserError(
-            f"{source}: no such local folder, and the hub did not deliver it "
-            f"({first_line(error)}); check the name, the network and HF_HUB_OFFLINE, "
-            f"or {wanted}"
-        ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a folder.
+def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
+    """All tensors of a folder by their name. Raises UserError: a damaged file."""
+    index, names = folder / (weights + INDEX), {weights}
+    tensors: dict[str, np.ndarray] = {}
+    with _blamed(index):
+        if index.is_file():
+            names = set(read_json(index)["weight_map"].values())
+        for name in sorted(names):
+            tensors |= _read(folder / Path(name).name)  # it cannot leave the folder
+    return tensors
 
-    Raises:
-        UserError: no such file, not JSON, not an object.
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a library keeps a network in a folder.
+
+    Attributes:
+      weights: name of the safetensors file; network, config: our classes.
+      newer: what stands for a key of config.json that is missing or null.
+      only: of a config, the keys with one value that we implement.
+      name: of our modules in the file; current: tensors by the names of today.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a folder of save_pretrained")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: no JSON object ({error}); fetch it again") from error
-    return content
 
+    weights: str
+    network: Callable[[Any], Any]
+    config: Callable[..., Any]
+    newer: Mapping[str, Any]
+    only: Callable[[Any], dict[str, Any]]
+    name: tree.Name
+    current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
-def read_config(
-    folder: Path,
-    kind: type[Config],
-    newer: Mapping[str, Any],
-    only: Mapping[str, Any],
-) -> tuple[Config, dict[str, Any]]:
-    """A folder's config.json as the dataclass `kind`, and all of its fields.
+    def describe(self, source: str) -> tuple[Path, Any]:
+        """The folder of `source` and its network.
 
-    newer: what stands for a key that is missing or null; only: see `check_values`.
+        Raises UserError: as `fetch`, no JSON, a field that is missing, of another type,
+        an absurd number, or a network that is not implemented.
+        """
+        folder = fetch(source, self.weights)
+        path = folder / CONFIG
+        found = {k: v for k, v in read_json(path).items() if v is not None}
+        fields, values = {**self.newer, **found}, {}
+        for key, of in get_type_hints(self.config).items():
+            value = fields.get(key)
+            if not _is(value, of):
+                wanted = f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
+                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
+            values[key] = (get_origin(of) or of)(value)
+        try:
+            config = self.config(**values)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        for key, only in self.only(config).items():
+            if (value := fields.get(key)) != only:
+                wanted = f"only {only!r} is supported, choose another model"
+                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
+        return folder, self.network(config)
 
-    Raises:
-        UserError: a field that is missing, of another type, an absurd number, or one
-            that `kind` refuses; otherwise as `read_json` and `check_values`.
-    """
-    found = read_json(folder / CONFIG)
-    fields = {**newer, **{k: v for k, v in found.items() if v is not None}}
-    check_values(folder, fields, only)
-    values = {}
-    for key, of in get_type_hints(kind).items():
-        value = fields.get(key)
-        if not _is(value, of):
-            raise UserError(
-                f"{folder / CONFIG}: {key} is {value!r:.80}; "
-                f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
-            )
-        values[key] = (get_origin(of) or of)(value)
-    try:
-        return kind(**values), fields
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from None
+    def load(self, source: str) -> tuple[Any, tree.Params]:
+        """The network and its parameters. Raises UserError as `describe` and `read`."""
+        folder, module = self.describe(source)
+        tensors = self.current(read_weights(folder, self.weights))
+        complaint = f"{folder}: weights of another network than that of {CONFIG}"
+        patch = getattr(module.config, "patch_size", 1)
+        return module, tree.read(tensors, module.shapes(), self.name, complaint, patch)
 
-
-def check_values(
-    folder: Path, fields: Mapping[str, Any], only: Mapping[str, Any]
-) -> None:
-    """Refuse a key of `only` that is there with another value."""
-    for key, value in only.items():
-        if fields.get(key, value) != value:
-            raise UserError(
-                f"{folder / CONFIG}: {key} is {fields[key]!r:.80}; only {value!r} is "
-                "supported, choose another model"
-            )
+    def save(self, folder: Path, config: Any, params: tree.Params, **more: Any) -> None:
+        """Write what `save_pretrained` of the library does; more: for config.json."""
+        patch = getattr(config, "patch_size", 1)
+        tensors = tree.write(params, self.name, patch)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A stale index would win over the new file, here and in the libraries.
+        (folder / (self.weights + INDEX)).unlink(missing_ok=True)
+        save_file(tensors, folder / self.weights, metadata={"format": "pt"})
+        fields = dataclasses.asdict(config) | self.only(config) | more
+        text = json.dumps(fields, indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -146,40 +177,10 @@ def _is(value: Any, kind: Any) -> bool:
     return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
 
 
-def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
-    """All tensors of a folder by their name."""
-    index = folder / (weights + INDEX)
-    if not index.is_file():
-        return _read(folder / weights)
-    shards = read_json(index).get("weight_map")
-    names = {str(name) for name in shards.values()} if type(shards) is dict else {""}
-    tensors: dict[str, np.ndarray] = {}
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(
-                f"{index}: its weight_map has {name!r:.80}, not the plain name of a "
-                ".safetensors file; fetch it again"
-            )
-        tensors |= _read(folder / name)
-    return tensors
+# State dicts
 
 
-def write_folder(
-    folder: Path,
-    weights: str,
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, np.ndarray],
-) -> None:
-    """Write config.json and weights as `save_pretrained` of the libraries does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # A stale index would win over the new file, here and in the libraries.
-    (folder / (weights + INDEX)).unlink(missing_ok=True)
-    save_file(dict(tensors), folder / weights, metadata={"format": "pt"})
-    text = json.dumps(fields, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Contents:
     """What a file holds.
 
@@ -200,68 +201,41 @@ def read_file(path: Path) -> Contents:
     """Read a checkpoint of the reference code, or one that `write_file` wrote.
 
     A state dict, or a dict with model, ema or both (in flat files name prefixes,
-    "ema." or "ema/"), perhaps below state_dict. The dtypes are the file's own, but
-    PyTorch's of 32 bits or less come as float32.
+    "ema." or "ema/"), perhaps below state_dict. What is no tensor or a single number is
+    left out. The dtypes are the file's own, but PyTorch's of 32 bits or less come as
+    float32.
 
-    Raises:
-      UserError: no such file, another kind, damaged, or a pickle that asks for code.
+    Raises UserError: no such file, another kind, damaged, or a pickle that asks for
+    code.
     """
-    tree = _read(path)
+    found = {re.sub(r"^(state_dict\.)+", "", k): v for k, v in _read(path).items()}
     notes: Mapping[str, str] = {}
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="numpy") as file:
-            notes = file.metadata() or {}
-    tree = {re.sub(r"^(state_dict\.)+", "", name): v for name, v in tree.items()}
-    sets = {}
+    with _blamed(path):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="numpy") as file:
+                notes = file.metadata() or {}
+        counts = found.get("steps", notes.get("step")), notes.get("num_heads")
+        step, heads = (None if count is None else int(count) for count in counts)
+    tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.ndim}
+    sets: dict[str, dict[str, np.ndarray]] = {}
     for key, ours in SETS.items():
         prefixes = f"{key}.", f"{key}/"
-        part = {k[len(key) + 1 :]: v for k, v in tree.items() if k.startswith(prefixes)}
-        if part:
-            sets[ours] = part
-    if not sets:
-        one = {k: v for k, v in tree.items() if k.split(".")[0] not in BESIDES}
-        sets["unnamed"] = one
-    for name, value in ((n, v) for part in sets.values() for n, v in part.items()):
-        if not isinstance(value, np.ndarray):
-            raise UserError(
-                f"{path}: {name} is a {type(value).__name__}, not a tensor: give a "
-                "state dict, or a dict with model or ema"
-            )
-    step = _integer(tree.get("steps", notes.get("step")))
-    heads = _integer(notes.get("num_heads"))
-    return Contents(sets, step, heads, notes.get("time") == REVERSED)
-
-
-def _integer(value: Any) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
+        names = [name for name in tensors if name.startswith(prefixes)]
+        if names:
+            sets[ours] = {name[len(key) + 1 :]: tensors[name] for name in names}
+    reverse = notes.get("time") == REVERSED
+    return Contents(sets or {"unnamed": tensors}, step, heads, reverse)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The names of a file and what they hold: arrays, or of PyTorch plain values.
-
-    Raises:
-      UserError: as `read_file`.
-    """
+    """The names of a file and what they hold: arrays, or of PyTorch plain values."""
     readers: dict[str, Callable[[Path], dict[str, Any]]]
     readers = {".npz": _read_npz, ".safetensors": load_file}
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
     if path.suffix not in readers or not path.is_file():
         raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
-    try:
+    with _blamed(path):
         return readers[path.suffix](path)
-    except ImportError as error:
-        raise UserError(
-            f"{path}: needs PyTorch: pip install -e '.[torch]', or save the state dict "
-            "as .safetensors elsewhere"
-        ) from error
-    except Exception as error:  # numpy, zipfile, safetensors and torch raise many kinds
-        raise UserError(
-            f"{path}: truncated, or not a state dict of plain tensors "
-            f"({first_line(error)}): fetch it again"
-        ) from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -285,33 +259,17 @@ def _read_torch(path: Path) -> dict[str, Any]:
             weights_only=True,
             mmap=zipfile.is_zipfile(path),  # older files are pickles throughout
         )
-    return dict(_flat(tree))
+    flat = traverse_util.flatten_dict(tree).items()
+    return {".".join(map(str, k)): _array(v) for k, v in flat if "opt" not in k}
 
 
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Names joined by dots, with arrays for tensors.
-
-    Floats of 32 bits or less come as float32, which changes none.
-    """
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key == "opt":
-            continue
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
-        elif not hasattr(value, "detach"):
-            yield name, value
-        elif value.is_floating_point() and value.itemsize <= 4:
-            yield name, value.detach().float().numpy()
-        else:
-            yield name, value.detach().numpy()
-
-
-def first_line(error: BaseException) -> str:
-    """The error's kind and what it says, in one line."""
-    # Torch's comes after advice to load the file without any protection.
-    told = str(error).split("WeightsUnpickler error:")[-1].split()
-    return f"{type(error).__name__}: {' '.join(told)[:200]}"
+def _array(value: Any) -> Any:
+    """A tensor as an array; floats of up to 32 bits as float32, which changes none."""
+    if not hasattr(value, "detach"):
+        return value
+    if value.is_floating_point() and value.itemsize <= 4:
+        value = value.float()
+    return value.detach().numpy()
 
 
 def write_file(
@@ -319,29 +277,26 @@ def write_file(
 ) -> None:
     """Write a state dict whole or not at all; an .npz has no place for the notes.
 
-    Raises:
-      UserError: another suffix, no such folder, a file there already, a full disk.
+    Raises UserError: as `check_writable`, or a full disk.
     """
     check_writable(path)
     part, arrays = path.with_name(f"{path.name}.part"), dict[str, Any](tensors)
     try:
-        if path.suffix == ".npz":
-            with part.open("wb") as file:
-                np.savez(file, **arrays)
-        else:
-            save_file(arrays, part, dict(notes))
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+        with _blamed(path, "it cannot be written"):
+            if path.suffix == ".npz":
+                with part.open("wb") as file:
+                    np.savez(file, **arrays)
+            else:
+                save_file(arrays, part, dict(notes))
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:
     """Refuse a file that `write_file` would."""
-    if path.suffix not in WRITTEN:
-        raise UserError(f"{path}: must end in {' or '.join(WRITTEN)}")
-    if path.exists():
-        raise UserError(f"{path}: exists already: name another file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: no such folder: make it first")
+    free = path.absolute().parent.is_dir() and not path.exists()
+    if path.suffix not in WRITTEN or not free:
+        raise UserError(
+            f"{path}: give a new {' or '.join(WRITTEN)} in a folder that exists"
+        )

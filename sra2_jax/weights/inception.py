@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from sra2_jax.errors import UserError
+from sra2_jax.models import shapes
 from sra2_jax.models.inception import Inception
 from sra2_jax.weights import files, tree
-from sra2_jax.weights.tree import Params, Shape
+from sra2_jax.weights.tree import Params
 
 URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -22,32 +23,24 @@ HOW = (
 )
 EPSILON = 1e-3  # of the batch norms
 NORM = ("weight", "bias", "running_mean", "running_var")
-COUNTERS = ".num_batches_tracked"  # of training, in PyTorch's file
 
 
 def load_inception(source: str) -> tuple[Inception, Params]:
-    """The network of FID with its published weights.
+    """The network of FID with its published weights, float32.
 
     source: the file that torch-fidelity and pytorch-fid publish
     (*-inception-2015-12-05-6726825d.pth; PyTorch reads it), or what
     `sra2_jax.programs.convert inception` made of it.
 
-    Returns the module and its parameters, float32.
-
-    Raises:
-      UserError: no such file (the message says where to get it), a damaged one, or
-        weights of another network.
+    Raises UserError: no such file (the message says where to get it), a damaged one, or
+    weights of another network.
     """
     path = Path(source).expanduser()
-    return from_torch_fidelity(read_weights(path), path)
+    return from_torch_fidelity(_read(path), path)
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of a file by torch-fidelity's names, without counters.
-
-    Raises:
-      UserError: as `load_inception`, but for another network's file.
-    """
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a file by torch-fidelity's names."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, the Inception weights of FID: {HOW}")
     # torch's convention: NAME-HASH.pth, the first digits of the file's SHA-256
@@ -57,7 +50,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             f"{path}: damaged, its SHA-256 does not begin with {promised[1]}: "
             "download it again"
         )
-    return _without_counters(files.read_file(path).sets.get("unnamed", {}))
+    return files.read_file(path).sets.get("unnamed", {})
 
 
 def sha256(path: str | Path) -> str:
@@ -69,11 +62,10 @@ def sha256(path: str | Path) -> str:
 def convert_inception(file: Path, out: Path) -> None:
     """Write the weights as .safetensors or .npz, which need no PyTorch.
 
-    Raises:
-      UserError: an unusable `file`; `out` exists or has another suffix.
+    Raises UserError: as `load_inception` and `files.write_file`.
     """
     files.check_writable(out)
-    weights = read_weights(file)
+    weights = _read(file)
     from_torch_fidelity(weights, file)  # refuses another network's
     files.write_file(out, weights, {"source": file.name, "sha256": sha256(file)})
     print(f"{out}: {len(weights)} tensors of {file.name}")
@@ -82,43 +74,22 @@ def convert_inception(file: Path, out: Path) -> None:
 def from_torch_fidelity(
     weights: Mapping[str, np.ndarray], source: Path
 ) -> tuple[Inception, Params]:
-    """Fold each batch norm into its convolution, in float64.
-
-    Raises:
-      UserError: names, shapes or values that are not this network's; `source` is named.
-    """
-    weights, network = _without_counters(weights), Inception()
-    shapes = tree.shapes(network, np.zeros((1, 8, 8, 3), np.uint8))
+    """Fold each batch norm into its convolution, in float64. Raises UserError: names or
+    shapes that are not this network's; `source` is named."""
     complaint = f"{source}: not the Inception network of FID ({HOW})"
-    tree.check(weights, _published(tree.file_shapes(shapes, str)), complaint)
-    for name, tensor in weights.items():
-        if not np.isfinite(tensor).all():
-            raise UserError(f"{source}: {name} is not finite: fetch the file again")
-    folded = {"fc.weight": weights["fc.weight"]}
-    for name in (key for key in weights if key.endswith(".conv.weight")):
-        layer = name.removesuffix(".conv.weight")
-        gamma, beta, mean, variance = (
-            np.asarray(weights[f"{layer}.bn.{part}"], np.float64) for part in NORM
-        )
-        scale = gamma / np.sqrt(variance + EPSILON)
-        folded[f"{layer}.weight"] = weights[name] * scale[:, None, None, None]
-        folded[f"{layer}.bias"] = beta - mean * scale
-    return network, tree.read(folded, shapes, str, complaint)
-
-
-def _without_counters(weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {k: v for k, v in weights.items() if not k.endswith(COUNTERS)}
-
-
-def _published(folded: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes by their names in the file, of those with folded norms."""
-    found: dict[str, Shape] = {"fc.bias": (1008,)}  # in the file, not in the metrics
-    for name, shape in folded.items():
-        layer, _, leaf = name.rpartition(".")
-        if layer == "fc":
-            found[name] = shape
-        elif leaf == "weight":
-            found[f"{layer}.conv.weight"] = shape
-        else:
-            found |= {f"{layer}.bn.{part}": shape for part in NORM}
-    return found
+    # Without PyTorch's counters, and the bias, which no metric uses.
+    rest = {k: v for k, v in weights.items() if np.ndim(v) and k != "fc.bias"}
+    try:
+        for name in [key for key in rest if key.endswith(".conv.weight")]:
+            layer = name.removesuffix(".conv.weight")
+            gamma, beta, mean, variance = (
+                rest.pop(f"{layer}.bn.{part}").astype(np.float64) for part in NORM
+            )
+            scale = gamma / np.sqrt(variance + EPSILON)
+            rest[f"{layer}.weight"] = rest.pop(name) * scale[:, None, None, None]
+            rest[f"{layer}.bias"] = beta - mean * scale
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{complaint}: {error}") from error
+    network = Inception()
+    wanted = shapes(network, np.zeros((1, 8, 8, 3), np.uint8))
+    return network, tree.read(rest, wanted, str, complaint)

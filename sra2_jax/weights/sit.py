@@ -10,15 +10,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from flax import traverse_util
 
 from sra2_jax.errors import UserError
-from sra2_jax.models.dit import DiT, sincos_positions
+from sra2_jax.models import shapes
+from sra2_jax.models.dit import TIME_FEATURES, DiT, sincos_positions
 from sra2_jax.weights import tree
 from sra2_jax.weights.tree import Name, Params, Shape
 
 POSITIONS = "pos_embed"
-TIME_FEATURES = 256
 FOREIGN = "not a SiT checkpoint"
 FINAL = {
     "final.modulation": "final_layer.adaLN_modulation.1",
@@ -51,9 +53,9 @@ def from_reference(
     """Convert the state dict of a SiT, with or without heads.
 
     Args:
-      weights: names -> float arrays of at most 32 bits; patch kernel (out, in, h, w),
-        matrices (out, in). Prefixes of PyTorch's wrappers are dropped, and the
-        `decoder_blocks` of older REPA files follow their `blocks`.
+      weights: names -> float arrays; patch kernel (out, in, h, w), matrices (out, in).
+        Prefixes of PyTorch's wrappers are dropped, and the `decoder_blocks` of older
+        REPA files follow their `blocks`.
       names: of the heads, see `alignment.HEAD_NAMES`.
 
     Returns:
@@ -61,30 +63,23 @@ def from_reference(
       `heads`, which no shape shows); the float32 tree of `models.dit.DiT`; section of
       config.align -> tree of its head.
 
-    Raises:
-      UserError: missing or foreign names, shapes that do not fit each other, another
-        position table than the fixed one.
+    Raises UserError: missing or foreign names, shapes that do not fit each other,
+    another position table than the fixed one.
     """
-    weights = plain_names(weights)
+    weights = _plain_names(weights)
     settings = _settings(weights)
-    for name, tensor in weights.items():
-        if tensor.dtype.itemsize > 4:
-            raise UserError(f"{name} is {tensor.dtype}: save it as float32 or smaller")
     del weights[POSITIONS]
     heads = {}
     for section, (prefix, linear) in names.items():
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
         if own:
-            of_head = _head_name(prefix, linear)
-            shapes = _head_shapes(own, prefix, of_head)
-            heads[section] = tree.read(own, shapes, of_head, FOREIGN)
+            heads[section] = _head(own, prefix, _head_name(prefix, linear))
     network = DiT(heads=1, **settings)
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
-    shapes = tree.shapes(network, x, t, t.astype(int))
-    p = network.patch_size
-    params = tree.read(weights, shapes, NAMES.__getitem__, FOREIGN, p)
-    return settings, params, heads
+    wanted = shapes(network, x, t, t.astype(int))
+    rule, patch = NAMES.__getitem__, network.patch_size
+    return settings, tree.read(weights, wanted, rule, FOREIGN, patch), heads
 
 
 def to_reference(
@@ -95,13 +90,8 @@ def to_reference(
     size: int,
     patch_size: int,
 ) -> dict[str, np.ndarray]:
-    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names.
-
-    Args:
-      params: tree of `models.dit.DiT`; heads: section of config.align -> tree of its
-        head, with `names` as of `from_reference`.
-      size: side of the latent grid.
-    """
+    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names;
+    size: side of the latent grid."""
     width = params["patch"]["bias"].size
     weights = {POSITIONS: sincos_positions(width, size // patch_size)[None]}
     weights |= tree.write(params, NAMES.__getitem__, patch_size)
@@ -118,8 +108,7 @@ def reverse_time(params: Params, time_scale: float, velocity: bool) -> Params:
     in them, so its kernel is changed, exactly but for rounding to float32. A `velocity`
     changes its sign too. Applying this twice gives the same network back.
 
-    Args:
-      params: tree of `models.dit.DiT`; time_scale: its factor on t.
+    time_scale: the network's factor on t.
     """
     half = TIME_FEATURES // 2
     angles = time_scale * np.exp(-np.log(10000.0) * np.arange(half) / half)[:, None]
@@ -136,12 +125,8 @@ def reverse_time(params: Params, time_scale: float, velocity: bool) -> Params:
     return result
 
 
-def plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The names without PyTorch's wrappers; REPA's `decoder_blocks` as more `blocks`.
-
-    Raises:
-      UserError: two names become one.
-    """
+def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Without wrappers of PyTorch; `decoder_blocks` of REPA as more `blocks`."""
     plain = {
         re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): tensor
         for name, tensor in weights.items()
@@ -210,19 +195,16 @@ def _head_name(prefix: str, linear: str) -> Name:
     return name
 
 
-def _head_shapes(
-    own: Mapping[str, Any], prefix: str, name: Name
-) -> dict[tree.Path, Shape]:
-    """Of a head's parameters, from its tensors alone: no other shape shows them."""
-    linear = (f"linear_{i}" for i in range(len(own)))
-    modules = {name(module): module for module in (*FINAL, *linear)}
-    shapes = {}
+def _head(own: Mapping[str, np.ndarray], prefix: str, name: Name) -> Params:
+    """The tree of a head, from its tensors alone: nothing else shows its shapes."""
+    known = *FINAL, *(f"linear_{i}" for i in range(len(own)))
+    modules = {name(module): module for module in known}
+    wanted = {}
     for key, tensor in own.items():
         stem, _, leaf = key.rpartition(".")
         module = modules.get(stem, stem.removeprefix(f"{prefix}."))
-        if not module.replace(".", "_").isidentifier():
-            raise UserError(f"{FOREIGN}: {key} is no layer of a head")
-        shape = np.shape(tensor)
-        shape = (*shape[2:], *shape[1::-1]) if leaf == "weight" else shape
-        shapes[*module.split("."), "kernel" if leaf == "weight" else leaf] = shape
-    return shapes
+        shape = tensor.shape
+        if leaf == "weight":
+            leaf, shape = "kernel", (*shape[2:], *shape[1::-1])
+        wanted[*module.split("."), leaf] = jax.ShapeDtypeStruct(shape, np.float32)
+    return tree.read(own, traverse_util.unflatten_dict(wanted), name, FOREIGN)

@@ -18,7 +18,6 @@ from sra2_jax.errors import UserError
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
-Path = tuple[str, ...]
 # "blocks.qkv" -> "blocks.{i}.attn.qkv"
 Name = Callable[[str], str]
 
@@ -26,26 +25,9 @@ Name = Callable[[str], str]
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
-def shapes(module: Any, *inputs: Any) -> dict[Path, Shape]:
-    """Of every parameter by its path, without allocating one."""
-    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    flat = traverse_util.flatten_dict(variables["params"])
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def file_shapes(
-    wanted: Mapping[Path, Shape], name: Name, patch: int = 1
-) -> dict[str, Shape]:
-    """Of every tensor by its name in the file."""
-    zeros = {path: np.broadcast_to(np.float32(0), s) for path, s in wanted.items()}
-    return {key: view.shape for key, view in _views(zeros, name, patch)}
-
-
-def _views(
-    flat: Mapping[Path, Any], name: Name, patch: int
-) -> Iterator[tuple[str, np.ndarray]]:
+def _views(params: Params, name: Name, patch: int) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor's name in the file, and a view of its numbers as they lie there."""
-    for path, leaf in flat.items():
+    for path, leaf in traverse_util.flatten_dict(params).items():
         *modules, last = path
         if last in LEAVES:
             text = f"{name('.'.join(modules))}.{LEAVES[last]}"
@@ -62,28 +44,29 @@ def _views(
 
 def write(params: Params, name: Name, patch: int = 1) -> dict[str, np.ndarray]:
     """The tensors of a file, contiguous, each in its own dtype."""
-    flat = traverse_util.flatten_dict(params)
-    views = _views(flat, name, patch)
-    return {key: np.ascontiguousarray(view) for key, view in views}
+    return {k: np.ascontiguousarray(view) for k, view in _views(params, name, patch)}
 
 
 def read(
     tensors: Mapping[str, np.ndarray],
-    wanted: Mapping[Path, Shape],
+    wanted: Any,
     name: Name,
     complaint: str,
     patch: int = 1,
 ) -> Params:
-    """The exact inverse of `write`, float32.
+    """The exact inverse of `write`, float32; wanted: a tree of leaves with a shape.
 
-    Raises:
-      UserError: as `check`.
+    Raises UserError: as `check`.
     """
-    check(tensors, file_shapes(wanted, name, patch), complaint)
-    flat = {path: np.empty(shape, np.float32) for path, shape in wanted.items()}
-    for key, view in _views(flat, name, patch):
+    # Checked before memory is taken for numbers that a config makes up.
+    zeros = jax.tree.map(
+        lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), wanted
+    )
+    check(tensors, {k: v.shape for k, v in _views(zeros, name, patch)}, complaint)
+    params: Params = jax.tree.map(lambda zero: np.empty(zero.shape, zero.dtype), zeros)
+    for key, view in _views(params, name, patch):
         view[...] = tensors[key]
-    return traverse_util.unflatten_dict(flat)
+    return params
 
 
 def check(
@@ -91,9 +74,8 @@ def check(
 ) -> None:
     """Refuse tensors whose names and shapes are not exactly the wanted ones.
 
-    Raises:
-      UserError: the complaint, and the first that is missing, foreign or of another
-        shape, or does not hold real numbers.
+    Raises UserError: the complaint, and the first that is missing, foreign, of another
+    shape, or does not hold real numbers.
     """
     found: dict[str, Any] = {
         key: x.shape if jnp.issubdtype(x.dtype, jnp.floating) else str(x.dtype)[:80]

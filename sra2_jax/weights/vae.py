@@ -1,18 +1,16 @@
 """Published autoencoder weights: read and written in the folder format of diffusers."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from sra2_jax.weights import files, tree
+from sra2_jax.weights.files import Format
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-DIGITS = files.ASSETS / "digits_vae"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
 OLD_ATTENTION = {
     "query": "to_q",
@@ -20,16 +18,8 @@ OLD_ATTENTION = {
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-# Keys that change the network or its latents and have one value we implement.
-ONLY_VALUE = {
-    "_class_name": "AutoencoderKL",
-    "act_fn": "silu",
-    "latents_mean": None,
-    "latents_std": None,
-}
 # What diffusers assumes where a file was written before the key existed.
 NEWER_KEYS = {
-    "_class_name": "missing",  # not a file of diffusers
     "scaling_factor": 0.18215,
     "shift_factor": 0.0,
     "mid_block_add_attention": True,
@@ -38,52 +28,13 @@ NEWER_KEYS = {
 }
 
 
-def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
-    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
-
-    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, or a hub
-    id `owner/name`, optionally `owner/name@revision`; an existing folder wins. "digits"
-    is the small one shipped with this package.
-
-    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
-    its parameters: nested dict of float32 numpy arrays, the value of "params" in
-    `vae.apply`. Put them on the device once with `jax.device_put`.
-
-    Raises:
-        UserError: no such folder or file, hub not reachable, a malformed file, another
-            kind of model, or tensors that do not fit the config.
-    """
-    folder = files.fetch(str(DIGITS) if source == "digits" else source, WEIGHTS)
-    config, fields = files.read_config(folder, VAEConfig, NEWER_KEYS, ONLY_VALUE)
-    files.check_values(folder, fields, _block_types(config))
-    tensors = _current_names(files.read_weights(folder, WEIGHTS))
-    model = AutoencoderKL(config)
-    image = (1, config.downsample, config.downsample, config.in_channels)
-    wanted = tree.shapes(model, jax.ShapeDtypeStruct(image, np.float32))
-    return model, tree.read(tensors, wanted, _name, f"{folder}: {files.MISFIT}")
-
-
-def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
-    """Write an AutoencoderKL as diffusers 0.42 does, for `load_vae` and for diffusers.
-
-    folder: made where missing; files of the same name are replaced. params: as
-    `load_vae` returns them; each tensor is stored in its own dtype.
-    """
-    fields = asdict(config) | ONLY_VALUE | _block_types(config)
-    fields |= {
-        "_diffusers_version": "0.42.1",
-        "force_upcast": True,
-        # Read by diffusers' tiled decoding only.
-        "sample_size": 32 * config.downsample,
-        "shift_factor": config.shift_factor or None,
-    }
-    files.write_folder(Path(folder), WEIGHTS, fields, tree.write(params, _name))
-
-
-def _block_types(config: VAEConfig) -> dict[str, list[str]]:
-    """The only ones that we implement."""
+def _only(config: VAEConfig) -> dict[str, Any]:
     levels = len(config.block_out_channels)
     return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
@@ -98,11 +49,47 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Old attention names made current, and their 1x1 convolutions made matrices."""
     renamed = {}
     for name, tensor in tensors.items():
-        head, _, last = name.rpartition(".")
-        parent, _, layer = head.rpartition(".")
         if ".attentions." in name:
-            head = f"{parent}.{OLD_ATTENTION.get(layer, layer)}"
-            if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+            for old, new in OLD_ATTENTION.items():
+                name = name.replace(f".{old}.", f".{new}.")
+            if tensor.shape[2:] == (1, 1):
                 tensor = tensor[:, :, 0, 0]
-        renamed[f"{head}.{last}"] = tensor
+        renamed[name] = tensor
     return renamed
+
+
+FORMAT = Format(
+    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, _only, _name, _current_names
+)
+
+
+def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
+    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
+
+    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, a hub id
+    `owner/name[@revision]`, or "digits", see `files.fetch`.
+
+    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
+    its parameters: nested dict of float32 numpy arrays, the value of "params" in
+    `vae.apply`. Put them on the device once with `jax.device_put`.
+
+    Raises UserError: no such folder or file, hub not reachable, a malformed file,
+    another kind of model, or tensors that do not fit the config.
+    """
+    return FORMAT.load(source)
+
+
+def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
+    """Write an AutoencoderKL as diffusers 0.42 does, for `load_vae` and for diffusers.
+
+    folder: made where missing; files of the same name are replaced. params: as
+    `load_vae` returns them; each tensor is stored in its own dtype.
+    """
+    more = {
+        "_diffusers_version": "0.42.1",
+        "force_upcast": True,
+        # Read by diffusers' tiled decoding only.
+        "sample_size": 32 * config.downsample,
+        "shift_factor": config.shift_factor or None,
+    }
+    FORMAT.save(Path(folder), config, params, **more)
