@@ -97,7 +97,9 @@ class Parser(argparse.ArgumentParser):
         """Flags --config.KEY=VALUE, to be found in `overrides`: {key: text}."""
         self.set_defaults(overrides={})
         for name in fields(Config):
-            self.add_argument(f"--config.{name}", action=_Override, help=SUPPRESS)
+            self.add_argument(
+                f"--config.{name}", action=_Override, default=SUPPRESS, help=SUPPRESS
+            )
 
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         """The flags. Unlike argparse's it names the flag that was meant, perhaps."""

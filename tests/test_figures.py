@@ -110,12 +110,9 @@ def test_colors_are_the_principal_components():
 
 
 def test_default_blocks():
-    blocks = probes.default_blocks
-    assert blocks(28, set()) == [10, 19, 28]
-    assert blocks(28, {8}) == [8, 19, 28]
-    assert blocks(12, {2, 4}) == [2, 4, 12]
-    assert blocks(6, {2}) == [2, 4, 6]
-    assert blocks(1, {1}) == [1]
+    assert probes.default_blocks(28, set()) == [19, 28]
+    assert probes.default_blocks(28, {8}) == [8, 19, 28]
+    assert probes.default_blocks(1, {1}) == [1]
 
 
 def test_pca(runs, draw, tmp_path):
@@ -217,35 +214,24 @@ def test_many_labels_look_different():
     ("arguments", "message"),
     [
         ("pca nowhere", "nowhere/config.json cannot be read"),
-        ("curves nowhere", "nowhere/config.json cannot be read"),
         ("pca A --blocks=1,3", "--blocks=3: the shallowest run has 2 blocks"),
         ("pca A --blocks=two", "--blocks: two: give numbers between 1 and 1000"),
         ("probe A --times=0.5,1.5", "--times: 0.5,1.5: give numbers between 0 and 1"),
-        ("probe A --times=nan", "--times: nan: give numbers between 0 and 1"),
-        ("probe A --record=3", "unrecognized arguments: --record=3"),
+        ("probe A --record=3", "unknown flag --record: did you mean --records"),
         ("probe A --records=9999", "has 1437 records, 9999 are asked for"),
         ("probe A --records=3", "3 records are too few for the 16 channels of A"),
         ("probe A --data=nowhere", "nowhere: no latents.json in this folder"),
-        ("probe A A", "A and A are both called 'tiny', but have the same config.seed"),
-        ("probe A WIDE", "both called 'tiny', but config.batch_size: 16 and 32"),
         ("pca A OTHER", "the datasets of A and OTHER hold different records"),
         ("curves A --metric=fid", "A: no metric 'fid'; logged: eval/accuracy, eval/fr"),
-        ("curves A x=VAE", "A and VAE do not compare: config.vae: 'digits' and 'x'"),
-        ("pca A --out=x.jpeg", "x.jpeg must end in one of .png, .pdf, .svg"),
         ("pca A --out=A/new/x.png", "x.png is no file in a folder that exists"),
-        ("curves A --out=F.png", "F.png is no file in a folder that exists"),
     ],
 )  # fmt: skip
 def test_refusals(runs, draw, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "A").symlink_to(runs[0])
-    (tmp_path / "F.png").mkdir()
-    changes = {"WIDE": {"batch_size": 32}, "VAE": {"vae": "x"}, "OTHER": {}}
-    for name in changes.keys() & set(arguments.replace("=", " ").split()):
-        ignore = shutil.ignore_patterns("checkpoints")
-        shutil.copytree(runs[1], tmp_path / name, ignore=ignore)
-        changed(tmp_path / name, **changes[name])
     if "OTHER" in arguments:
+        ignore = shutil.ignore_patterns("checkpoints")
+        shutil.copytree(runs[1], tmp_path / "OTHER", ignore=ignore)
         names = {"images": "digits", "vae": "digits", "split": "test"}
         encode(EncodeOptions(str(tmp_path / "held_out"), resolution=32, **names))
         section = json.loads((tmp_path / "OTHER" / "config.json").read_text())["data"]

@@ -2,8 +2,7 @@
 
 Counted at the config's size from shapes alone (nothing is allocated): parameters and
 the forward pass of one image. Measured by turns in one process, with the config of
---measure: time and peak memory of the training step. Prints a table, writes cost.json
-and cost.png.
+--measure: time and peak memory of the training step. Prints a table, writes cost.json.
 """
 
 import json
@@ -138,40 +137,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Bars of the costs, one row of bars a method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = [  # heading, key, factor, format
-        ("Counted: heads and\nexternal parameters, M", "added_parameters", 1e-6, ".1f"),
-        ("Counted: forward pass\nover vanilla, %", "extra_percent", 1, "+.1f"),
-        ("Timed: training step\nover vanilla, times", "time_over_vanilla", 1, ".2f"),
-        ("Timed: peak memory,\nMB a device", "peak_bytes", 1e-6, ".0f"),
-    ]
-    panels = [panel for panel in panels if panel[1] in rows[0]]
-    names = [row["method"] for row in rows][::-1]
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(2.6 * len(panels) + 1.2, 2.9), sharey=True
-    )
-    for axis, (heading, key, unit, form) in zip(axes, panels, strict=True):
-        values = [unit * row[key] for row in rows][::-1]
-        colors = ["#0072b2" if n == "SRA 2" else "#9aa5b1" for n in names]
-        bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [f"{v:{form}}" for v in values], padding=3, fontsize=9)
-        axis.set_xlim(0, 1.28 * max(values) or 1)
-        axis.set_title(heading, fontsize=10)
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-        axis.set_xticks([])
-        axis.tick_params(left=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.text(0.5, 0.03, title, fontsize=10, ha="center", color="#555555")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
@@ -204,7 +169,6 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     facts = {"title": title, "jax": jax.__version__, "methods": rows}
     (arguments.out / "cost.json").write_text(json.dumps(facts, indent=2) + "\n")
-    plot(rows, title, arguments.out / "cost.png")
 
 
 if __name__ == "__main__":

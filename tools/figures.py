@@ -22,16 +22,8 @@ from sra2_jax.report.page import titles
 from sra2_jax.run import as_json, number, write_whole
 from tools import plots, probes
 
-FORMATS = (".png", ".pdf", ".svg")
 RECORDS = 512  # that `probe` reads where nothing is said
 POOL = 16  # records for each shown image, to choose different classes from
-# Keys of a config in which runs of one label may differ,
-FREE = (
-    "name", "seed", "steps", "data.dir", "data.images", "data.streams", "run.", "mesh.",
-    "eval.every", "model.scan", "model.remat", "model.attention", "sampling.batch_size",
-)  # fmt: skip
-# and those in which the curves of one plot may not.
-SHARED = ("vae", "data.resolution", "data.num_classes", "latents.", "eval.features")
 REFERENCES = {
     "real": "real images",
     "reconstruction": "real images through the VAE",
@@ -54,14 +46,6 @@ def numbers(kind: type, low: float, high: float) -> Callable[[str], list[Any]]:
     return parse
 
 
-def picture(text: str) -> Path:
-    """argparse's type of the picture to write."""
-    if Path(text).suffix not in FORMATS:
-        what = f"{text} must end in one of {', '.join(FORMATS)}"
-        raise argparse.ArgumentTypeError(what)
-    return writable(text)
-
-
 def open_runs(arguments: Sequence[str]) -> list[probes.Subject]:
     """Those of RUN or LABEL=RUN. Raises UserError where no run is."""
     runs = []
@@ -73,51 +57,9 @@ def open_runs(arguments: Sequence[str]) -> list[probes.Subject]:
     return runs
 
 
-def difference(
-    one: probes.Subject, other: probes.Subject, counts: Callable[[str], bool]
-) -> str:
-    """The first key, of those that count, in which two configs differ."""
-    there, here = one.config.flat(), other.config.flat()
-    for key in sorted(there):
-        if counts(key) and there[key] != here[key]:
-            return f"config.{key}: {there[key]!r} and {here[key]!r}"
-    return ""
-
-
-def check_labels(runs: Sequence[probes.Subject]) -> None:
-    """Refuse runs of one label that are not its seeds.
-
-    Raises:
-      UserError: two of a label have the same seed or differ in another key.
-    """
-    seen: dict[str, list[probes.Subject]] = {}
-    for run in runs:
-        group = seen.setdefault(run.label, [])
-        for other in group:
-            apart = difference(other, run, lambda key: not key.startswith(FREE))
-            if other.config.seed == run.config.seed:
-                apart = f"have the same config.seed={run.config.seed}"
-            if apart:
-                raise UserError(
-                    f"{other.run} and {run.run} are both called {run.label!r}, but "
-                    f"{apart}: runs of one label are its seeds: give LABEL=RUN to tell "
-                    "them apart"
-                )
-        group.append(run)
-
-
 def save(figure: Any, out: Path) -> None:
     figure.savefig(out, dpi=200)
     print(f"wrote {out}")
-
-
-def names(runs: Sequence[probes.Subject]) -> list[str]:
-    """Each run's label, with its folder where that alone does not tell them apart."""
-    labels = [run.label for run in runs]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({run.run.folder.name})"
-        for label, run in zip(labels, runs, strict=True)
-    ]
 
 
 def pca(arguments: argparse.Namespace) -> None:
@@ -133,7 +75,7 @@ def pca(arguments: argparse.Namespace) -> None:
     images = pool.choose(count)
     pictures = images.decode(runs[0].config.vae)
     rows = []
-    for run, name in zip(runs, names(runs), strict=True):
+    for run in runs:
         step, forward = run.open_blocks(blocks, not arguments.no_label)
         parts = [list(forward(images, t)) for t in times]
         found: dict[tuple[int, float], np.ndarray] = {}
@@ -142,7 +84,7 @@ def pca(arguments: argparse.Namespace) -> None:
             colors = probes.principal_colors(panels)
             found |= {(k, t): c for t, c in zip(times, colors, strict=True)}
         [latent] = probes.principal_colors([images.patches(run)])
-        title = f"{name}, step {step:,}"
+        title = f"{run.label}, step {step:,}"
         rows.append(plots.TokenRow(title, pictures, latent, found, run.aligned))
     save(plots.tokens_figure(rows), arguments.out)
 
@@ -151,7 +93,6 @@ def probe(arguments: argparse.Namespace) -> None:
     """how much of the clean latent a linear map reads off each block; also as JSON"""
     times, out = arguments.times, arguments.out
     runs = open_runs(arguments.runs)
-    check_labels(runs)
     least, most = arguments.records or 1, arguments.records or RECORDS
     images = probes.read_images(runs, arguments.data, least, most)
     panels: dict[float, list[plots.Line]] = {t: [] for t in times}
@@ -221,18 +162,7 @@ def curves(arguments: argparse.Namespace) -> None:
     metric, against = arguments.metric, arguments.against
     key = metric.removeprefix("eval/")
     runs = open_runs(arguments.runs)
-    check_labels(runs)
-    same = SHARED if key == metric else (*SHARED, "eval.num_samples")
-    for run in runs:
-        if apart := difference(runs[0], run, lambda name: name.startswith(same)):
-            raise UserError(f"{runs[0].run} and {run.run} do not compare: {apart}")
     lines = [read_curve(run, metric, against) for run in runs]
-    for label, group in plots.by_label(lines).items():
-        if not len(plots.mean_line(group).steps):
-            raise UserError(
-                f"the runs called {label!r} have {metric} at no step in common: give "
-                "LABEL=RUN to tell them apart"
-            )
     levels = {}
     results = [run.run.read("results") for run in runs]
     for kind, name in REFERENCES.items():
@@ -263,7 +193,7 @@ def main() -> None:
         kind.set_defaults(function=function)
         add = kind.add_argument
         add("runs", nargs="+", metavar="RUN", help="workdir, or LABEL=workdir")
-        add("--out", type=picture, required=True, metavar="FILE", help="to write")
+        add("--out", type=writable, required=True, metavar="FILE", help="to write")
         if function is curves:
             add("--metric", default="eval/frechet", help="logged (%(default)s)")
             add("--against", default="step", choices=("step", "seconds"))

@@ -57,10 +57,7 @@ def gate(path: Path, topology: str, update: bool = False) -> list[str]:
     Raises:
       UserError: no such file or case, or figures of another compiler.
     """
-    try:
-        cases = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    cases = json.loads(path.read_text())
     chosen = {k: case for k, case in cases.items() if case["topology"] == topology}
     if not chosen:
         raise UserError(f"{path} has no case of --topology={topology}")

@@ -164,13 +164,8 @@ class Subject:
 
 
 def default_blocks(depth: int, aligned: set[int]) -> list[int]:
-    """Three blocks spread over the depth, moved to the aligned ones."""
-    blocks = {-(-depth * k // 3) for k in (1, 2, 3)}
-    for k in sorted(aligned - blocks):
-        if movable := blocks - aligned:
-            blocks.remove(min(movable, key=lambda block: abs(block - k)))
-        blocks.add(k)
-    return sorted(blocks)
+    """Two thirds of the depth, the last block, and the aligned ones."""
+    return sorted({-(-2 * depth // 3), depth, *aligned})
 
 
 def read_images(runs: Sequence[Subject], data: str, least: int, most: int) -> Images:

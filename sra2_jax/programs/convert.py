@@ -250,7 +250,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    flags = {k: v for k, v in vars(_arguments()).items() if "config." not in k}
+    flags = vars(_arguments())
     command = flags.pop("command")
     if command == "import":
         config = config_file.override(flags.pop("config"), flags.pop("overrides"))
