@@ -158,9 +158,27 @@ class Generator:
 
         return decode
 
-    def decode(self, raw: np.ndarray | Array) -> np.ndarray:
+    def decode(self, raw: np.ndarray) -> np.ndarray:
         """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
-        return np.asarray(jax.jit(self._pixels)(self.vae_params, raw))
+        return self._split(self._pixels, raw)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Mean latents, not scaled, of uint8 images (N, H, W, 3)."""
+
+        def means(vae_params: Any, images: Array) -> Array:
+            pixels = images.astype(jnp.float32) / 127.5 - 1
+            return apply(self.vae, vae_params, pixels, method="encode")[0]
+
+        return self._split(means, images)
+
+    def _split(self, function: Callable[..., Array], x: np.ndarray) -> np.ndarray:
+        """A function of the VAE's parameters and x, whose rows the devices share."""
+        mesh = self.program.mesh
+        filled = x[np.arange(-(-len(x) // mesh.size) * mesh.size).clip(max=len(x) - 1)]
+        place = batch_sharding(mesh)
+        rows = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
+        run = jax.jit(function, out_shardings=replicated(mesh))
+        return np.asarray(run(self.vae_params, rows))[: len(x)]
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, params: Any = None

@@ -3,10 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pipeline import Order, batches
@@ -17,7 +14,6 @@ from sra2_jax.log import Log
 from sra2_jax.metrics.compare import compare, summarise, summarise_reference
 from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
-from sra2_jax.models import apply
 from sra2_jax.report.page import write_report
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch, anywhere, versions
@@ -78,14 +74,7 @@ class Observer:
         columns = self.config.run.grid_columns
         held = open_images("digits", split="test")
         self.reference = summarise(features, held, len(held), bar=False)
-        vae, params = self.generate.vae, self.generate.vae_params
-
-        @jax.jit
-        def means(params: Any, images: Array) -> Array:
-            pixels = images.astype(jnp.float32) / 127.5 - 1
-            return apply(vae, params, pixels, method="encode")[0]
-
-        decoded = self.generate.decode(means(params, images))
+        decoded = self.generate.decode(self.generate.encode(images))
         rows = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
         chosen = np.concatenate(rows)
         self._picture(self.run.images / "real.png", images[chosen])
