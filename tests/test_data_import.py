@@ -132,7 +132,7 @@ LISTINGS = ["{", "[]", '{"labels": null}', '{"labels": []}', '{"labels": [null]}
 def test_listings_that_are_none(tmp_path, rows):
     text = rows if isinstance(rows, str) else json.dumps({"labels": rows})
     (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json: .*make it anew"):
+    with pytest.raises(UserError, match="cannot be imported"):
         run(tmp_path, tmp_path / "out")
 
 
@@ -156,24 +156,24 @@ OBJECTS = npy(np.array([{}, None]), allow_pickle=True)
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"PK", "no .npz that can be read"),
+        (b"PK", "cannot be imported"),
         (archive_of(moments=OBJECTS, labels=npy(LABELS)), "allow_pickle=False"),
         (
             archive_of(moments=b"text", labels=npy(LABELS)),
-            r"moments \(\) for 21 labels",
+            r"\(21,\) as labels of \{4\}",
         ),
         (
             archive_of(labels=npy(LABELS), moments=npy(np.ones((N, 3)))[:-8]),
-            "no .npz that can be read",
+            "cannot be imported",
         ),
         (archive_of(labels=npy(LABELS)), "needs labels, and moments or mean and std"),
         (
             archive_of(moments=npy(np.ones(3)), labels=npy(LABELS)),
-            r"moments \(3,\) for 21 labels",
+            r"\(21,\) as labels of \{3\}",
         ),
         (
             archive_of(moments=npy(np.ones((N, 8, 4, 5))), labels=npy(LABELS)),
-            r"latent 0: float64 \(8, 4, 5\), not",
+            r"latent 0: .*float64 \(8, 4, 5\), not",
         ),
         (
             archive_of(moments=npy(np.full((N, 8, 4, 4), 1e5)), labels=npy(LABELS)),
@@ -209,5 +209,5 @@ def test_files_that_are_no_arrays(tmp_path, moments, content):
     write_folder(tmp_path / "in", moments)
     bad = tmp_path / "in" / "00001" / "img-mean-std-00000003.npy"
     bad.write_bytes(content)
-    with pytest.raises(UserError, match=f"{bad.name}: no .npy that can be read"):
+    with pytest.raises(UserError, match=f"{bad.name}: cannot be imported"):
         run(tmp_path / "in", tmp_path / "out")

@@ -152,7 +152,7 @@ def test_tfds_source(tmp_path, monkeypatch):
     rows = list(images.read(source, SIDE))
     assert [row[0] for row in rows] == list(range(5))
     for (index, _, image, label), whole in zip(
-        images.read(source, SIDE, 3, [2, 0]), [rows[i] for i in (0, 2, 3)], strict=True
+        images.read(source, SIDE, [0, 2, 3]), [rows[i] for i in (0, 2, 3)], strict=True
     ):
         assert (index, label) == (whole[0], whole[3])
         np.testing.assert_array_equal(image, whole[2])
@@ -251,7 +251,7 @@ def test_encode_refuses(folder, encoded, tmp_path):
         run(empty, tmp_path / "a", max_bad=1.0)
     for changes, match in [
         ({"resolution": 15}, "not a multiple of 2"),
-        ({"grid": 4}, "--grid=4: .* of an --encoder"),
+        ({"grid": 4}, "--grid=4 .* only with an encoder"),
         ({"encoder": "digits", "grid": -1}, "--grid=-1"),
         ({"shards": 14}, "--shards=14 for 13 images"),
         ({"split": "../x"}, "--split"),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sra2_jax.data import records
 from sra2_jax.data.build import write_tfds_metadata
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
-from sra2_jax.data.writer import ShardWriter, manifest
+from sra2_jax.data.writer import manifest, writing
 from sra2_jax.errors import UserError
 
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
@@ -28,7 +28,7 @@ EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
 def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **extra):
     """A dataset of (2, 2, 1) latents that hold their own index; `extra` in each."""
     folder.mkdir()
-    with ShardWriter(folder, "train", SHARDS) as writer:
+    with writing(folder, "train", SHARDS) as writer:
         for index in range(examples):
             latent = np.full((2, 2, 1), index, np.float16)
             writer.write(label(index), index, mean=latent, std=latent / 2, **extra)
@@ -255,8 +255,8 @@ def test_a_dataset_smaller_than_the_batch_repeats(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"batch_size": 10}, "not a multiple of the 4 data streams"),
-        ({"process": (0, 3)}, "do not divide among 3 processes"),
+        ({"batch_size": 10}, "4 data streams must divide a batch of 10"),
+        ({"process": (0, 3)}, "4 data streams .* a multiple of 3 processes"),
         ({"streams": 16, "batch_size": 16}, "--shards=16"),
         ({"split": "test"}, "no split 'test'"),
     ],

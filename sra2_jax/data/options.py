@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from argparse import ArgumentParser
-from typing import Any
+from typing import Any, Self
 
 from sra2_jax.data import records
 from sra2_jax.errors import UserError
@@ -81,20 +81,19 @@ class Options:
         side = self.resolution // config.downsample
         return side, side, config.latent_channels
 
-    def choose_shards(self, length: int, size: int) -> int:
-        """The number asked for, else a power of two, so that readers share them evenly.
+    def sharded(self, length: int, size: int) -> Self:
+        """With a number of shards: the one asked for, else a power of two, so that
+        readers share them evenly.
 
         size: bytes of what each of `length` images leaves, about.
 
-        Raises:
-          UserError: more shards than images, or less than none.
+        Raises UserError: more shards than images, or less than none.
         """
-        if not self.shards:
-            wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
-            return min(length, 2 ** math.ceil(math.log2(wanted)))
-        if not 1 <= self.shards <= length:
+        wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
+        shards = self.shards or min(length, 2 ** math.ceil(math.log2(wanted)))
+        if not 1 <= shards <= length:
             raise UserError(
-                f"--shards={self.shards} for {length} images; use a number from 1 to "
+                f"--shards={shards} for {length} images; use a number from 1 to "
                 f"{length}"
             )
-        return self.shards
+        return dataclasses.replace(self, shards=shards)

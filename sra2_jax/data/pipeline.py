@@ -10,9 +10,7 @@ exactly: what a stream has consumed follows from the step.
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from sra2_jax.errors import UserError
 # Files that a stream reads at once, and records taken from each in turn.
 _OPEN_FILES = 4
 _BLOCK = 16
-_AT_ONCE = 128  # records of `read_shard`: with features, 50 MB
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,13 @@ def batches(
         )
     shards = info.splits[order.split]
     count, streams = len(shards.records), order.streams
-    _check_division(order, process_count, count, folder)
+    if order.batch_size % streams or streams % process_count or streams > count:
+        raise UserError(
+            f"{folder}: {streams} data streams must divide a batch of "
+            f"{order.batch_size}, be a multiple of {process_count} processes and at "
+            f"most {count}, the shards; change config.data.streams or encode again "
+            f"with --shards={streams}"
+        )
     owned, rows = streams // process_count, order.batch_size // streams
     paths = [records.shard_path(folder, order.split, s, count) for s in range(count)]
     parts: list[Any] = []
@@ -104,26 +107,7 @@ def batches(
             shuffle_buffer=-(-order.shuffle_buffer // streams),
         )
         parts.append(stream.batch(rows))
-    return _read(_joined(parts, info, fields), folder)
-
-
-def _check_division(order: Order, process_count: int, shards: int, folder: Any) -> None:
-    streams, batch_size = order.streams, order.batch_size
-    if streams < 1 or batch_size < 1 or batch_size % streams:
-        raise UserError(
-            f"batch size {batch_size} is not a multiple of the {streams} data streams; "
-            "change one of them"
-        )
-    if streams % process_count:
-        raise UserError(
-            f"{streams} data streams do not divide among {process_count} processes; "
-            "use a multiple of the number of processes"
-        )
-    if streams > shards:
-        raise UserError(
-            f"{folder}: {streams} data streams need as many shards, it has {shards}; "
-            f"use at most {shards} streams or encode again with --shards={streams}"
-        )
+    return _joined(parts, info, fields, folder)
 
 
 def _check_files(
@@ -196,8 +180,8 @@ def _stream(
 
 
 def _joined(
-    parts: Sequence[Any], info: records.LatentsInfo, fields: Sequence[str]
-) -> Any:
+    parts: Sequence[Any], info: records.LatentsInfo, fields: Sequence[str], folder: Any
+) -> Iterator[dict[str, np.ndarray]]:
     """One batch of each stream, parsed and concatenated."""
     tf = records.tensorflow()
 
@@ -206,60 +190,18 @@ def _joined(
         parsed = [records.parse(rows, info, fields) for rows in serialized]
         return {key: tf.concat([rows[key] for rows in parsed], 0) for key in parsed[0]}
 
-    options = tf.data.Options()
-    options.deterministic = True
-    return (
-        tf.data.Dataset.zip(tuple(part.prefetch(tf.data.AUTOTUNE) for part in parts))
-        .map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-        .with_options(options)
+    streams = tf.data.Dataset.zip(
+        tuple(part.prefetch(tf.data.AUTOTUNE) for part in parts)
     )
-
-
-def _read(dataset: Any, folder: str | os.PathLike) -> Iterator[dict[str, np.ndarray]]:
-    rows = dataset.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(rows)
-        except records.tensorflow().errors.OpError as error:
-            raise UserError(
-                f"{folder}: cannot be read ({_one_line(error)}): `{records.ENCODE} "
-                f"--check={folder}` names the shard and the record; copy that shard "
-                "again or encode again"
-            ) from error
-        yield batch
-
-
-def read_shard(
-    path: str | os.PathLike, info: records.LatentsInfo, fields: Sequence[str] = ()
-) -> Iterator[dict[str, np.ndarray]]:
-    """The records of a shard in their order, as `records.parse` gives them, some at a
-    time.
-
-    Raises:
-      UserError: names the first record that cannot be read, by its position.
-    """
-    tf = records.tensorflow()
-    shard, position = tf.data.TFRecordDataset(str(path)), 0
+    joined = streams.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     try:
-        for rows in shard.batch(_AT_ONCE):
-            parsed = records.parse(rows, info, fields)
-            yield {name: value.numpy() for name, value in parsed.items()}
-            position += len(rows)
+        yield from joined.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
     except tf.errors.OpError as error:
-        # Somewhere in the records that begin here.
-        with contextlib.suppress(tf.errors.OpError):
-            for row in shard.skip(position):
-                records.parse(row[None], info, fields)
-                position += 1
-        reason = _one_line(error)
-        raise UserError(f"record {position} cannot be read ({reason})") from error
-
-
-def _one_line(error: Any) -> str:
-    # Without the names of TensorFlow's operations, and without its trace.
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", " ".join(error.message.split()))
-    return f"{type(error).__name__}: {text.strip()[:120]}"
+        raise UserError(
+            f"{folder}: cannot be read ({records.reason(error)}): `{records.ENCODE} "
+            f"--check={folder}` names the shard and the record; copy that shard again "
+            "or encode again"
+        ) from error
 
 
 def prefetch_to_device(

@@ -68,7 +68,7 @@ def prepare(
             encoder=encoders[0] if encoders else "",
             grid=config.grid if encoders else 0,
         )
-        encode(options, lambda done, total: watch.progress("start"))
+        encode(options, lambda count: watch.progress("start"))
     info = records.LatentsInfo.read(folder)
     records.check(info, folder, config, fields)
     digest = hashlib.sha256((folder / records.FILE).read_bytes()).hexdigest()

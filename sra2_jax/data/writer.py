@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -42,55 +42,26 @@ def manifest(facts: Sequence[Facts]) -> records.Shards:
 
 
 class ShardWriter:
-    """Context manager that writes records to the shard index % shards.
+    """Writes records to the shard index % shards, see `writing`.
 
-    Listings are sorted by class: so every shard gets all classes. Shards have temporary
-    names; once the context ends without an error, they are flushed to the disk and get
-    their own.
-
-    Args:
-      folder: local.
-      shards: number in all.
-      own: the shards to write, by default all.
+    Listings are sorted by class: so every shard gets all classes.
 
     Attributes:
-      facts: of each shard by its number; valid once the context has ended.
+      facts: of each shard by its number; whole once `writing` has ended.
       skipped: images that left no record, in all shards that the caller counts.
-
-    Raises:
-      UserError: TensorFlow cannot write, such as to a disk that is full.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        split: str,
-        shards: int,
-        own: Sequence[int] | None = None,
-    ) -> None:
-        self._shards, own = shards, range(shards) if own is None else own
-        paths = {s: Path(records.shard_path(folder, split, s, shards)) for s in own}
-        self._files = {s: _ShardFile(path) for s, path in paths.items()}
-        self.facts = {s: file.facts for s, file in self._files.items()}
+    def __init__(self, shards: int, files: Mapping[int, Any]) -> None:
+        self._shards, self._files = shards, files
+        self.facts = {shard: Facts() for shard in files}
         self.skipped = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        for file in self._files.values():
-            if kind is None:
-                file.commit()
-            else:
-                file.discard()
 
     def write(
         self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
     ) -> None:
         """Append one record, see `records.serialize`; `arrays` are made float16.
 
-        Raises:
-          UserError: numbers that float16 does not hold.
+        Raises UserError: numbers that float16 does not hold.
         """
         with np.errstate(over="ignore"):
             halves = {name: x.astype(np.float16) for name, x in arrays.items()}
@@ -101,8 +72,16 @@ class ShardWriter:
                     "float16: encode it with --dtype=float32, or check the weights"
                 )
         record = records.serialize(label=label, index=index, image=image, **halves)
-        file = self._files[index % self._shards]
-        file.write(record, index, halves["mean"], halves["std"])
+        self._files[index % self._shards].write(record)
+        facts = self.facts[index % self._shards]
+        mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
+        sums = np.stack([mean, mean**2 + std**2]).sum((1, 2))
+        if facts.records:
+            sums += [facts.mean, facts.square]
+        facts.mean, facts.square = sums.tolist()
+        facts.first = min(index, facts.first) if facts.records else index
+        facts.last = max(index, facts.last)
+        facts.records += 1
 
     def skip(self, index: int, line: str) -> int:
         """Note an image that leaves no record; returns how many there are."""
@@ -111,67 +90,48 @@ class ShardWriter:
         return self.skipped
 
 
-class _ShardFile:
-    def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, temporary_name(path)
-        self._file = records.tensorflow().io.TFRecordWriter(str(self._temporary))
-        self._sums: Any = 0.0
-        self.facts = Facts()
+@contextlib.contextmanager
+def writing(
+    folder: str | os.PathLike, split: str, shards: int, own: Iterable[int] | None = None
+) -> Iterator[ShardWriter]:
+    """A writer of the shards `own`, by default all, in a local folder.
 
-    def write(
-        self, record: bytes, index: int, mean: np.ndarray, std: np.ndarray
-    ) -> None:
-        self._try(self._file.write, record)
-        facts = self.facts
-        facts.first = min(index, facts.first) if facts.records else index
-        facts.last = max(index, facts.last)
-        facts.records += 1
-        mean, std = mean.astype(np.float64), std.astype(np.float64)
-        self._sums += np.stack([mean, mean**2 + std**2]).sum((1, 2))
+    They have temporary names; once the context ends without an error, they are flushed
+    to the disk and get their own.
 
-    def commit(self) -> None:
-        self._try(self._file.close)
-        if not self._temporary.exists():
-            raise UserError(
-                f"{self._path}: another process has written it too; give each a "
-                "--process_index of --process_count"
-            )
-        with self._temporary.open("rb") as file:
-            self.facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            self.facts.bytes = file.tell()
-            os.fsync(file.fileno())
-        if self.facts.records:
-            self.facts.mean, self.facts.square = self._sums.tolist()
-        self._temporary.rename(self._path)
-        flush(self._path.parent)
-
-    def discard(self) -> None:
-        # Closing writes what is left in memory: on a full disk that fails again.
-        with contextlib.suppress(records.tensorflow().errors.OpError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _try(self, action: Any, *arguments: Any) -> None:
-        try:
-            action(*arguments)
-        except records.tensorflow().errors.OpError as error:
-            reason = " ".join(error.message.split())
-            raise UserError(
-                f"{self._temporary}: cannot be written ({reason}): free or mend the "
-                "disk and run the same command again"
-            ) from error
-
-
-def temporary_name(path: Path) -> Path:
-    """A name beside a file for as long as it is written, different every time: should
-    two processes write the same file, each writes its own."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    Raises UserError: TensorFlow cannot write, such as to a disk that is full.
+    """
+    tf, paths, files = records.tensorflow(), {}, {}
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with contextlib.ExitStack() as stack:
+            for shard in range(shards) if own is None else own:
+                path = Path(records.shard_path(folder, split, shard, shards))
+                # Should two processes write the same shard, each writes its own file.
+                temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                paths[shard] = temporary, path
+                stack.callback(temporary.unlink, missing_ok=True)
+                files[shard] = tf.io.TFRecordWriter(str(temporary))
+                stack.callback(files[shard].close)
+            writer = ShardWriter(shards, files)
+            yield writer
+            for shard, facts in writer.facts.items():
+                files[shard].close()
+                _commit(*paths[shard], facts)
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"{folder}: not finished ({records.reason(error)}): free or mend the disk "
+            "and run the same command again"
+        ) from error
+
+
+def _commit(temporary: Path, path: Path, facts: Facts) -> None:
+    if not temporary.exists():
+        raise UserError(
+            f"{path}: another process has written it too; give each a "
+            "--process_index of --process_count"
+        )
+    with temporary.open("rb") as file:
+        facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        facts.bytes = file.tell()
+        os.fsync(file.fileno())
+    temporary.rename(path)
