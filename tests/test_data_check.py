@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sra2_jax.data import records
+from sra2_jax.data.build import writing
 from sra2_jax.data.check import faults, run_check
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.data.writer import writing
 from sra2_jax.errors import UserError
 from tests.test_pipeline import damage, write_dataset
 

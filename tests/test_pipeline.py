@@ -17,9 +17,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra2_jax.data import records
-from sra2_jax.data.build import write_tfds_metadata
+from sra2_jax.data.build import manifest, writing
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
-from sra2_jax.data.writer import manifest, writing
 from sra2_jax.errors import UserError
 
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
@@ -28,7 +27,7 @@ EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
 def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **extra):
     """A dataset of (2, 2, 1) latents that hold their own index; `extra` in each."""
     folder.mkdir()
-    with writing(folder, "train", SHARDS) as writer:
+    with writing(folder, "train", SHARDS, range(SHARDS)) as writer:
         for index in range(examples):
             latent = np.full((2, 2, 1), index, np.float16)
             writer.write(label(index), index, mean=latent, std=latent / 2, **extra)
@@ -85,7 +84,7 @@ def read_with_tfds(folder):
 def test_float16_survives_exactly(tmp_path):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
-    write_tfds_metadata(folder, info)
+    records.write_tfds_metadata(folder, info)
     tfds_info, rows = read_with_tfds(folder)
     assert tfds_info.features["label"].num_classes == 10
     assert set(rows) == set(range(EXAMPLES))

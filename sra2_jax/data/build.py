@@ -12,20 +12,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import sra2_jax
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
-from sra2_jax.data.writer import Facts, ShardWriter, manifest, writing
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.run import write_whole
@@ -34,17 +36,136 @@ UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
 WAITING = "all shards of this process are written; the dataset appears when all are"
 
 
+@dataclasses.dataclass
+class Facts:
+    """What the manifest says of one shard, and sums of its latents per channel.
+
+    mean: of E[z]; square: of E[z^2] = mean^2 + std^2; over records and positions.
+    unreadable: (index, line of the report) of the images that left no record.
+    """
+
+    records: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    first: int = -1
+    last: int = -1
+    mean: Sequence[float] = ()
+    square: Sequence[float] = ()
+    unreadable: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+
+def manifest(facts: Sequence[Facts]) -> records.Shards:
+    """The manifest of all shards of a split, in order."""
+    names = [field.name for field in dataclasses.fields(records.Shards)]
+    return records.Shards(*(tuple(getattr(f, n) for f in facts) for n in names))
+
+
+class ShardWriter:
+    """Writes records to the shard index % shards, see `writing`.
+
+    Listings are sorted by class: so every shard gets all classes.
+
+    Attributes:
+      facts: of each shard by its number; whole once `writing` has ended.
+      skipped: images that left no record, in all shards that the caller counts.
+    """
+
+    def __init__(self, shards: int, files: Mapping[int, Any]) -> None:
+        self._shards, self._files, self.skipped = shards, files, 0
+        self.facts = {shard: Facts() for shard in files}
+
+    def write(
+        self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
+    ) -> None:
+        """Append one record, see `records.serialize`; `arrays` are made float16.
+
+        Raises UserError: numbers that float16 does not hold.
+        """
+        with np.errstate(over="ignore"):
+            halves = {name: x.astype(np.float16) for name, x in arrays.items()}
+        for name, x in halves.items():
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"the {name} of image {index} is not finite or too large for "
+                    "float16: encode it with --dtype=float32, or check the weights"
+                )
+        shard = index % self._shards
+        record = records.serialize(label=label, index=index, image=image, **halves)
+        self._files[shard].write(record)
+        mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
+        sums, facts = np.stack([mean, mean**2 + std**2]).sum((1, 2)), self.facts[shard]
+        if facts.records:
+            sums += [facts.mean, facts.square]
+        facts.mean, facts.square = sums.tolist()
+        facts.first = min(index, facts.first) if facts.records else index
+        facts.last = max(index, facts.last)
+        facts.records += 1
+
+    def skip(self, index: int, line: str) -> int:
+        """Note an image that leaves no record; returns how many there are."""
+        self.facts[index % self._shards].unreadable.append((index, line))
+        self.skipped += 1
+        return self.skipped
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | os.PathLike, split: str, shards: int, own: Iterable[int]
+) -> Iterator[ShardWriter]:
+    """A writer of the shards `own` in a local folder.
+
+    They have temporary names; once the context ends without an error, they are flushed
+    to the disk and get their own.
+
+    Raises UserError: TensorFlow cannot write, such as to a disk that is full.
+    """
+    tf, paths, files = records.tensorflow(), {}, {}
+    try:
+        with contextlib.ExitStack() as stack:
+            for shard in own:
+                path = Path(records.shard_path(folder, split, shard, shards))
+                # Should two processes write the same shard, each writes its own file.
+                temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                paths[shard] = temporary, path
+                stack.callback(temporary.unlink, missing_ok=True)
+                files[shard] = tf.io.TFRecordWriter(str(temporary))
+                stack.callback(files[shard].close)
+            writer = ShardWriter(shards, files)
+            yield writer
+            for shard, facts in writer.facts.items():
+                files[shard].close()
+                _commit(*paths[shard], facts)
+    except tf.errors.OpError as error:
+        raise UserError(
+            f"{folder}: not finished ({records.reason(error)}): free or mend the disk "
+            "and run the same command again"
+        ) from error
+
+
+def _commit(temporary: Path, path: Path, facts: Facts) -> None:
+    if not temporary.exists():
+        raise UserError(
+            f"{path}: another process has written it too; give each a "
+            "--process_index of --process_count"
+        )
+    with temporary.open("rb") as file:
+        facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        facts.bytes = file.tell()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+# Writes the records of these positions of a listing; yields how many it has done.
+Write = Callable[[ShardWriter, Sequence[int]], Iterator[int]]
+
+
 class Build:
-    """A dataset that is begun or gone on with.
+    """A dataset that is begun, or gone on with.
 
     Args:
       options: `out` is absent, empty, or complete with the same `made_with`.
       vae: of the latents.
       made_with: everything that the records depend on, by flag; JSON values.
-
-    Attributes:
-      own: shards of this process, every process_count-th, finished ones too.
-      left: those of them that are still to write.
 
     Raises UserError: another dataset in `out`, or work begun with other options.
     """
@@ -52,15 +173,9 @@ class Build:
     def __init__(
         self, options: Options, vae: VAEConfig, made_with: Mapping[str, Any]
     ) -> None:
-        self.options, self.vae, self.shards = options, vae, options.shards
-        self.out, self._made_with = Path(options.out), dict(made_with)
+        self.options, self.vae, self.out = options, vae, Path(options.out)
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
-        self._versions = _versions()
-        self.own = range(options.process_index, self.shards, options.process_count)
-        done = self.finished()
-        # Looked at last: another process may be completing it.
-        own = () if self.complete() else self.own
-        self.left = [shard for shard in own if shard not in done]
+        self._made_with, self._versions = dict(made_with), _versions()
 
     def complete(self) -> bool:
         """Whether the dataset is there already, and nothing else."""
@@ -80,7 +195,7 @@ class Build:
     def finished(self) -> dict[int, Facts]:
         """Facts of the finished shards, of all processes, by number."""
         found, wanted = {}, {**self._made_with, **self._versions}
-        for path in sorted(self.folder.glob(FACTS)):
+        for path in self.folder.glob(FACTS):
             # Without the shard's file, or cut off by a crash, it is not finished.
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 fields = json.loads(path.read_text())
@@ -96,13 +211,45 @@ class Build:
                     found[shard] = facts
         return found
 
+    def run(
+        self, length: int, write: Write, at_once: int = 1, **fields: Any
+    ) -> records.LatentsInfo | None:
+        """Write this process's shards that are not finished yet.
+
+        Args:
+          length: of the listing; record i belongs to the shard i % shards.
+          at_once: shards that `write` gets in one call.
+          fields: of `LatentsInfo`, those that neither shards nor options tell.
+
+        Returns:
+          What the dataset is, or None while other processes have shards to write.
+        """
+        options, done = self.options, self.finished()
+        own = range(options.process_index, options.shards, options.process_count)
+        # Looked at last: another process may be completing it.
+        left = [] if self.complete() else [s for s in own if s not in done]
+
+        def listed(shards: Iterable[int]) -> list[int]:
+            return sorted(i for s in shards for i in range(s, length, options.shards))
+
+        total, missing = len(listed(own)), len(listed(left))
+        with tqdm(
+            total=total, initial=total - missing, delay=10, mininterval=10, unit="image"
+        ) as bar:
+            for start in range(0, len(left), at_once):
+                group = left[start : start + at_once]
+                with self._writing(group) as writer:
+                    for count in write(writer, listed(group)):
+                        bar.update(count)
+        return self._finish(fields)
+
     @contextlib.contextmanager
-    def writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
+    def _writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
         """A writer of the group's shards; they are finished when it ends well."""
-        done = self.finished().values()
+        options, done = self.options, self.finished().values()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with writing(self.folder, self.options.split, self.shards, group) as writer:
+            with writing(self.folder, options.split, options.shards, group) as writer:
                 writer.skipped = sum(len(facts.unreadable) for facts in done)
                 yield writer
         finally:
@@ -113,11 +260,8 @@ class Build:
             text = json.dumps(made_with | dataclasses.asdict(facts)) + "\n"
             write_whole(self.folder / FACTS.replace("*", f"{shard:05d}"), text)
 
-    def finish(self, **fields: Any) -> records.LatentsInfo | None:
-        """Complete the dataset if every shard is finished, else None.
-
-        fields: of `LatentsInfo`, those that neither shards nor options tell.
-        """
+    def _finish(self, fields: dict[str, Any]) -> records.LatentsInfo | None:
+        """Complete the dataset if every shard is finished, else None."""
         # Another process may be faster, and take the folder away.
         with (
             contextlib.suppress(FileNotFoundError),
@@ -125,10 +269,10 @@ class Build:
         ):
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or the process dies
             if not self.complete():
-                facts = self.finished()
-                if len(facts) < self.shards:
+                done = self.finished()
+                if len(done) < self.options.shards:
                     return None
-                self._describe([facts[s] for s in range(self.shards)], fields)
+                self._describe([done[s] for s in sorted(done)], fields)
                 self.folder.rename(self.out)
         for path in (*self.out.glob(FACTS), self.out / LOCK):
             path.unlink(missing_ok=True)
@@ -140,7 +284,7 @@ class Build:
         if not count:
             shutil.rmtree(self.folder)
             raise UserError(f"{self.out}: none of the images can be decoded")
-        shards = {self._path(s) for s in range(self.shards)}
+        shards = {self._path(s) for s in range(len(facts))}
         for path in {*self.folder.glob("latents-*")} - shards:
             path.unlink()  # of a process that was killed
         if unreadable := sorted(row for f in facts for row in f.unreadable):
@@ -163,15 +307,15 @@ class Build:
             options=self._made_with,
             **fields,
         )
-        write_tfds_metadata(self.folder, info)
+        records.write_tfds_metadata(self.folder, info)
         info.write(self.folder)
         for path in (*self.folder.glob("*.json"), *self.folder.glob("*.txt")):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def _path(self, shard: int) -> Path:
-        split = self.options.split
-        return Path(records.shard_path(self.folder, split, shard, self.shards))
+        split, count = self.options.split, self.options.shards
+        return Path(records.shard_path(self.folder, split, shard, count))
 
 
 def _statistics(facts: Sequence[Facts], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -198,37 +342,3 @@ def _versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in packages}
     tensorflow = records.tensorflow().__version__
     return {"sra2_jax": sra2_jax.__version__, "tensorflow": tensorflow, **found}
-
-
-def write_tfds_metadata(folder: str | os.PathLike, info: records.LatentsInfo) -> None:
-    """Write `features.json` and `dataset_info.json` next to finished shards.
-
-    TFDS reads the first example back, so a schema it cannot decode fails here.
-    """
-    records.tensorflow()
-    import tensorflow_datasets as tfds
-
-    features: dict[str, Any] = {
-        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
-        name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
-        for name, shape in info.arrays().items()
-    }
-    names = list(info.class_names) or None
-    classes = None if names else info.num_classes
-    features["label"] = tfds.features.ClassLabel(num_classes=classes, names=names)
-    features["index"] = tfds.features.Scalar(dtype=np.int64)
-    if info.images:
-        shape = (info.resolution, info.resolution, 3)
-        features["image"] = tfds.features.Image(shape=shape, encoding_format="png")
-    splits = [
-        tfds.core.SplitInfo(
-            name=name, shard_lengths=list(s.records), num_bytes=sum(s.bytes)
-        )
-        for name, s in info.splits.items()
-    ]
-    tfds.folder_dataset.write_metadata(
-        data_dir=os.fspath(folder),
-        features=features,
-        split_infos=splits,
-        description=f"Latents of {info.vae} at {info.resolution} pixels.",
-    )

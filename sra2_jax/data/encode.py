@@ -20,16 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sra2_jax.command import Parser
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
-from sra2_jax.data.build import WAITING, Build
+from sra2_jax.data.build import WAITING, Build, ShardWriter
 from sra2_jax.data.check import run_check
 from sra2_jax.data.options import Options, option
 from sra2_jax.data.pixels import to_png
-from sra2_jax.data.writer import ShardWriter
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import patch_features
@@ -100,38 +98,32 @@ def encode(
     source = image_sources.open_source(options.images, options.split)
     encoder = Encoder.load(options)
     options = _resolved(options, source.length, encoder)
-    shards, at_once = options.shards, source.at_once
+    shards, pngs = options.shards, options.store_images
     facts = {"listing": source.fingerprint, "weights": encoder.weights}
     made_with = {name: (vars(options) | facts)[name] for name in MADE_WITH}
     # The mirrored image's record is in the same shard.
     mirror_offset = options.mirror * math.ceil(source.length / shards) * shards
 
-    def indices(group: Iterable[int]) -> list[int]:
-        return sorted(i for s in group for i in range(s, source.length, shards))
+    def write(writer: ShardWriter, indices: Sequence[int]) -> Iterator[int]:
+        rows = image_sources.readable(
+            source,
+            options.resolution,
+            options.max_bad,
+            writer.skip,
+            indices=indices,
+            mirror_offset=mirror_offset,
+        )
+        with ThreadPoolExecutor(16) as pool:
+            for batch in encoded(rows, encoder, options.batch_size, shards):
+                _write(writer, batch, pool if pngs else None)
+                count = sum(index < source.length for index in batch.indices)
+                progress(count)
+                yield count
 
-    build = Build(options, encoder.vae.config, made_with)
-    total, left = len(indices(build.own)), len(indices(build.left))
-    bar = tqdm(
-        total=total, initial=total - left, unit="image", delay=10, mininterval=10
-    )
-    with bar:
-        for first in range(0, len(build.left), at_once):
-            group = build.left[first : first + at_once]
-            with build.writing(group) as writer, ThreadPoolExecutor(16) as pool:
-                rows = image_sources.readable(
-                    source,
-                    options.resolution,
-                    options.max_bad,
-                    writer.skip,
-                    indices=indices(group),
-                    mirror_offset=mirror_offset,
-                )
-                for batch in encoded(rows, encoder, options.batch_size, shards):
-                    _write(writer, batch, pool if options.store_images else None)
-                    count = sum(index < source.length for index in batch.indices)
-                    bar.update(count)
-                    progress(count)
-    return build.finish(
+    return Build(options, encoder.vae.config, made_with).run(
+        source.length,
+        write,
+        source.at_once,
         num_classes=source.num_classes,
         class_names=source.class_names,
         crop=records.CROP,

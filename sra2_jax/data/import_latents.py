@@ -25,7 +25,7 @@ import numpy as np
 
 from sra2_jax.command import Parser
 from sra2_jax.data import records
-from sra2_jax.data.build import WAITING, Build
+from sra2_jax.data.build import WAITING, Build, ShardWriter
 from sra2_jax.data.options import Options, option
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.weights import load_vae
@@ -103,15 +103,15 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
             channels = latents.channels or options.channels
             return index, *_mean_and_std(parts, shape, channels, options.logvar)
 
-    made_with = {name: facts[name] for name in MADE_WITH}
-    build = Build(options, vae, made_with)
-    with ThreadPoolExecutor(16) as pool:
-        for shard in build.left:
-            with build.writing([shard]) as writer:
-                indices = range(shard, len(labels), options.shards)
-                for index, mean, std in pool.map(load, indices):
-                    writer.write(int(labels[index]), index, mean=mean, std=std)
-    return build.finish(num_classes=classes, class_names=(), crop="imported")
+    def write(writer: ShardWriter, indices: Sequence[int]) -> Iterator[int]:
+        with ThreadPoolExecutor(16) as pool:
+            for index, mean, std in pool.map(load, indices):
+                writer.write(int(labels[index]), index, mean=mean, std=std)
+                yield 1
+
+    build = Build(options, vae, {name: facts[name] for name in MADE_WITH})
+    about = {"num_classes": classes, "class_names": (), "crop": "imported"}
+    return build.run(len(labels), write, **about)
 
 
 @contextlib.contextmanager

@@ -275,3 +275,37 @@ def parse(
             fn_output_signature=tf.uint8,
         )
     return parsed
+
+
+def write_tfds_metadata(folder: str | os.PathLike, info: LatentsInfo) -> None:
+    """Write `features.json` and `dataset_info.json` next to finished shards.
+
+    TFDS reads the first example back, so a schema it cannot decode fails here.
+    """
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    features: dict[str, Any] = {
+        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
+        name: tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
+        for name, shape in info.arrays().items()
+    }
+    names = list(info.class_names) or None
+    classes = None if names else info.num_classes
+    features["label"] = tfds.features.ClassLabel(num_classes=classes, names=names)
+    features["index"] = tfds.features.Scalar(dtype=np.int64)
+    if info.images:
+        shape = (info.resolution, info.resolution, 3)
+        features["image"] = tfds.features.Image(shape=shape, encoding_format="png")
+    splits = [
+        tfds.core.SplitInfo(
+            name=name, shard_lengths=list(s.records), num_bytes=sum(s.bytes)
+        )
+        for name, s in info.splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=os.fspath(folder),
+        features=features,
+        split_infos=splits,
+        description=f"Latents of {info.vae} at {info.resolution} pixels.",
+    )
