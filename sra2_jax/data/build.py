@@ -2,9 +2,7 @@
 
 The work lies in `.NAME.incomplete` beside the dataset: the finished shards, and for
 each of them, written last, its facts. The records of a shard depend on the options
-alone; so the dataset is the same, byte for byte, whoever wrote which shard and however
-often it was interrupted. Who finds all shards finished adds the descriptions,
-`latents.json` last, and gives the folder its name.
+alone. Who finds all shards finished adds the descriptions and renames the folder.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from tqdm import tqdm
 import sra2_jax
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.run import write_whole
 
@@ -65,9 +63,8 @@ class ShardWriter:
 
     Listings are sorted by class: so every shard gets all classes.
 
-    Attributes:
-      facts: of each shard by its number; whole once `writing` has ended.
-      skipped: images that left no record, in all shards that the caller counts.
+    facts: of each shard by number, whole once `writing` has ended; skipped: images that
+    left no record, in all shards that the caller counts.
     """
 
     def __init__(self, shards: int, files: Mapping[int, Any]) -> None:
@@ -117,7 +114,7 @@ def writing(
     They have temporary names; once the context ends without an error, they are flushed
     to the disk and get their own.
 
-    Raises UserError: TensorFlow cannot write, such as to a disk that is full.
+    Raises UserError: the disk is full, or another process writes the same shard.
     """
     tf, paths, files = records.tensorflow(), {}, {}
     try:
@@ -135,19 +132,14 @@ def writing(
             for shard, facts in writer.facts.items():
                 files[shard].close()
                 _commit(*paths[shard], facts)
-    except tf.errors.OpError as error:
+    except (tf.errors.OpError, OSError) as error:
         raise UserError(
-            f"{folder}: not finished ({records.reason(error)}): free or mend the disk "
-            "and run the same command again"
+            f"{folder}: not finished ({one_line(error)}): is the disk full, or another "
+            "process at work there? Mend that and run the same command again"
         ) from error
 
 
 def _commit(temporary: Path, path: Path, facts: Facts) -> None:
-    if not temporary.exists():
-        raise UserError(
-            f"{path}: another process has written it too; give each a "
-            "--process_index of --process_count"
-        )
     with temporary.open("rb") as file:
         facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         facts.bytes = file.tell()
@@ -181,15 +173,14 @@ class Build:
         """Whether the dataset is there already, and nothing else."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
-        why = "exists and is not an empty folder"
+        why = "it is not an empty folder"
         if (self.out / records.FILE).exists():
             there = records.LatentsInfo.read(self.out).options
             if there == self._made_with:
                 return True
-            why = f"holds another dataset ({_differences(there, self._made_with)})"
+            why = f"another dataset, {_differences(there, self._made_with)}"
         raise UserError(
-            f"{self.out}: {why}; nothing is overwritten, choose another --out or "
-            "remove it"
+            f"{self.out}: nothing is overwritten ({why}); choose another --out"
         )
 
     def finished(self) -> dict[int, Facts]:
@@ -202,9 +193,8 @@ class Build:
                 there = fields.pop("made_with", {})
                 if there != wanted:
                     raise UserError(
-                        f"{self.folder}: was begun with other options "
-                        f"({_differences(there, wanted)}); use those, or remove the "
-                        "folder"
+                        f"{self.folder}: begun with other options: use those, or "
+                        f"remove it ({_differences(there, wanted)})"
                     )
                 shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
                 if self._path(shard).stat().st_size == facts.bytes:
@@ -214,15 +204,12 @@ class Build:
     def run(
         self, length: int, write: Write, at_once: int = 1, **fields: Any
     ) -> records.LatentsInfo | None:
-        """Write this process's shards that are not finished yet.
+        """Write this process's shards of a listing that are not finished yet.
 
-        Args:
-          length: of the listing; record i belongs to the shard i % shards.
-          at_once: shards that `write` gets in one call.
-          fields: of `LatentsInfo`, those that neither shards nor options tell.
+        at_once: shards that `write` gets in one call; fields: of `LatentsInfo`, those
+        that neither shards nor options tell.
 
-        Returns:
-          What the dataset is, or None while other processes have shards to write.
+        Returns what the dataset is, None while other processes have shards to write.
         """
         options, done = self.options, self.finished()
         own = range(options.process_index, options.shards, options.process_count)
@@ -319,10 +306,7 @@ class Build:
 
 
 def _statistics(facts: Sequence[Facts], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of z = mean + std * N(0, 1) per channel, exact, not drawn.
-
-    E[z] from E[mean], E[z^2] from E[mean^2 + std^2]; added in the order of the shards.
-    """
+    """Mean and deviation per channel of z = mean + std * N(0, 1), exact, not drawn."""
     filled = [row for row in facts if row.records]
     mean = np.sum([row.mean for row in filled], axis=0) / count
     square = np.sum([row.square for row in filled], axis=0) / count

@@ -35,20 +35,19 @@ def faults(
     folder: str | os.PathLike, info: records.LatentsInfo
 ) -> list[tuple[str, str]]:
     """(file, what is wrong with it) of every bad shard and of shards too many."""
-    jobs = {}
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for split, shards in info.splits.items():
-            count = len(shards.records)
-            for number in range(count):
-                path = records.shard_path(folder, split, number, count)
-                jobs[path] = pool.submit(_fault, path, number, shards)
-    found = [(path.name, job.result()) for path, job in jobs.items()]
-    strays = sorted({*epath.Path(folder).glob("*.tfrecord*")} - jobs.keys())
-    found += [(path.name, f"not in {records.FILE}: remove it") for path in strays]
-    return [(name, reason) for name, reason in found if reason]
+    shards = {
+        records.shard_path(folder, split, number, len(of.records)): (of, number)
+        for split, of in info.splits.items()
+        for number in range(len(of.records))
+    }
+    with ThreadPoolExecutor() as pool:
+        reasons = pool.map(_fault, shards, *zip(*shards.values(), strict=True))
+    found = [(p.name, why) for p, why in zip(shards, reasons, strict=True) if why]
+    strays = sorted({*epath.Path(folder).glob("*.tfrecord*")} - shards.keys())
+    return found + [(p.name, f"not in {records.FILE}: remove it") for p in strays]
 
 
-def _fault(path: epath.Path, number: int, shards: records.Shards) -> str:
+def _fault(path: epath.Path, shards: records.Shards, number: int) -> str:
     """What is wrong with a shard, "" if nothing is."""
     if not path.exists():
         return "missing"

@@ -84,16 +84,13 @@ def encode(
     Begins where an earlier call with the same options was interrupted. The result is
     the same, byte for byte, on the same kind of device.
 
-    Args:
-      progress: called after each batch, with the number of its images.
+    progress: called after each batch, with the number of its images.
 
-    Returns:
-      The description of the dataset, None while other processes have shards to write.
+    Returns the description of the dataset, None while other processes have shards to
+    write.
 
-    Raises:
-      UserError: no images, too many unreadable, something else in `out`, other options
-        than the work began with, a resolution or number of shards that does not fit,
-        numbers not finite in float16.
+    Raises UserError: no images, too many unreadable, something else in `out`, other
+    options than the work began with, numbers not finite in float16.
     """
     source = image_sources.open_source(options.images, options.split)
     encoder = Encoder.load(options)
@@ -170,10 +167,8 @@ class Encoder:
     """uint8 images (N, H, W, 3), N a multiple of the local devices -> arrays (N, ...)
     on them: "mean" and "std" of a VAE's posterior and, with a DINOv2, "features".
 
-    Attributes:
-      vae: the VAE.
-      features: what the DINOv2 gives, None without.
-      weights: SHA-256 of the parameters of each.
+    features: what the DINOv2 gives, None without; weights: SHA-256 of the parameters of
+    each.
     """
 
     def __init__(self, vae: AutoencoderKL, params: Any) -> None:
@@ -241,10 +236,9 @@ def encoded(
 ) -> Iterator[Batch]:
     """Encode (index, image, label) rows, one batch while another is read.
 
-    Args:
-      batch_size: is rounded up to a multiple of the local devices.
-      shards: a batch has images of one index % shards only, in the order of the rows,
-        so that it is the same whatever else is encoded.
+    batch_size: is rounded up to a multiple of the local devices; shards: a batch has
+    images of one index % shards only, in the order of the rows, so that it is the same
+    whatever else is encoded.
     """
     size = rounded(batch_size)
 
@@ -276,11 +270,8 @@ def main() -> int | None:
     """Encode as the flags say and print what was done, or check a dataset."""
     parser = Parser(prog="sra2 encode", description=__doc__.partition("\n\n")[0])
     EncodeOptions.add_flags(parser)
-    parser.add_argument(
-        "--check",
-        metavar="DIR",
-        help="read a dataset and name its damaged shards, instead of encoding",
-    )
+    about = "read a dataset and name its damaged shards, instead of encoding"
+    parser.add_argument("--check", metavar="DIR", help=about)
     start, flags = time.monotonic(), vars(parser.parse_args())
     if folder := flags.pop("check"):
         return run_check(folder)
@@ -289,11 +280,9 @@ def main() -> int | None:
     info = encode(EncodeOptions(**flags))
     seconds = time.monotonic() - start
     if info is None:
-        print(f"{seconds:.1f} s, {WAITING}")
+        print(WAITING)
         return None
     size = sum(sum(shards.bytes) for shards in info.splits.values())
-    print(
-        f"{info.num_examples:,} images, {seconds:.1f} s, "
-        f"{info.num_examples / seconds:.1f} images/s, {size:,} bytes"
-    )
+    rate = info.num_examples / seconds
+    print(f"{info.num_examples:,} images, {rate:.1f} images/s, {size:,} bytes")
     return None

@@ -1,8 +1,7 @@
 """Sources of labelled images.
 
-A source is a folder with one sub-folder per class, any TFDS image-classification
-dataset (`tfds:NAME[:SPLIT]`), or one that is BUILT_IN. It only lists its images; `read`
-decodes and crops them in threads (Pillow releases the GIL).
+A source only lists its images; `read` decodes and crops them in threads, for Pillow
+releases the GIL.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -44,10 +43,9 @@ class Entry:
 class ImageSource:
     """A listing of `length` images in a fixed order.
 
-    entries: (indices=None) -> those with these indices in the listing, or all.
-    fingerprint: changes with names, labels and order.
-    at_once: shards to write in one pass over `entries`, more than 1 where it reads
-      past what it leaves out.
+    entries: (indices=None) -> those with these indices, or all; fingerprint: changes
+    with names, labels and order; at_once: shards to write in one pass over `entries`,
+    more than 1 where it reads past what it leaves out.
     """
 
     name: str
@@ -67,19 +65,27 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     Raises UserError: an unknown source, or one without images.
     """
     spec = os.fspath(spec)
-    if spec in BUILT_IN:
-        return BUILT_IN[spec](spec, split)
+    if spec == "digits":
+        return _digits(split)
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")
         return _tfds(name, own_split or split)
     return _folder(Path(spec))
 
 
-def _listed(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
-    """`entries` of a listing that any image can be had of."""
-    return lambda indices=None: map(
-        entry, range(length) if indices is None else indices
-    )
+def _listed(
+    name: str,
+    classes: tuple[str, ...],
+    length: int,
+    entry: Callable[[int], Entry],
+    fingerprint: str,
+) -> ImageSource:
+    """A source that any image can be had of."""
+
+    def entries(indices: Iterable[int] | None = None) -> Iterator[Entry]:
+        return map(entry, range(length) if indices is None else indices)
+
+    return ImageSource(name, length, len(classes), classes, entries, fingerprint)
 
 
 def _folder(folder: Path) -> ImageSource:
@@ -96,8 +102,7 @@ def _folder(folder: Path) -> ImageSource:
     ]
     if not files:
         raise UserError(
-            f"{folder}: no images ({', '.join(SUFFIXES)}) in its sub-folders; "
-            "it must hold one sub-folder per class with the images in it"
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in it; give a {SPECS}"
         )
 
     def entry(index: int) -> Entry:
@@ -107,24 +112,19 @@ def _folder(folder: Path) -> ImageSource:
 
     listing = "\n".join([*classes, *(f"{label}/{name}" for label, name in files)])
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    count, entries = len(files), _listed(entry, len(files))
-    return ImageSource(
-        str(folder), count, len(classes), tuple(classes), entries, digest
-    )
+    return _listed(str(folder), tuple(classes), len(files), entry, digest)
 
 
-def _digits(name: str, split: str) -> ImageSource:
+def _digits(split: str) -> ImageSource:
     from sra2_jax.data.digits import load_digits  # scikit-learn takes a second
 
     images, labels = load_digits(split)
 
     def entry(index: int) -> Entry:
         load = partial(np.asarray, images[index])
-        return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
+        return Entry(index, f"digits/{split}/{index}", int(labels[index]), load)
 
-    count, classes = len(images), tuple("0123456789")
-    entries = _listed(entry, count)
-    return ImageSource(name, count, 10, classes, entries, f"{name}/{split}")
+    return _listed("digits", tuple("0123456789"), len(images), entry, f"digits/{split}")
 
 
 def _tfds(name: str, split: str) -> ImageSource:
@@ -176,11 +176,7 @@ def _tfds(name: str, split: str) -> ImageSource:
     )
 
 
-# Images that come with the package, by the name that stands for them.
-BUILT_IN = {"digits": _digits}
-SPECS = (
-    f"folder with one sub-folder per class, tfds:NAME[:SPLIT], {', '.join(BUILT_IN)}"
-)
+SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], digits"
 
 
 def read(
@@ -190,9 +186,8 @@ def read(
 
     indices: of the images, rising; by default all.
 
-    Yields:
-      index, name, uint8 (size, size, 3) or the exception of an image that cannot be
-      decoded, label.
+    Yields index, name, uint8 (size, size, 3) or the exception of an image that cannot
+    be decoded, label.
     """
 
     def work(entry: Entry) -> np.ndarray | Exception:
@@ -222,12 +217,10 @@ def readable(
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """(index, image, label) of the images that decode, as `read` gives them.
 
-    Args:
-      max_bad: share of all images that may be unreadable.
-      skip: gets the index of each of those and its line of the report, and says how
-        many of the source there are by now.
-      mirror_offset: if not 0, each image comes again, mirrored left to right, its index
-        this much larger.
+    max_bad: share of all images that may be unreadable; skip: gets the index of each of
+    those and its line of the report, and says how many of the source there are by now;
+    mirror_offset: if not 0, each image comes again, mirrored left to right, its index
+    this much larger.
 
     Raises UserError: too many are unreadable, or a label is no class.
     """

@@ -49,9 +49,7 @@ class ImportOptions(Options):
         False, "moments hold the logarithm of the variance, not the deviation"
     )
     channels: str = option(
-        "",
-        "of the axes, for arrays whose shape fits both",
-        choices=("first", "last"),
+        "", "of the axes, where a shape fits both", choices=("first", "last")
     )
 
 
@@ -59,12 +57,9 @@ class ImportOptions(Options):
 class Latents:
     """A listing of latents.
 
-    Attributes:
-      labels: (N,) integers.
-      listed: what changes with the listing.
-      load: position -> moments alone, or mean and deviation; as they are stored.
-      where: position -> where that is, for messages.
-      channels: "first" or "last", where the kind of source says it.
+    labels: (N,) integers; listed: what changes with the listing; load: position ->
+    moments alone, or mean and deviation, as they are stored; where: position -> where
+    that is, for messages; channels: "first" where the kind of source says it.
     """
 
     labels: np.ndarray
@@ -77,12 +72,11 @@ class Latents:
 def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     """Import latents, see the top of this module.
 
-    Returns:
-      The description of the dataset, None while other processes have shards to write.
+    Returns the description of the dataset, None while other processes have shards to
+    write.
 
-    Raises:
-      UserError: a source that cannot be understood, latents of another shape or not
-        finite in float16, something else in `out`.
+    Raises UserError: a source that cannot be understood, latents of another shape or
+    not finite in float16, something else in `out`.
     """
     vae, source = load_vae(options.vae)[0].config, options.source
     shape = options.latent_shape(vae)
@@ -110,8 +104,9 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
                 yield 1
 
     build = Build(options, vae, {name: facts[name] for name in MADE_WITH})
-    about = {"num_classes": classes, "class_names": (), "crop": "imported"}
-    return build.run(len(labels), write, **about)
+    return build.run(
+        len(labels), write, num_classes=classes, class_names=(), crop="imported"
+    )
 
 
 @contextlib.contextmanager

@@ -1,14 +1,10 @@
-"""The schema of a latents dataset: the one place that knows it, for writer and reader.
-
-A latents dataset is a folder with
+"""The schema of a latents dataset, for writer and reader: a folder with
 
 * `latents-SPLIT.tfrecord-XXXXX-of-YYYYY`: tf.train.Example records of one image each:
   `mean`, `std` (raw float16 bytes, (h, w, c), posterior of the VAE, not scaled),
   `label`, `index` (position of the image in the source listing), and where asked for
-  `image` (the crop, PNG) and `features` (raw float16 bytes, (tokens, width), of an
-  encoder's patches);
-* `features.json` and `dataset_info.json`, so that
-  `tfds.builder_from_directory(folder)` opens it;
+  `image` (the crop, PNG) and `features` (raw float16 bytes, (tokens, width));
+* `features.json` and `dataset_info.json`, for `tfds.builder_from_directory(folder)`;
 * `latents.json`, the facts of `LatentsInfo`, readable without TensorFlow.
 """
 
@@ -70,12 +66,11 @@ class Features:
 class LatentsInfo:
     """What `latents.json` says about a dataset of latents.
 
-    `latent_shape` is (h, w, c). A training latent is
-    (mean + std * N(0, 1) - shift_factor) * scaling_factor; `latent_mean` and
-    `latent_std` are its statistics over the dataset, one number per channel.
-    `class_names` is empty where the source has none. `images` and `features` say what
-    records hold besides latents. The mirrored image of record i is the record
-    i + `mirror_offset`, 0 without. `options` are those that the dataset was made with.
+    A training latent (h, w, c) is (mean + std * N(0, 1) - shift_factor) *
+    scaling_factor; `latent_mean` and `latent_std` are its statistics over the dataset,
+    one number per channel. `class_names` is empty where the source has none. `images`
+    and `features` say what records hold besides. The mirrored image of record i is the
+    record i + `mirror_offset`, 0 without. `options` are what it was made with.
     """
 
     vae: str
@@ -250,13 +245,10 @@ def parse(
 ) -> dict[str, Any]:
     """Tensors of a whole batch of records: a third of the time of one by one.
 
-    Args:
-      serialized: (B,) string tensor.
-      fields: "image" and "features" where they are wanted; else neither is touched.
+    serialized: (B,) string tensor; fields: "image" and "features" where wanted.
 
-    Returns:
-      `label` (B,) int32, `index` (B,) int64, `mean`, `std` (B, h, w, c) float16,
-      `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8.
+    Returns `label` (B,) int32, `index` (B,) int64, `mean`, `std` (B, h, w, c) float16,
+    `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8.
     """
     tf = tensorflow()
     text, integer = (tf.io.FixedLenFeature([], t) for t in (tf.string, tf.int64))
