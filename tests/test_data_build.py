@@ -177,7 +177,7 @@ def test_two_processes_of_one_index_write_the_same(source, whole, tmp_path):
         if not begun:
             begun.append(run(source, out))
 
-    with pytest.raises(UserError, match="another process has written it too"):
+    with pytest.raises(UserError, match="another process at work there"):
         run(source, out, progress)
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]

@@ -160,7 +160,7 @@ OBJECTS = npy(np.array([{}, None]), allow_pickle=True)
         (archive_of(moments=OBJECTS, labels=npy(LABELS)), "allow_pickle=False"),
         (
             archive_of(moments=b"text", labels=npy(LABELS)),
-            r"\(21,\) as labels of \{4\}",
+            "has no attribute 'shape'",
         ),
         (
             archive_of(labels=npy(LABELS), moments=npy(np.ones((N, 3)))[:-8]),
@@ -169,7 +169,7 @@ OBJECTS = npy(np.array([{}, None]), allow_pickle=True)
         (archive_of(labels=npy(LABELS)), "needs labels, and moments or mean and std"),
         (
             archive_of(moments=npy(np.ones(3)), labels=npy(LABELS)),
-            r"\(21,\) as labels of \{3\}",
+            r"\[\(3,\)\] for labels \(21,\)",
         ),
         (
             archive_of(moments=npy(np.ones((N, 8, 4, 5))), labels=npy(LABELS)),

@@ -12,7 +12,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -73,19 +73,11 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     return _folder(Path(spec))
 
 
-def _listed(
-    name: str,
-    classes: tuple[str, ...],
-    length: int,
-    entry: Callable[[int], Entry],
-    fingerprint: str,
-) -> ImageSource:
-    """A source that any image can be had of."""
-
-    def entries(indices: Iterable[int] | None = None) -> Iterator[Entry]:
-        return map(entry, range(length) if indices is None else indices)
-
-    return ImageSource(name, length, len(classes), classes, entries, fingerprint)
+def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
+    """`entries` of a source that any image can be had of."""
+    return lambda indices=None: map(
+        entry, range(length) if indices is None else indices
+    )
 
 
 def _folder(folder: Path) -> ImageSource:
@@ -112,7 +104,8 @@ def _folder(folder: Path) -> ImageSource:
 
     listing = "\n".join([*classes, *(f"{label}/{name}" for label, name in files)])
     digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    return _listed(str(folder), tuple(classes), len(files), entry, digest)
+    count, names, entries = len(files), tuple(classes), _any_of(entry, len(files))
+    return ImageSource(str(folder), count, len(names), names, entries, digest)
 
 
 def _digits(split: str) -> ImageSource:
@@ -124,7 +117,12 @@ def _digits(split: str) -> ImageSource:
         load = partial(np.asarray, images[index])
         return Entry(index, f"digits/{split}/{index}", int(labels[index]), load)
 
-    return _listed("digits", tuple("0123456789"), len(images), entry, f"digits/{split}")
+    count, names, entries = (
+        len(images),
+        tuple("0123456789"),
+        _any_of(entry, len(images)),
+    )
+    return ImageSource("digits", count, 10, names, entries, f"digits/{split}")
 
 
 def _tfds(name: str, split: str) -> ImageSource:

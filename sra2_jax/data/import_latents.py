@@ -152,13 +152,12 @@ def _files(folder: Path) -> Latents:
         if name.is_absolute() or ".." in name.parts or name.suffix != ".npy":
             raise ValueError(f"{LISTING}: {str(name)!r} is no .npy inside this folder")
 
-    def path(index: int) -> Path:
-        return folder / names[index]
+    paths = [folder / name for name in names]
 
     def load(index: int) -> list[np.ndarray]:
-        return [_mapped(path(index))]
+        return [_mapped(paths[index])]
 
-    return Latents(np.array(labels, np.int64), text, load, path, "first")
+    return Latents(np.array(labels, np.int64), text, load, paths.__getitem__, "first")
 
 
 def _arrays(source: Path, arrays: Mapping[str, np.ndarray]) -> Latents:
@@ -168,12 +167,10 @@ def _arrays(source: Path, arrays: Mapping[str, np.ndarray]) -> Latents:
             f"it has the arrays {sorted(arrays)}; needs labels, and moments or mean "
             "and std"
         )
-    labels, lengths = arrays["labels"], {len(arrays[name]) for name in used}
-    if labels.dtype.kind not in "iu" or not len(labels) or lengths != {len(labels)}:
-        raise ValueError(
-            f"{labels.dtype} {labels.shape} as labels of {lengths} latents; needs an "
-            "integer for each"
-        )
+    labels, shapes = arrays["labels"], [arrays[name].shape for name in used]
+    counts = {labels.shape, *(shape[:1] for shape in shapes)}
+    if labels.dtype.kind not in "iu" or counts != {(labels.size,)} or not labels.size:
+        raise ValueError(f"{shapes} for labels {labels.shape}: needs an integer each")
     facts = [(n, arrays[n].shape, arrays[n].dtype.str) for n in used]
     listed = repr(facts).encode() + np.ascontiguousarray(labels).tobytes()
 
