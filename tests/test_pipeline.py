@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +17,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sra2_jax.data import records
-from sra2_jax.data.build import write_tfds_metadata
+from sra2_jax.data.build import manifest, writing
 from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
-from sra2_jax.data.writer import ShardWriter, manifest
 from sra2_jax.errors import UserError
 
 EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
@@ -28,7 +27,7 @@ EXAMPLES, SHARDS, STREAMS, BATCH = 103, 8, 4, 8
 def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **extra):
     """A dataset of (2, 2, 1) latents that hold their own index; `extra` in each."""
     folder.mkdir()
-    with ShardWriter(folder, "train", SHARDS) as writer:
+    with writing(folder, "train", SHARDS, range(SHARDS)) as writer:
         for index in range(examples):
             latent = np.full((2, 2, 1), index, np.float16)
             writer.write(label(index), index, mean=latent, std=latent / 2, **extra)
@@ -61,6 +60,15 @@ def dataset(tmp_path_factory):
 ORDER = Order(BATCH, seed=0, streams=STREAMS, shuffle_buffer=40)
 
 
+@contextmanager
+def one_line(match):
+    """A UserError that says this, in one line."""
+    with pytest.raises(UserError, match=match) as error:
+        yield error
+    assert "\n" not in str(error.value)
+    assert "{{" not in str(error.value)  # TensorFlow's
+
+
 def take(folder, steps, start=0, fields=(), process=(0, 1), **changes):
     """`steps` batches, stacked by key."""
     order = dataclasses.replace(ORDER, **changes)
@@ -85,7 +93,7 @@ def read_with_tfds(folder):
 def test_float16_survives_exactly(tmp_path):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
-    write_tfds_metadata(folder, info)
+    records.write_tfds_metadata(folder, info)
     tfds_info, rows = read_with_tfds(folder)
     assert tfds_info.features["label"].num_classes == 10
     assert set(rows) == set(range(EXAMPLES))
@@ -100,11 +108,7 @@ def test_float16_survives_exactly(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        None,
-        "{",
-        "[]",
-        "{}",
-        '{"format": 2}',
+        *(None, "{", "[]", '{"format": 2}'),
         {"latent_shape": [2, 2]},
         {"num_examples": 5},
         {"splits": {"train": {}}},
@@ -116,15 +120,12 @@ def test_missing_or_garbled_description(dataset, tmp_path, text):
         text = json.dumps(json.loads((dataset / records.FILE).read_text()) | text)
     if text is not None:
         (tmp_path / records.FILE).write_text(text)
-    with pytest.raises(UserError, match="sra2_jax encode --images=SOURCE") as error:
+    with one_line(f"{tmp_path}.*sra2_jax encode --images=SOURCE"):
         records.LatentsInfo.read(tmp_path)
-    assert str(tmp_path) in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_description_without_the_newer_keys(dataset, tmp_path):
-    path = dataset / records.FILE
-    fields = json.loads(path.read_text())
+    fields = json.loads((dataset / records.FILE).read_text())
     del fields["images"], fields["features"]
     (tmp_path / records.FILE).write_text(json.dumps(fields))
     assert records.LatentsInfo.read(tmp_path) == records.LatentsInfo.read(dataset)
@@ -143,9 +144,8 @@ def fitting():
 
 
 def contradictions(info, config, fields=()):
-    with pytest.raises(UserError, match=r"^folder: .*encode again.*\(python") as error:
+    with one_line(r"^folder: .*encode again.*\(python") as error:
         records.check(info, "folder", config, fields)
-    assert "\n" not in str(error.value)
     return re.findall(
         r"config says (\S+), dataset was encoded with (.*?):", str(error.value)
     )
@@ -154,12 +154,9 @@ def contradictions(info, config, fields=()):
 def test_check_names_every_contradiction(dataset, fitting):
     info = records.LatentsInfo.read(dataset)
     records.check(info, "folder", fitting)
-    fitting.data.num_classes = 11
-    assert contradictions(info, fitting) == [("data.num_classes=11", "10")]
-    fitting.data.resolution = 256
-    fitting.latents = SimpleNamespace(
-        size=32, channels=4, scaling_factor=1.0, shift_factor=0.5
-    )
+    fitting.data = SimpleNamespace(resolution=256, num_classes=11)
+    factors = {"scaling_factor": 1.0, "shift_factor": 0.5}
+    fitting.latents = SimpleNamespace(size=32, channels=4, **factors)
     assert contradictions(info, fitting) == [
         ("data.resolution=256", "16"),
         ("latents.size=32", "2"),
@@ -186,9 +183,9 @@ def test_check_compares_features(dataset, fitting):
         ("model.patch_size=1", "2"),
     ]
     for name, flag in (("features", "--encoder=MODEL"), ("image", "--store_images")):
-        with pytest.raises(UserError, match=f"no {name}; encode again with {flag}"):
+        with one_line(f"no {name}; encode again with {flag}"):
             records.check(plain, "folder", fitting, (name,))
-        with pytest.raises(UserError, match=f"no {name}; encode again with {flag}"):
+        with one_line(f"no {name}; encode again with {flag}"):
             batches(dataset, ORDER, fields=(name,))
 
 
@@ -202,23 +199,19 @@ def test_order_does_not_depend_on_processes(dataset):
         for key, value in whole.items():
             joined = np.concatenate([part[key] for part in parts], axis=1)
             np.testing.assert_array_equal(joined, value)
-    assert [(whole[k].dtype.name) for k in ("mean", "std", "label", "index")] == [
-        "float16",
-        "float16",
-        "int32",
-        "int64",
-    ]
+    kinds = {"mean": "float16", "std": "float16", "label": "int32", "index": "int64"}
+    assert {name: value.dtype.name for name, value in whole.items()} == kinds
     np.testing.assert_array_equal(whole["mean"][..., 0, 0, 0], whole["index"])
     np.testing.assert_array_equal(whole["label"], whole["index"] % 10)
 
 
 # A stream holds 25 to 27 records and 2 rows of a batch: an epoch is about 13 steps.
 def test_resume_continues_exactly(dataset):
-    whole = take(dataset, 70)
+    whole = take(dataset, 60)
     for start in (1, 12, 13, 14, 39, 57):
-        tail = take(dataset, 70 - start, start)
+        tail = take(dataset, min(60 - start, 15), start)
         for key, value in whole.items():
-            np.testing.assert_array_equal(tail[key], value[start:])
+            np.testing.assert_array_equal(tail[key], value[start : start + 15])
 
 
 @pytest.mark.parametrize("shuffle_buffer", [1, 40, 1000])
@@ -248,15 +241,15 @@ def test_a_dataset_smaller_than_the_batch_repeats(tmp_path):
     index = take(tmp_path / "latents", 3, batch_size=16)["index"]
     assert set(index.ravel()) == set(range(5))
     write_dataset(tmp_path / "fewer", examples=2)
-    with pytest.raises(UserError, match="no records"):
+    with one_line("no records"):
         take(tmp_path / "fewer", 1)
 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"batch_size": 10}, "not a multiple of the 4 data streams"),
-        ({"process": (0, 3)}, "do not divide among 3 processes"),
+        ({"batch_size": 10}, "4 data streams must divide a batch of 10"),
+        ({"process": (0, 3)}, "4 data streams .* a multiple of 3 processes"),
         ({"streams": 16, "batch_size": 16}, "--shards=16"),
         ({"split": "test"}, "no split 'test'"),
     ],
@@ -271,9 +264,8 @@ def test_an_image_is_decoded_only_when_asked_for(tmp_path):
     info = write_dataset(folder, image=b"not a PNG")
     dataclasses.replace(info, images=True).write(folder)
     assert take(folder, 1)["index"].size == BATCH
-    with pytest.raises(UserError, match="cannot be read") as error:
+    with one_line("cannot be read"):
         take(folder, 1, fields=("image",))
-    assert "\n" not in str(error.value)
 
 
 def damage(path, how):
@@ -292,36 +284,21 @@ def damage(path, how):
 @pytest.mark.parametrize(
     ("how", "match"),
     [
-        (
-            "flip",
-            r"cannot be read \(DataLossError: corrupted record at \d+\): .*--check",
-        ),
-        ("cut", "shard NAME has .* bytes"),
-        ("junk", "shard NAME has .* bytes"),
-        ("missing", "shard NAME has no bytes"),
-        ("fewer", r"cannot be read \(.*expected to contain 14 elements.*--check"),
+        ("flip", r"cannot be read \(DataLossError: corrupted record at .*--check"),
+        ("cut", "shard latents-train.tfrecord-00005-of-00008 has .* bytes"),
+        ("junk", "shard .* has .* bytes"),
+        ("missing", "shard .* has no bytes"),
         ("schema", r"cannot be read \(InvalidArgumentError: .*--check"),
     ],
 )
 def test_damage_is_one_line(tmp_path, how, match):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
-    shards = info.splits["train"]
-    path = folder / "latents-train.tfrecord-00005-of-00008"
-    if how == "fewer":
-        counts = (shards.records[0] + 1, *shards.records[1:])
-        shards = dataclasses.replace(shards, records=counts)
-        changes = {"num_examples": EXAMPLES + 1, "splits": {"train": shards}}
-        dataclasses.replace(info, **changes).write(folder)
-    elif how == "schema":
+    damage(folder / "latents-train.tfrecord-00005-of-00008", how)
+    if how == "schema":
         dataclasses.replace(info, latent_shape=(3, 3, 1)).write(folder)
-    else:
-        damage(path, how)
-    with pytest.raises(UserError, match=match.replace("NAME", path.name)) as error:
+    with one_line(f"^{folder}: {match}"):
         take(folder, 20)
-    assert str(error.value).startswith(f"{folder}: ")
-    assert "\n" not in str(error.value)
-    assert "{{" not in str(error.value)
 
 
 # Prefetching

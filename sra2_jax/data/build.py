@@ -2,9 +2,7 @@
 
 The work lies in `.NAME.incomplete` beside the dataset: the finished shards, and for
 each of them, written last, its facts. The records of a shard depend on the options
-alone; so the dataset is the same, byte for byte, whoever wrote which shard and however
-often it was interrupted. Who finds all shards finished adds the descriptions,
-`latents.json` last, and gives the folder its name.
+alone. Who finds all shards finished adds the descriptions and renames the folder.
 """
 
 from __future__ import annotations
@@ -12,184 +10,307 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import sra2_jax
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
-from sra2_jax.data.writer import Facts, ShardWriter, flush, manifest, temporary_name
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
+from sra2_jax.models.vae import VAEConfig
+from sra2_jax.run import write_whole
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
+WAITING = "all shards of this process are written; the dataset appears when all are"
+
+
+@dataclasses.dataclass
+class Facts:
+    """What the manifest says of one shard, and sums of its latents per channel.
+
+    mean: of E[z]; square: of E[z^2] = mean^2 + std^2; over records and positions.
+    unreadable: (index, line of the report) of the images that left no record.
+    """
+
+    records: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    first: int = -1
+    last: int = -1
+    mean: Sequence[float] = ()
+    square: Sequence[float] = ()
+    unreadable: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+
+def manifest(facts: Sequence[Facts]) -> records.Shards:
+    """The manifest of all shards of a split, in order."""
+    names = [field.name for field in dataclasses.fields(records.Shards)]
+    return records.Shards(*(tuple(getattr(f, n) for f in facts) for n in names))
+
+
+class ShardWriter:
+    """Writes records to the shard index % shards, see `writing`.
+
+    Listings are sorted by class: so every shard gets all classes.
+
+    facts: of each shard by number, whole once `writing` has ended; skipped: images that
+    left no record, in all shards that the caller counts.
+    """
+
+    def __init__(self, shards: int, files: Mapping[int, Any]) -> None:
+        self._shards, self._files, self.skipped = shards, files, 0
+        self.facts = {shard: Facts() for shard in files}
+
+    def write(
+        self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
+    ) -> None:
+        """Append one record, see `records.serialize`; `arrays` are made float16.
+
+        Raises UserError: numbers that float16 does not hold.
+        """
+        with np.errstate(over="ignore"):
+            halves = {name: x.astype(np.float16) for name, x in arrays.items()}
+        for name, x in halves.items():
+            if not np.isfinite(x).all():
+                raise UserError(
+                    f"the {name} of image {index} is not finite or too large for "
+                    "float16: encode it with --dtype=float32, or check the weights"
+                )
+        shard = index % self._shards
+        record = records.serialize(label=label, index=index, image=image, **halves)
+        self._files[shard].write(record)
+        mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
+        sums, facts = np.stack([mean, mean**2 + std**2]).sum((1, 2)), self.facts[shard]
+        if facts.records:
+            sums += [facts.mean, facts.square]
+        facts.mean, facts.square = sums.tolist()
+        facts.first = min(index, facts.first) if facts.records else index
+        facts.last = max(index, facts.last)
+        facts.records += 1
+
+    def skip(self, index: int, line: str) -> int:
+        """Note an image that leaves no record; returns how many there are."""
+        self.facts[index % self._shards].unreadable.append((index, line))
+        self.skipped += 1
+        return self.skipped
+
+
+@contextlib.contextmanager
+def writing(
+    folder: str | os.PathLike, split: str, shards: int, own: Iterable[int]
+) -> Iterator[ShardWriter]:
+    """A writer of the shards `own` in a local folder.
+
+    They have temporary names; once the context ends without an error, they are flushed
+    to the disk and get their own.
+
+    Raises UserError: the disk is full, or another process writes the same shard.
+    """
+    tf, paths, files = records.tensorflow(), {}, {}
+    try:
+        with contextlib.ExitStack() as stack:
+            for shard in own:
+                path = Path(records.shard_path(folder, split, shard, shards))
+                # Should two processes write the same shard, each writes its own file.
+                temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+                paths[shard] = temporary, path
+                stack.callback(temporary.unlink, missing_ok=True)
+                files[shard] = tf.io.TFRecordWriter(str(temporary))
+                stack.callback(files[shard].close)
+            writer = ShardWriter(shards, files)
+            yield writer
+            for shard, facts in writer.facts.items():
+                files[shard].close()
+                _commit(*paths[shard], facts)
+    except (tf.errors.OpError, OSError) as error:
+        raise UserError(
+            f"{folder}: not finished ({one_line(error)}): is the disk full, or another "
+            "process at work there? Mend that and run the same command again"
+        ) from error
+
+
+def _commit(temporary: Path, path: Path, facts: Facts) -> None:
+    with temporary.open("rb") as file:
+        facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        facts.bytes = file.tell()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+# Writes the records of these positions of a listing; yields how many it has done.
+Write = Callable[[ShardWriter, Sequence[int]], Iterator[int]]
 
 
 class Build:
-    """Context manager that begins or goes on with a dataset.
+    """A dataset that is begun, or gone on with.
 
     Args:
-      options.out: absent, empty, or complete with the same `made_with`.
-      shards: number of files.
+      options: `out` is absent, empty, or complete with the same `made_with`.
+      vae: of the latents.
       made_with: everything that the records depend on, by flag; JSON values.
 
-    Attributes:
-      own: shards of this process, every process_count-th, finished ones too.
-
-    Raises:
-      UserError: another dataset in `out`, or work begun with other options.
+    Raises UserError: another dataset in `out`, or work begun with other options.
     """
 
     def __init__(
-        self, options: Options, shards: int, made_with: Mapping[str, Any]
+        self, options: Options, vae: VAEConfig, made_with: Mapping[str, Any]
     ) -> None:
-        self.out, self.split, self.shards = Path(options.out), options.split, shards
+        self.options, self.vae, self.out = options, vae, Path(options.out)
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
-        self.own = range(options.process_index, shards, options.process_count)
-        self._left: list[int] = []
-        self._options, self._versions = json.loads(json.dumps(made_with)), _versions()
-        self._made_with = {**self._options, **self._versions}
-
-    def __enter__(self) -> Build:
-        if not self.complete():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            done = self.finished()
-            if not self.complete():  # by another process, a moment ago
-                self._left = [shard for shard in self.own if shard not in done]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it is not empty, or has its name
-            self.folder.rmdir()
+        self._made_with, self._versions = dict(made_with), _versions()
 
     def complete(self) -> bool:
         """Whether the dataset is there already, and nothing else."""
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return False
-        why = "exists and is not an empty folder"
+        why = "it is not an empty folder"
         if (self.out / records.FILE).exists():
             there = records.LatentsInfo.read(self.out).options
-            if there == self._options:
+            if there == self._made_with:
                 return True
-            why = f"holds another dataset ({_differences(there, self._options)})"
+            why = f"another dataset, {_differences(there, self._made_with)}"
         raise UserError(
-            f"{self.out}: {why}; nothing is overwritten, choose another --out or "
-            "remove it"
+            f"{self.out}: nothing is overwritten ({why}); choose another --out"
         )
 
     def finished(self) -> dict[int, Facts]:
         """Facts of the finished shards, of all processes, by number."""
-        found = {}
-        for path in sorted(self.folder.glob(FACTS)):
-            # Without the shard's file it is not finished.
-            with contextlib.suppress(FileNotFoundError):
+        found, wanted = {}, {**self._made_with, **self._versions}
+        for path in self.folder.glob(FACTS):
+            # Without the shard's file, or cut off by a crash, it is not finished.
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 fields = json.loads(path.read_text())
                 there = fields.pop("made_with", {})
-                if there != self._made_with:
+                if there != wanted:
                     raise UserError(
-                        f"{self.folder}: was begun with other options "
-                        f"({_differences(there, self._made_with)}); use those, or "
-                        "remove the folder"
+                        f"{self.folder}: begun with other options: use those, or "
+                        f"remove it ({_differences(there, wanted)})"
                     )
                 shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
                 if self._path(shard).stat().st_size == facts.bytes:
                     found[shard] = facts
         return found
 
-    def left(self, at_once: int = 1) -> Iterator[list[int]]:
-        """This process's shards still to write, up to `at_once` at a time."""
-        for i in range(0, len(self._left), at_once):
-            yield self._left[i : i + at_once]
+    def run(
+        self, length: int, write: Write, at_once: int = 1, **fields: Any
+    ) -> records.LatentsInfo | None:
+        """Write this process's shards of a listing that are not finished yet.
+
+        at_once: shards that `write` gets in one call; fields: of `LatentsInfo`, those
+        that neither shards nor options tell.
+
+        Returns what the dataset is, None while other processes have shards to write.
+        """
+        options, done = self.options, self.finished()
+        own = range(options.process_index, options.shards, options.process_count)
+        # Looked at last: another process may be completing it.
+        left = [] if self.complete() else [s for s in own if s not in done]
+
+        def listed(shards: Iterable[int]) -> list[int]:
+            return sorted(i for s in shards for i in range(s, length, options.shards))
+
+        total, missing = len(listed(own)), len(listed(left))
+        with tqdm(
+            total=total, initial=total - missing, delay=10, mininterval=10, unit="image"
+        ) as bar:
+            for start in range(0, len(left), at_once):
+                group = left[start : start + at_once]
+                with self._writing(group) as writer:
+                    for count in write(writer, listed(group)):
+                        bar.update(count)
+        return self._finish(fields)
 
     @contextlib.contextmanager
-    def writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
-        """A writer of the group's shards; they count as finished when it ends well."""
-        done = self.finished().values()
-        with ShardWriter(self.folder, self.split, self.shards, group) as writer:
-            writer.skipped = sum(len(facts.unreadable) for facts in done)
-            yield writer
+    def _writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
+        """A writer of the group's shards; they are finished when it ends well."""
+        options, done = self.options, self.finished().values()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with writing(self.folder, options.split, options.shards, group) as writer:
+                writer.skipped = sum(len(facts.unreadable) for facts in done)
+                yield writer
+        finally:
+            with contextlib.suppress(OSError):  # it is not empty
+                self.folder.rmdir()
+        made_with = {"made_with": {**self._made_with, **self._versions}}
         for shard, facts in writer.facts.items():
-            fields = {"made_with": self._made_with, **dataclasses.asdict(facts)}
-            temporary = temporary_name(self._path(shard))
-            temporary.write_text(json.dumps(fields) + "\n")
-            flush(temporary)
-            temporary.rename(self.folder / FACTS.replace("*", f"{shard:05d}"))
+            text = json.dumps(made_with | dataclasses.asdict(facts)) + "\n"
+            write_whole(self.folder / FACTS.replace("*", f"{shard:05d}"), text)
 
-    def finish(self, **fields: Any) -> records.LatentsInfo | None:
-        """Complete the dataset if every shard is finished, else None.
-
-        fields: of `LatentsInfo`, those that the shards do not tell.
-        """
+    def _finish(self, fields: dict[str, Any]) -> records.LatentsInfo | None:
+        """Complete the dataset if every shard is finished, else None."""
         # Another process may be faster, and take the folder away.
-        with contextlib.suppress(FileNotFoundError), self._locked():
+        with (
+            contextlib.suppress(FileNotFoundError),
+            (self.folder / LOCK).open("w") as lock,
+        ):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, or the process dies
             if not self.complete():
-                facts = self.finished()
-                if len(facts) < self.shards:
+                done = self.finished()
+                if len(done) < self.options.shards:
                     return None
-                self._describe([facts[s] for s in range(self.shards)], fields)
+                self._describe([done[s] for s in sorted(done)], fields)
                 self.folder.rename(self.out)
-                flush(self.folder.parent)
         for path in (*self.out.glob(FACTS), self.out / LOCK):
             path.unlink(missing_ok=True)
         return records.LatentsInfo.read(self.out)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Hold a lock that the system takes back from a process that dies."""
-        with (self.folder / LOCK).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
     def _describe(self, facts: list[Facts], fields: dict[str, Any]) -> None:
-        count = sum(row.records for row in facts)
+        """Write all that a dataset holds besides its shards."""
+        options, count = self.options, sum(row.records for row in facts)
         if not count:
             shutil.rmtree(self.folder)
             raise UserError(f"{self.out}: none of the images can be decoded")
-        shards = {self._path(s) for s in range(self.shards)}
+        shards = {self._path(s) for s in range(len(facts))}
         for path in {*self.folder.glob("latents-*")} - shards:
             path.unlink()  # of a process that was killed
         if unreadable := sorted(row for f in facts for row in f.unreadable):
             text = "".join(f"{line}\n" for _, line in unreadable)
             (self.folder / UNREADABLE).write_text(text, encoding="utf-8")
-        height, width, _ = fields["latent_shape"]
-        scale, shift = fields["scaling_factor"], fields["shift_factor"]
+        shape = options.latent_shape(self.vae)
+        mean, std = _statistics(facts, count * shape[0] * shape[1])
+        scale, shift = self.vae.scaling_factor, self.vae.shift_factor
         info = records.LatentsInfo(
+            vae=options.vae,
+            scaling_factor=scale,
+            shift_factor=shift,
+            resolution=options.resolution,
+            latent_shape=shape,
             num_examples=count,
-            splits={self.split: manifest(facts)},
+            splits={options.split: manifest(facts)},
+            latent_mean=tuple((mean - shift) * scale),
+            latent_std=tuple(std * abs(scale)),
             versions=self._versions,
-            options=self._options,
-            **_sampled(facts, count * height * width, scale, shift),
+            options=self._made_with,
             **fields,
         )
-        write_tfds_metadata(self.folder, info)
+        records.write_tfds_metadata(self.folder, info)
         info.write(self.folder)
         for path in (*self.folder.glob("*.json"), *self.folder.glob("*.txt")):
-            flush(path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def _path(self, shard: int) -> Path:
-        return Path(records.shard_path(self.folder, self.split, shard, self.shards))
+        split, count = self.options.split, self.options.shards
+        return Path(records.shard_path(self.folder, split, shard, count))
 
 
-def _sampled(
-    facts: Sequence[Facts], positions: int, scale: float, shift: float
-) -> dict[str, Any]:
-    """Exactly instead of drawn, mean and deviation of (z - shift) * scale, where
-    z = mean + std * N(0, 1), per channel: E[z] from E[mean], E[z^2] from
-    E[mean^2 + std^2]. The sums are added in the order of the shards."""
+def _statistics(facts: Sequence[Facts], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation per channel of z = mean + std * N(0, 1), exact, not drawn."""
     filled = [row for row in facts if row.records]
-    mean = np.sum([row.mean for row in filled], axis=0) / positions
-    square = np.sum([row.square for row in filled], axis=0) / positions
-    std = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return {
-        "latent_mean": tuple((mean - shift) * scale),
-        "latent_std": tuple(std * abs(scale)),
-    }
+    mean = np.sum([row.mean for row in filled], axis=0) / count
+    square = np.sum([row.square for row in filled], axis=0) / count
+    return mean, np.sqrt(np.maximum(square - mean**2, 0.0))
 
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -205,46 +326,3 @@ def _versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in packages}
     tensorflow = records.tensorflow().__version__
     return {"sra2_jax": sra2_jax.__version__, "tensorflow": tensorflow, **found}
-
-
-def write_tfds_metadata(folder: str | os.PathLike, info: records.LatentsInfo) -> None:
-    """Write `features.json` and `dataset_info.json` next to finished shards.
-
-    TFDS reads the first example back, so a schema it cannot decode fails here.
-    """
-    records.tensorflow()
-    import tensorflow_datasets as tfds
-
-    def halves(shape: tuple[int, ...]) -> Any:
-        # Without encoding="bytes" TFDS stores float16 as float32 lists, twice as big.
-        return tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes")
-
-    if info.class_names:
-        label = tfds.features.ClassLabel(names=list(info.class_names))
-    else:
-        label = tfds.features.ClassLabel(num_classes=info.num_classes)
-    features = {
-        "mean": halves(info.latent_shape),
-        "std": halves(info.latent_shape),
-        "label": label,
-        "index": tfds.features.Scalar(dtype=np.int64),
-    }
-    if info.images:
-        features["image"] = tfds.features.Image(
-            shape=(info.resolution, info.resolution, 3), encoding_format="png"
-        )
-    if stored := info.features:
-        features["features"] = halves((stored.grid**2, stored.width))
-    tfds.folder_dataset.write_metadata(
-        data_dir=os.fspath(folder),
-        features=features,
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=name,
-                shard_lengths=list(shards.records),
-                num_bytes=sum(shards.bytes),
-            )
-            for name, shards in info.splits.items()
-        ],
-        description=f"Latents of {info.vae} at {info.resolution} pixels.",
-    )

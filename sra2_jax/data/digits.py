@@ -24,10 +24,7 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     split: "train" (1,437 digits) or "test" (the other 360).
 
     Returns uint8 images (N, 32, 32, 3), ink white on black, the three channels equal,
-    and int64 labels (N,) in 0..9.
-
-    Raises:
-        UserError: split is neither of the two.
+    and int64 labels (N,) in 0..9. Raises UserError: no such split.
     """
     if split not in SPLITS:
         raise UserError(f"digits: no split {split!r}; choose {' or '.join(SPLITS)}")

@@ -1,23 +1,22 @@
-"""Sources of labelled images, and the centre crop of ADM.
+"""Sources of labelled images.
 
-A source is a folder with one sub-folder per class, any TFDS image-classification
-dataset (`tfds:NAME[:SPLIT]`), or one that is BUILT_IN. It only lists its images; `read`
-decodes and crops them in threads (Pillow releases the GIL).
+A source only lists its images; `read` decodes and crops them in threads, for Pillow
+releases the GIL.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
 import hashlib
 import io
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -26,11 +25,11 @@ from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+THREADS = min(16, os.cpu_count() or 1)
+AHEAD = 8 * THREADS  # images: enough to keep all threads busy, bounded in memory
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Entry:
     """An image not decoded yet; `load()` gives uint8 (H, W, 3) or raises."""
 
@@ -40,14 +39,13 @@ class Entry:
     load: Callable[[], np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class ImageSource:
     """A listing of `length` images in a fixed order.
 
-    entries: (stride=1, offsets=(0,)) -> those at a position % stride in offsets.
-    fingerprint: changes with names, labels and order.
-    at_once: shards to write in one pass over `entries`, more than 1 where it reads
-      past what it leaves out.
+    entries: (indices=None) -> those with these indices, or all; fingerprint: changes
+    with names, labels and order; at_once: shards to write in one pass over `entries`,
+    more than 1 where it reads past what it leaves out.
     """
 
     name: str
@@ -64,27 +62,22 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
 
     split: to read of a source that has splits, unless `spec` names one.
 
-    Raises:
-      UserError: an unknown source, or one without images.
+    Raises UserError: an unknown source, or one without images.
     """
     spec = os.fspath(spec)
-    if spec in BUILT_IN:
-        return BUILT_IN[spec](spec, split)
+    if spec == "digits":
+        return _digits(split)
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")
         return _tfds(name, own_split or split)
     return _folder(Path(spec))
 
 
-def _indexed(
-    length: int, entry: Callable[[int], Entry]
-) -> Callable[..., Iterator[Entry]]:
-    """The entries of a listing that any image can be had of."""
-
-    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
-        return (entry(i) for i in range(length) if i % stride in offsets)
-
-    return entries
+def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
+    """`entries` of a source that any image can be had of."""
+    return lambda indices=None: map(
+        entry, range(length) if indices is None else indices
+    )
 
 
 def _folder(folder: Path) -> ImageSource:
@@ -101,41 +94,39 @@ def _folder(folder: Path) -> ImageSource:
     ]
     if not files:
         raise UserError(
-            f"{folder}: no images ({', '.join(SUFFIXES)}) in its sub-folders; "
-            "it must hold one sub-folder per class with the images in it"
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in it; give a {SPECS}"
         )
 
     def entry(index: int) -> Entry:
         label, name = files[index]
         relative = f"{classes[label]}/{name}"
-        load = functools.partial(decode_rgb, folder / relative)
-        return Entry(index, relative, label, load)
+        return Entry(index, relative, label, partial(decode_rgb, folder / relative))
 
-    listing = hashlib.sha256("\n".join(classes).encode("utf-8", "surrogateescape"))
-    for label, name in files:
-        listing.update(f"\n{label}/{name}".encode("utf-8", "surrogateescape"))
-    entries, names = _indexed(len(files), entry), tuple(classes)
-    return ImageSource(
-        str(folder), len(files), len(names), names, entries, listing.hexdigest()
-    )
+    listing = "\n".join([*classes, *(f"{label}/{name}" for label, name in files)])
+    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    count, names, entries = len(files), tuple(classes), _any_of(entry, len(files))
+    return ImageSource(str(folder), count, len(names), names, entries, digest)
 
 
-def _digits(name: str, split: str) -> ImageSource:
+def _digits(split: str) -> ImageSource:
     from sra2_jax.data.digits import load_digits  # scikit-learn takes a second
 
     images, labels = load_digits(split)
 
     def entry(index: int) -> Entry:
-        load = functools.partial(np.asarray, images[index])
-        return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
+        load = partial(np.asarray, images[index])
+        return Entry(index, f"digits/{split}/{index}", int(labels[index]), load)
 
-    count, classes = len(images), tuple("0123456789")
-    entries = _indexed(count, entry)
-    return ImageSource(name, count, 10, classes, entries, f"{name}/{split}")
+    count, names, entries = (
+        len(images),
+        tuple("0123456789"),
+        _any_of(entry, len(images)),
+    )
+    return ImageSource("digits", count, 10, names, entries, f"digits/{split}")
 
 
 def _tfds(name: str, split: str) -> ImageSource:
-    tf = records.tensorflow()
+    records.tensorflow()
     import tensorflow_datasets as tfds
 
     try:
@@ -145,23 +136,20 @@ def _tfds(name: str, split: str) -> ImageSource:
             f"tfds:{name}: TFDS has no such dataset; see `tfds.list_builders()`"
         ) from None
     builder.download_and_prepare()
-    features = builder.info.features
-    if not {"image", "label"} <= set(features or ()):
+    features, splits = builder.info.features or {}, builder.info.splits
+    if not {"image", "label"} <= set(features):
         raise UserError(
             f"tfds:{name}: needs the features 'image' and 'label', has "
-            f"{sorted(features or ())}; choose an image-classification dataset"
+            f"{sorted(features)}; choose an image-classification dataset"
         )
-    if split not in builder.info.splits:
+    if split not in splits or not splits[split].num_examples:
         raise UserError(
-            f"tfds:{name}: no split {split!r}, only {sorted(builder.info.splits)}; "
+            f"tfds:{name}: no split {split!r} with images, only {sorted(splits)}; "
             f"give it as tfds:{name}:SPLIT"
         )
-    length = builder.info.splits[split].num_examples
-    if not length:
-        raise UserError(f"tfds:{name}:{split}: no images; choose another split")
     label = features["label"]
 
-    def entries(stride: int = 1, offsets: Sequence[int] = (0,)) -> Iterator[Entry]:
+    def entries(indices: Collection[int] | None = None) -> Iterator[Entry]:
         # The encoded bytes: Pillow decodes them in our threads, and one image that
         # cannot be decoded does not end the pass.
         dataset = builder.as_dataset(
@@ -169,18 +157,15 @@ def _tfds(name: str, split: str) -> ImageSource:
             shuffle_files=False,
             decoders={"image": tfds.decode.SkipDecoding()},
         )
-        wanted = tf.constant(sorted(offsets), tf.int64)
-        chosen = dataset.enumerate().filter(
-            lambda index, _: tf.reduce_any(index % stride == wanted)
-        )
-        for index, row in tfds.as_numpy(chosen):
-            load = functools.partial(_decode_bytes, row["image"])
-            name_in = f"{name}/{split}/{index}"
-            yield Entry(int(index), name_in, int(row["label"]), load)
+        wanted = None if indices is None else set(indices)
+        for index, row in enumerate(tfds.as_numpy(dataset)):
+            if wanted is None or index in wanted:
+                load = partial(decode_rgb, io.BytesIO(row["image"]))
+                yield Entry(index, f"{name}/{split}/{index}", int(row["label"]), load)
 
     return ImageSource(
         f"tfds:{name}",
-        length,
+        splits[split].num_examples,
         label.num_classes,
         tuple(label.names or ()),
         entries,
@@ -189,44 +174,18 @@ def _tfds(name: str, split: str) -> ImageSource:
     )
 
 
-def _decode_bytes(data: bytes) -> np.ndarray:
-    return decode_rgb(io.BytesIO(data))
-
-
-# Images that come with the package, by the name that stands for them.
-BUILT_IN = {"digits": _digits}
-SPECS = (
-    f"folder with one sub-folder per class, tfds:NAME[:SPLIT], {', '.join(BUILT_IN)}"
-)
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """(item, function(item)) in order, a bounded number ahead."""
-    threads = min(16, os.cpu_count() or 1)
-    waiting: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            # Enough to keep every thread busy, few enough to bound the memory.
-            if len(waiting) > 8 * threads:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
+SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], digits"
 
 
 def read(
-    source: ImageSource, size: int, stride: int = 1, offsets: Sequence[int] = (0,)
+    source: ImageSource, size: int, indices: Collection[int] | None = None
 ) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
     """Decode and crop the images of a source, in its order, in threads.
 
-    stride, offsets: only those at a position % stride in offsets.
+    indices: of the images, rising; by default all.
 
-    Yields:
-      index, name, uint8 (size, size, 3) or the exception of an image that cannot be
-      decoded, label.
+    Yields index, name, uint8 (size, size, 3) or the exception of an image that cannot
+    be decoded, label.
     """
 
     def work(entry: Entry) -> np.ndarray | Exception:
@@ -236,8 +195,13 @@ def read(
         except Exception as error:
             return error
 
-    for entry, image in in_threads(work, source.entries(stride, offsets)):
-        yield entry.index, entry.name, image, entry.label
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
+        jobs = ((entry, pool.submit(work, entry)) for entry in source.entries(indices))
+        waiting = collections.deque(itertools.islice(jobs, AHEAD))
+        while waiting:
+            entry, image = waiting.popleft()
+            yield entry.index, entry.name, image.result(), entry.label
+            waiting.extend(itertools.islice(jobs, 1))
 
 
 def readable(
@@ -246,23 +210,19 @@ def readable(
     max_bad: float,
     skip: Callable[[int, str], int],
     *,
-    stride: int = 1,
-    offsets: Sequence[int] = (0,),
+    indices: Collection[int] | None = None,
     mirror_offset: int = 0,
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """(index, image, label) of the images that decode, as `read` gives them.
 
-    Args:
-      max_bad: share of all images that may be unreadable.
-      skip: gets the index of each of those and its line of the report, and says how
-        many of the source there are by now.
-      mirror_offset: if not 0, each image comes again, mirrored left to right, its index
-        this much larger.
+    max_bad: share of all images that may be unreadable; skip: gets the index of each of
+    those and its line of the report, and says how many of the source there are by now;
+    mirror_offset: if not 0, each image comes again, mirrored left to right, its index
+    this much larger.
 
-    Raises:
-      UserError: too many are unreadable, or a label is no class.
+    Raises UserError: too many are unreadable, or a label is no class.
     """
-    for index, name, image, label in read(source, size, stride, offsets):
+    for index, name, image, label in read(source, size, indices):
         if not 0 <= label < source.num_classes:
             raise UserError(
                 f"{source.name}: {name} has no valid label ({label}); choose a split "
@@ -273,7 +233,9 @@ def readable(
             if mirror_offset:
                 yield index + mirror_offset, image[:, ::-1], label
             continue
-        reason = _one_line(image)
+        # Without addresses of objects, which differ from run to run.
+        text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(image).split()))
+        reason = f"{type(image).__name__}: {text}"
         bad = skip(index, f"{name}\t{reason}")
         # At once, not at the end: the rest of a large source would be encoded in vain.
         if bad > max_bad * source.length:
@@ -282,9 +244,3 @@ def readable(
                 f"--max_bad={max_bad} of all {source.length} ({name}: {reason}); mend "
                 "them or raise --max_bad"
             )
-
-
-def _one_line(error: Exception) -> str:
-    # Without addresses of objects, which differ from run to run.
-    text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}"

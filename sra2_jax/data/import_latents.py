@@ -10,11 +10,12 @@ read whole. Channels are first or last. Killed, the same command goes on.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,14 +25,18 @@ import numpy as np
 
 from sra2_jax.command import Parser
 from sra2_jax.data import records
-from sra2_jax.data.build import Build
+from sra2_jax.data.build import WAITING, Build, ShardWriter
 from sra2_jax.data.options import Options, option
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 from sra2_jax.weights import load_vae
 
 Shape = tuple[int, int, int]
 LISTING = "dataset.json"
 ARRAYS = ("moments", "mean", "std", "labels")
+MADE_WITH = (
+    "imported", "listing", "split", "vae", "resolution", "shards", "num_classes",
+    "logvar", "channels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,7 @@ class ImportOptions(Options):
         False, "moments hold the logarithm of the variance, not the deviation"
     )
     channels: str = option(
-        "",
-        "of the axes, for arrays whose shape fits both",
-        choices=("first", "last"),
+        "", "of the axes, where a shape fits both", choices=("first", "last")
     )
 
 
@@ -54,220 +57,164 @@ class ImportOptions(Options):
 class Latents:
     """A listing of latents.
 
-    Attributes:
-      labels: (N,) int64.
-      fingerprint: changes with the listing.
-      load: position -> mean and deviation, each (h, w, c), in the type of the source.
+    labels: (N,) integers; listed: what changes with the listing; load: position ->
+    moments alone, or mean and deviation, as they are stored; where: position -> where
+    that is, for messages; channels: "first" where the kind of source says it.
     """
 
     labels: np.ndarray
-    fingerprint: str
-    load: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    listed: bytes
+    load: Callable[[int], list[np.ndarray]]
+    where: Callable[[int], Any]
+    channels: str = ""
 
 
 def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     """Import latents, see the top of this module.
 
-    Returns:
-      The description of the dataset, None while other processes have shards to write.
+    Returns the description of the dataset, None while other processes have shards to
+    write.
 
-    Raises:
-      UserError: a source that cannot be understood, latents of another shape or not
-        finite in float16, something else in `out`.
+    Raises UserError: a source that cannot be understood, latents of another shape or
+    not finite in float16, something else in `out`.
     """
-    module, _ = load_vae(options.vae)
-    config, source = module.config, options.source
-    shape = options.latent_shape(config)
-    found = open_latents(Path(source), shape, options.logvar, options.channels)
-    classes = options.num_classes or int(found.labels.max()) + 1
-    if found.labels.min() < 0 or found.labels.max() >= classes:
+    vae, source = load_vae(options.vae)[0].config, options.source
+    shape = options.latent_shape(vae)
+    with _explained(source):
+        latents = open_latents(Path(source))
+    labels = latents.labels
+    classes = options.num_classes or int(labels.max()) + 1
+    if labels.min() < 0 or labels.max() >= classes:
         raise UserError(f"{source}: labels are not in [0, {classes}): --num_classes")
-    length = len(found.labels)
-    shards = options.choose_shards(length, 4 * math.prod(shape))
-    made_with = {
-        "imported": source,
-        "listing": found.fingerprint,
-        "split": options.split,
-        "vae": options.vae,
-        "resolution": options.resolution,
-        "shards": shards,
-        "num_classes": classes,
-        "logvar": options.logvar,
-        "channels": options.channels,
-    }
+    options = options.sharded(len(labels), 4 * math.prod(shape))
+    options = dataclasses.replace(options, num_classes=classes)
+    listing = hashlib.sha256(latents.listed).hexdigest()
+    facts = vars(options) | {"imported": source, "listing": listing}
 
     def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
-        mean, std = found.load(index)
-        if (std < 0).any():
-            raise UserError(
-                f"{source}: latent {index} has negative deviations: they may be "
-                "logarithms of the variance, try --logvar"
-            )
-        return index, mean, std
+        with _explained(latents.where(index)):
+            parts = latents.load(index)
+            channels = latents.channels or options.channels
+            return index, *_mean_and_std(parts, shape, channels, options.logvar)
 
-    with Build(options, shards, made_with) as build, ThreadPoolExecutor(16) as pool:
-        for group in build.left():
-            with build.writing(group) as writer:
-                indices = range(group[0], length, shards)
-                for index, mean, std in pool.map(load, indices):
-                    label = int(found.labels[index])
-                    writer.write(label, index, mean=mean, std=std)
-        return build.finish(
-            vae=options.vae,
-            resolution=options.resolution,
-            latent_shape=shape,
-            num_classes=classes,
-            class_names=(),
-            crop="imported",
-            scaling_factor=config.scaling_factor,
-            shift_factor=config.shift_factor,
-        )
+    def write(writer: ShardWriter, indices: Sequence[int]) -> Iterator[int]:
+        with ThreadPoolExecutor(16) as pool:
+            for index, mean, std in pool.map(load, indices):
+                writer.write(int(labels[index]), index, mean=mean, std=std)
+                yield 1
+
+    build = Build(options, vae, {name: facts[name] for name in MADE_WITH})
+    return build.run(
+        len(labels), write, num_classes=classes, class_names=(), crop="imported"
+    )
 
 
-def open_latents(
-    source: Path, shape: Shape, logvar: bool, channels: str = ""
-) -> Latents:
-    """List the latents of a source, as (h, w, c) = shape.
+@contextlib.contextmanager
+def _explained(where: Any) -> Iterator[None]:
+    """What is wrong with a source becomes a UserError."""
+    try:
+        yield
+    except Exception as error:  # numpy, zipfile and zlib raise many kinds
+        raise UserError(
+            f"{where}: cannot be imported ({one_line(error)}); see "
+            "sra2 import-latents --help"
+        ) from error
 
-    Raises:
-      UserError: nothing that can be understood.
+
+def open_latents(source: Path) -> Latents:
+    """List the latents of a source.
+
+    Raises ValueError and others: nothing that can be understood.
     """
     for folder in (source, source / "vae-sd"):
         if (folder / LISTING).is_file():
-            return _files(folder, shape, logvar)
+            return _files(folder)
     if source.is_dir():
         paths = {name: source / f"{name}.npy" for name in ARRAYS}
-        arrays = {n: _array(path) for n, path in paths.items() if path.is_file()}
-    elif source.suffix == ".npz" and source.is_file():
-        arrays = _members(source)
-    else:
-        raise UserError(
-            f"{source}: no folder with {LISTING} or .npy arrays, and no .npz; see "
-            "sra2 import-latents --help"
-        )
-    return _arrays(source, arrays, shape, logvar, channels)
+        arrays = {name: _mapped(path) for name, path in paths.items() if path.exists()}
+        return _arrays(source, arrays)
+    # Opened here: np.load leaves a file that is no archive open.
+    with source.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in ARRAYS if name in archive}
+        return _arrays(source, arrays)
 
 
-def _files(folder: Path, shape: Shape, logvar: bool) -> Latents:
-    path = folder / LISTING
-    try:
-        text = path.read_bytes()
-        rows = json.loads(text)["labels"]
-        names = [PurePosixPath(name) for name, _ in rows]
-        labels = [label for _, label in rows]
-        if not rows or any(type(label) is not int for label in labels):
-            raise ValueError("no integer labels")
-        if len(set(names)) != len(names):
-            raise ValueError("a file is named twice")
-        for name in names:
-            if name.is_absolute() or ".." in name.parts or name.suffix != ".npy":
-                raise ValueError(f"{str(name)!r} is no .npy inside this folder")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f'{path}: needs {{"labels": [["00000/NAME.npy", 0], ...]}} with a number '
-            f"for each ({error}): make it anew"
-        ) from None
-    order = sorted(range(len(names)), key=lambda i: rows[i][0])  # upstream's order
+def _files(folder: Path) -> Latents:
+    """What `dataset.json` lists, in upstream's order, that of the names."""
+    text = (folder / LISTING).read_bytes()
+    rows = sorted(json.loads(text)["labels"], key=lambda row: row[0])
+    names, labels = [PurePosixPath(name) for name, _ in rows], [row[1] for row in rows]
+    if not rows or any(type(label) is not int for label in labels):
+        raise ValueError(f'{LISTING} needs {{"labels": [["00000/NAME.npy", 0], ...]}}')
+    if len(set(names)) != len(names):
+        raise ValueError(f"{LISTING} names a file twice")
+    for name in names:
+        if name.is_absolute() or ".." in name.parts or name.suffix != ".npy":
+            raise ValueError(f"{LISTING}: {str(name)!r} is no .npy inside this folder")
 
-    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
-        file = folder / names[order[index]]
-        return _split(_array(file), shape, logvar, "first", file)
+    paths = [folder / name for name in names]
 
-    return Latents(np.array(labels, np.int64)[order], _digest(text), load)
+    def load(index: int) -> list[np.ndarray]:
+        return [_mapped(paths[index])]
+
+    return Latents(np.array(labels, np.int64), text, load, paths.__getitem__, "first")
 
 
-def _arrays(
-    source: Path,
-    arrays: Mapping[str, np.ndarray],
-    shape: Shape,
-    logvar: bool,
-    channels: str,
-) -> Latents:
+def _arrays(source: Path, arrays: Mapping[str, np.ndarray]) -> Latents:
     used = ["moments"] if "moments" in arrays else ["mean", "std"]
     if not {"labels", *used} <= arrays.keys():
-        raise UserError(
-            f"{source}: has the arrays {sorted(arrays)}; needs labels, and moments or "
-            "mean and std"
+        raise ValueError(
+            f"it has the arrays {sorted(arrays)}; needs labels, and moments or mean "
+            "and std"
         )
-    labels = arrays["labels"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise UserError(f"{source}: labels must be integers, one for each latent")
-    for name in used:
-        if arrays[name].shape[:1] != labels.shape:
-            raise UserError(
-                f"{source}: {name} {arrays[name].shape} for {len(labels)} labels"
-            )
-
-    def load(index: int) -> tuple[np.ndarray, np.ndarray]:
-        where = f"{source}, latent {index}"
-        if used == ["moments"]:
-            return _split(arrays["moments"][index], shape, logvar, channels, where)
-        mean, std = (
-            _channels_last(arrays[n][index], shape, channels, where) for n in used
-        )
-        return mean, std
-
+    labels, shapes = arrays["labels"], [arrays[name].shape for name in used]
+    counts = {labels.shape, *(shape[:1] for shape in shapes)}
+    if labels.dtype.kind not in "iu" or counts != {(labels.size,)} or not labels.size:
+        raise ValueError(f"{shapes} for labels {labels.shape}: needs an integer each")
     facts = [(n, arrays[n].shape, arrays[n].dtype.str) for n in used]
-    digest = _digest(repr(facts).encode() + np.ascontiguousarray(labels).tobytes())
-    return Latents(labels.astype(np.int64), digest, load)
+    listed = repr(facts).encode() + np.ascontiguousarray(labels).tobytes()
+
+    def load(index: int) -> list[np.ndarray]:
+        return [arrays[name][index] for name in used]
+
+    return Latents(labels, listed, load, lambda i: f"{source}, latent {i}")
 
 
-def _split(
-    moments: np.ndarray, shape: Shape, logvar: bool, channels: str, where: Any
+def _mapped(path: Path) -> np.ndarray:
+    """An .npy, not in memory; refuses one with pickled objects."""
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _mean_and_std(
+    parts: Sequence[np.ndarray], shape: Shape, channels: str, logvar: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, (h, w, c) each."""
+    """Mean and deviation, (h, w, c) each, of moments or of the two."""
     h, w, c = shape
-    joined = _channels_last(moments, (h, w, 2 * c), channels, where)
-    mean, second = joined[..., :c], joined[..., c:]
-    # As diffusers and LDM bound it.
-    return mean, np.exp(np.clip(second, -30.0, 20.0) / 2) if logvar else second
+    stored = h, w, 2 * c // len(parts)
+    joined = np.concatenate([_channels_last(x, stored, channels) for x in parts], -1)
+    mean, std = joined[..., :c], joined[..., c:]
+    if logvar and len(parts) == 1:
+        # As diffusers and LDM bound it.
+        std = np.exp(np.clip(std, -30.0, 20.0) / 2)
+    if (std < 0).any():
+        raise ValueError(
+            "negative deviations: they may be logarithms of the variance, try --logvar"
+        )
+    return mean, std
 
 
-def _channels_last(
-    array: np.ndarray, shape: Shape, channels: str, where: Any
-) -> np.ndarray:
+def _channels_last(array: np.ndarray, shape: Shape, channels: str) -> np.ndarray:
     h, w, c = shape
     first = array.shape == (c, h, w) and channels != "last"
     last = array.shape == (h, w, c) and channels != "first"
     if array.dtype.kind != "f" or not (first or last):
-        raise UserError(
-            f"{where}: {array.dtype} {array.shape}, not floating-point {(c, h, w)} or "
+        raise ValueError(
+            f"{array.dtype} {array.shape}, not floating-point {(c, h, w)} or "
             f"{(h, w, c)}; --vae and --resolution decide that"
         )
     if first and last:
-        raise UserError(f"{where}: give --channels=first or last, {shape} fits both")
+        raise ValueError(f"give --channels=first or last, {shape} fits both")
     return np.moveaxis(array, 0, -1) if first else array
-
-
-def _array(path: Path) -> np.ndarray:
-    """An .npy, not in memory."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("an archive")
-        return array
-    except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, ".npy", error) from None
-
-
-def _members(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz by name."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {
-                name: np.asarray(archive[name]) for name in ARRAYS if name in archive
-            }
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, ".npz", error) from None
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())
-    return UserError(f"{path}: no {kind} that can be read ({reason})")
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def main() -> None:
@@ -280,7 +227,4 @@ def main() -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder, or .npz")
     ImportOptions.add_flags(parser)
     info = import_latents(ImportOptions(**vars(parser.parse_args())))
-    if info is None:
-        print("all shards of this process are written; the others' are missing")
-    else:
-        print(f"{info.num_examples:,} latents imported")
+    print(f"{info.num_examples:,} latents imported" if info else WAITING)

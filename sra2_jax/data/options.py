@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from argparse import ArgumentParser
-from typing import Any
+from typing import Any, Self
 
 from sra2_jax.data import records
 from sra2_jax.errors import UserError
@@ -24,8 +24,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
 class Options:
     """What every dataset is made with, each field a flag.
 
-    Raises:
-      UserError: a value that none can be made with.
+    Raises UserError: a value that none can be made with.
     """
 
     out: str = option("", "local folder to make")
@@ -46,55 +45,41 @@ class Options:
         except ValueError as error:
             raise UserError(f"--split: {error}; choose another") from None
         if not 0 <= self.process_index < self.process_count:
-            raise UserError(
-                f"--process_index={self.process_index} of --process_count="
-                f"{self.process_count}: count processes from 0"
-            )
+            raise UserError("--process_index: count from 0, below --process_count")
 
     @classmethod
     def add_flags(cls, parser: ArgumentParser) -> None:
         """A flag for each field that has a help."""
         for f in dataclasses.fields(cls):
-            more = dict(f.metadata)
-            if not more:
+            if not (more := dict(f.metadata)):
                 continue
-            if f.default is False:
-                more["action"] = "store_true"
-            else:
-                more["type"] = type(f.default)
+            switch = f.default is False
+            more |= {"action": "store_true"} if switch else {"type": type(f.default)}
             if f.default:
                 more["help"] += " (%(default)s)"
             parser.add_argument(f"--{f.name}", default=f.default, **more)
 
     def latent_shape(self, config: VAEConfig) -> tuple[int, int, int]:
-        """(h, w, c) of the latents that the VAE of this config makes.
-
-        Raises:
-          UserError: the resolution is no multiple of its downsampling.
-        """
+        """(h, w, c) of the VAE's latents. Raises UserError: the resolution is no
+        multiple of its downsampling."""
         if self.resolution < 1 or self.resolution % config.downsample:
             raise UserError(
-                f"resolution {self.resolution} is not a multiple of "
-                f"{config.downsample}, the downsampling of {self.vae}; change "
-                "--resolution"
+                f"--resolution={self.resolution} is not a multiple of "
+                f"{config.downsample}, the downsampling of {self.vae}"
             )
         side = self.resolution // config.downsample
         return side, side, config.latent_channels
 
-    def choose_shards(self, length: int, size: int) -> int:
-        """The number asked for, else a power of two, so that readers share them evenly.
+    def sharded(self, length: int, size: int) -> Self:
+        """With a number of shards: as asked for, or a power of two, which readers share
+        evenly.
 
         size: bytes of what each of `length` images leaves, about.
 
-        Raises:
-          UserError: more shards than images, or less than none.
+        Raises UserError: more shards than images, or less than none.
         """
-        if not self.shards:
-            wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
-            return min(length, 2 ** math.ceil(math.log2(wanted)))
-        if not 1 <= self.shards <= length:
-            raise UserError(
-                f"--shards={self.shards} for {length} images; use a number from 1 to "
-                f"{length}"
-            )
-        return self.shards
+        wanted = max(MIN_SHARDS, length * size / SHARD_BYTES)
+        shards = self.shards or min(length, 2 ** math.ceil(math.log2(wanted)))
+        if not 1 <= shards <= length:
+            raise UserError(f"--shards={shards} for {length} images")
+        return dataclasses.replace(self, shards=shards)

@@ -1,18 +1,15 @@
 """Batches of latents in an order that depends on the seed and the step alone.
 
 Row r of the global batch belongs to the virtual stream r // (batch_size // streams).
-Stream v owns the shards s with s % streams == v and walks them epoch by epoch, forever,
-with an order of its own. A process reads the streams of its rows only, so that the
-global batch is the same for every number of processes, and a resumed run continues
-exactly: what a stream has consumed follows from the step.
+Stream v owns the shards s with s % streams == v and walks them epoch by epoch, forever.
+A process reads the streams of its rows only: the global batch is the same for every
+number of processes. What a stream has consumed follows from the step.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
-import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,18 +24,14 @@ from sra2_jax.errors import UserError
 # Files that a stream reads at once, and records taken from each in turn.
 _OPEN_FILES = 4
 _BLOCK = 16
-_AT_ONCE = 128  # records of `read_shard`: with features, 50 MB
 
 
 @dataclass(frozen=True)
 class Order:
     """What the order of the batches of a dataset follows from.
 
-    Attributes:
-      batch_size: rows of the GLOBAL batch.
-      streams: number of virtual streams, independent of the number of processes.
-      shuffle_buffer: records to shuffle among, over all streams, in the memory of all
-        processes together.
+    batch_size: rows of the GLOBAL batch; streams: virtual ones, whatever the number of
+    processes; shuffle_buffer: records to shuffle among, over all streams.
     """
 
     batch_size: int
@@ -65,10 +58,9 @@ def batches(
     """This process's rows of the global batches start_step, start_step + 1, ...
 
     Args:
-      folder: dataset of latents (see records.py), local or gs://.
+      folder: dataset of latents, local or gs://.
       start_step: batches to skip; reads at most one epoch of raw records for it.
-      fields: "image" and "features", to read them as well; they do not change the
-        order.
+      fields: "image" and "features", to read them as well, in the same order.
 
     Returns:
       An endless iterator of `mean`, `std` (local_B, h, w, c) float16, not scaled,
@@ -76,9 +68,8 @@ def batches(
       (local_B, R, R, 3) uint8, `features` (local_B, tokens, width) float16.
 
     Raises:
-      UserError: at once, numbers that do not divide, a split, field or shards that are
-        missing, shards of another size than encoded; while iterating, a record that
-        cannot be read.
+      UserError: at once, numbers, split, field or shards that do not fit; while
+        iterating, a record that cannot be read.
     """
     info = records.LatentsInfo.read(folder)
     records.check_fields(info, folder, fields)
@@ -89,52 +80,38 @@ def batches(
         )
     shards = info.splits[order.split]
     count, streams = len(shards.records), order.streams
-    _check_division(order, process_count, count, folder)
+    if order.batch_size % streams or streams % process_count or streams > count:
+        raise UserError(
+            f"{folder}: {streams} data streams must divide a batch of "
+            f"{order.batch_size}, be a multiple of {process_count} processes and at "
+            f"most {count}, the shards; change config.data.streams or encode again "
+            f"with --shards={streams}"
+        )
     owned, rows = streams // process_count, order.batch_size // streams
     paths = [records.shard_path(folder, order.split, s, count) for s in range(count)]
     parts: list[Any] = []
     for v in range(process_index * owned, (process_index + 1) * owned):
         own = slice(v, None, streams)
-        _check_files(folder, paths[own], shards.records[own], shards.bytes[own])
+        _check_files(folder, paths[own], shards.bytes[own])
+        total = sum(shards.records[own])
+        if not total:
+            raise UserError(
+                f"{folder}: no records in shard {v} and the others of its stream; use "
+                "fewer data streams"
+            )
         stream = _stream(
             [str(path) for path in paths[own]],
-            shards.records[own],
+            total,
             seed=(order.seed, v),
             consumed=start_step * rows,
             shuffle_buffer=-(-order.shuffle_buffer // streams),
         )
         parts.append(stream.batch(rows))
-    return _read(_joined(parts, info, fields), folder)
+    return _joined(parts, info, fields, folder)
 
 
-def _check_division(order: Order, process_count: int, shards: int, folder: Any) -> None:
-    streams, batch_size = order.streams, order.batch_size
-    if streams < 1 or batch_size < 1 or batch_size % streams:
-        raise UserError(
-            f"batch size {batch_size} is not a multiple of the {streams} data streams; "
-            "change one of them"
-        )
-    if streams % process_count:
-        raise UserError(
-            f"{streams} data streams do not divide among {process_count} processes; "
-            "use a multiple of the number of processes"
-        )
-    if streams > shards:
-        raise UserError(
-            f"{folder}: {streams} data streams need as many shards, it has {shards}; "
-            f"use at most {shards} streams or encode again with --shards={streams}"
-        )
-
-
-def _check_files(
-    folder: Any, paths: Sequence[Any], counts: Sequence[int], sizes: Sequence[int]
-) -> None:
-    """Empty streams and missing, cut or grown shards, found before the first step."""
-    if not sum(counts):
-        raise UserError(
-            f"{folder}: no records in shard {paths[0].name} and the others of its "
-            "stream; use fewer data streams"
-        )
+def _check_files(folder: Any, paths: Sequence[Any], sizes: Sequence[int]) -> None:
+    """Missing, cut or grown shards, found before the first step."""
     for path, size in zip(paths, sizes, strict=True):
         found = path.stat().length if path.exists() else 0
         if found != size:
@@ -146,24 +123,16 @@ def _check_files(
 
 def _stream(
     paths: Sequence[str],
-    counts: Sequence[int],
-    *,
+    total: int,
     seed: tuple[int, int],
     consumed: int,
     shuffle_buffer: int,
 ) -> Any:
-    """The endless tf.data stream of raw records, from record `consumed` on."""
+    """The endless tf.data stream of `total` raw records, from record `consumed` on."""
     tf = records.tensorflow()
-    total = sum(counts)
     first, offset = divmod(consumed, total)
     # 63 bits of (seed, stream) by a hash that numpy promises to keep stable.
     key = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
-
-    def shard(path: Any, count: Any) -> Any:
-        # A shard cut between two records is no error to TensorFlow otherwise.
-        return tf.data.TFRecordDataset(path).apply(
-            tf.data.experimental.assert_cardinality(count)
-        )
 
     def epoch(number: Any) -> Any:
         draws = tf.random.stateless_uniform(
@@ -174,20 +143,11 @@ def _stream(
             dtype=tf.int64,
             alg="philox",
         )
-        order = tf.argsort(draws[1:], stable=True)
-        files = tf.data.Dataset.from_tensor_slices(
-            (
-                tf.gather(tf.constant(paths), order),
-                tf.gather(tf.constant(counts, tf.int64), order),
-            )
-        )
+        files = tf.gather(tf.constant(paths), tf.argsort(draws[1:], stable=True))
         return (
-            files.interleave(shard, cycle_length=_OPEN_FILES, block_length=_BLOCK)
-            .shuffle(
-                min(shuffle_buffer, total),
-                seed=draws[0],
-                reshuffle_each_iteration=False,
-            )
+            tf.data.Dataset.from_tensor_slices(files)
+            .interleave(tf.data.TFRecordDataset, _OPEN_FILES, _BLOCK)
+            .shuffle(min(shuffle_buffer, total), draws[0], False)
             # Raw records: ten times cheaper to skip than parsed ones.
             .skip(tf.where(number == first, tf.constant(offset, tf.int64), 0))
         )
@@ -196,8 +156,8 @@ def _stream(
 
 
 def _joined(
-    parts: Sequence[Any], info: records.LatentsInfo, fields: Sequence[str]
-) -> Any:
+    parts: Sequence[Any], info: records.LatentsInfo, fields: Sequence[str], folder: Any
+) -> Iterator[dict[str, np.ndarray]]:
     """One batch of each stream, parsed and concatenated."""
     tf = records.tensorflow()
 
@@ -206,60 +166,17 @@ def _joined(
         parsed = [records.parse(rows, info, fields) for rows in serialized]
         return {key: tf.concat([rows[key] for rows in parsed], 0) for key in parsed[0]}
 
-    options = tf.data.Options()
-    options.deterministic = True
-    return (
-        tf.data.Dataset.zip(tuple(part.prefetch(tf.data.AUTOTUNE) for part in parts))
-        .map(parse, num_parallel_calls=tf.data.AUTOTUNE)
-        .prefetch(tf.data.AUTOTUNE)
-        .with_options(options)
-    )
-
-
-def _read(dataset: Any, folder: str | os.PathLike) -> Iterator[dict[str, np.ndarray]]:
-    rows = dataset.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(rows)
-        except records.tensorflow().errors.OpError as error:
-            raise UserError(
-                f"{folder}: cannot be read ({_one_line(error)}): `{records.ENCODE} "
-                f"--check={folder}` names the shard and the record; copy that shard "
-                "again or encode again"
-            ) from error
-        yield batch
-
-
-def read_shard(
-    path: str | os.PathLike, info: records.LatentsInfo, fields: Sequence[str] = ()
-) -> Iterator[dict[str, np.ndarray]]:
-    """The records of a shard in their order, as `records.parse` gives them, some at a
-    time.
-
-    Raises:
-      UserError: names the first record that cannot be read, by its position.
-    """
-    tf = records.tensorflow()
-    shard, position = tf.data.TFRecordDataset(str(path)), 0
+    auto = tf.data.AUTOTUNE
+    streams = tf.data.Dataset.zip(tuple(part.prefetch(auto) for part in parts))
+    joined = streams.map(parse, auto, deterministic=True).prefetch(auto)
     try:
-        for rows in shard.batch(_AT_ONCE):
-            parsed = records.parse(rows, info, fields)
-            yield {name: value.numpy() for name, value in parsed.items()}
-            position += len(rows)
+        yield from joined.as_numpy_iterator()
     except tf.errors.OpError as error:
-        # Somewhere in the records that begin here.
-        with contextlib.suppress(tf.errors.OpError):
-            for row in shard.skip(position):
-                records.parse(row[None], info, fields)
-                position += 1
-        reason = _one_line(error)
-        raise UserError(f"record {position} cannot be read ({reason})") from error
-
-
-def _one_line(error: Any) -> str:
-    # Without the names of TensorFlow's operations, and without its trace.
-    text = re.sub(r"\{\{.*?\}\}|\[Op:.*|\[\[.*", "", " ".join(error.message.split()))
-    return f"{type(error).__name__}: {text.strip()[:120]}"
+        raise UserError(
+            f"{folder}: cannot be read ({records.reason(error)}): `{records.ENCODE} "
+            f"--check={folder}` names the shard and the record; copy that shard again "
+            "or encode again"
+        ) from error
 
 
 def prefetch_to_device(
@@ -267,13 +184,10 @@ def prefetch_to_device(
 ) -> Generator[dict[str, jax.Array]]:
     """Batches placed on the devices ahead of time, in a thread that ends with this.
 
-    Args:
-      iterator: local rows of global batches, as `batches` yields them.
-      sharding: jax.sharding.Sharding that splits the leading axis of every array.
-      size: batches that wait on the devices.
+    iterator: local rows of global batches, as `batches` yields them; sharding: splits
+    the leading axis of every array; size: batches that wait on the devices.
 
-    Yields:
-      Dicts of global jax.Array. Raises what `iterator` raises.
+    Yields dicts of global jax.Array. Raises what `iterator` raises.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch_to_device")
 

@@ -11,13 +11,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Centre crop of ADM: the square of `size` pixels that the VAE gets to see.
 
     Halves with BOX while the short side is at least 2 * size, resizes with BICUBIC so
-    that the short side is `size`, crops the centre.
-
-    Args:
-      image: uint8 (H, W, 3).
-
-    Returns:
-      uint8 (size, size, 3).
+    that the short side is `size`, crops the centre: uint8 (H, W, 3) -> (size, size, 3).
 
     Source: openai/guided-diffusion `center_crop_arr`, REPA `center-crop-dhariwal`.
     """
@@ -35,8 +29,7 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 def decode_rgb(file: str | os.PathLike | io.BytesIO) -> np.ndarray:
     """An image file of any mode as uint8 (H, W, 3); alpha is dropped, as upstream.
 
-    Raises:
-      Exception: whatever Pillow raises for a file that it cannot decode.
+    Raises whatever Pillow raises for a file that it cannot decode.
     """
     with Image.open(file) as image:
         if image.mode.startswith("I;16"):

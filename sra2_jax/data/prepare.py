@@ -43,12 +43,10 @@ def prepare(
 ) -> Dataset:
     """A run's dataset; encodes config.data.images into `folder` where it is missing.
 
-    Args:
-      fields: what the run reads besides latents and labels, see `batches`.
-      watch: is told of progress.
+    fields: what the run reads besides latents and labels, see `batches`; watch: is told
+    of progress.
 
-    Raises:
-      UserError: no dataset and no images, or a dataset that contradicts the config.
+    Raises UserError: no dataset and no images, or one that contradicts the config.
     """
     if not (folder / records.FILE).exists():
         if not config.data.images:
@@ -68,7 +66,7 @@ def prepare(
             encoder=encoders[0] if encoders else "",
             grid=config.grid if encoders else 0,
         )
-        encode(options, lambda done, total: watch.progress("start"))
+        encode(options, lambda count: watch.progress("start"))
     info = records.LatentsInfo.read(folder)
     records.check(info, folder, config, fields)
     digest = hashlib.sha256((folder / records.FILE).read_bytes()).hexdigest()
