@@ -12,11 +12,12 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from sra2_jax.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 8 * THREADS  # images: enough to keep all threads busy, bounded in memory
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,19 @@ def _tfds(name: str, split: str) -> ImageSource:
 SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], digits"
 
 
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """(item, function(item)) in order, a bounded number ahead."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
+        jobs = ((item, pool.submit(function, item)) for item in items)
+        waiting = collections.deque(itertools.islice(jobs, AHEAD))
+        while waiting:
+            item, job = waiting.popleft()
+            yield item, job.result()
+            waiting.extend(itertools.islice(jobs, 1))
+
+
 def read(
     source: ImageSource, size: int, indices: Collection[int] | None = None
 ) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
@@ -195,13 +211,8 @@ def read(
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
-        jobs = ((entry, pool.submit(work, entry)) for entry in source.entries(indices))
-        waiting = collections.deque(itertools.islice(jobs, AHEAD))
-        while waiting:
-            entry, image = waiting.popleft()
-            yield entry.index, entry.name, image.result(), entry.label
-            waiting.extend(itertools.islice(jobs, 1))
+    for entry, image in in_threads(work, source.entries(indices)):
+        yield entry.index, entry.name, image, entry.label
 
 
 def readable(
