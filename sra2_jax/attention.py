@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-CHOICES = ("auto", "xla", "cudnn")
+from sra2_jax.errors import one_line
+
 Implementation = Literal["xla", "cudnn"]
 TOLERANCE = 0.05  # of the largest gradient, bf16
 
@@ -20,17 +21,15 @@ def implementation(
     """ "xla" or "cudnn".
 
     "auto" is cuDNN's flash attention on a GPU in bfloat16, which spares the traffic of
-    the score matrices, and XLA's elsewhere. cuDNN is compiled and run once, forward and
-    backward, on a small batch of these sizes; where it fails or computes something else
-    than XLA, a warning says so and XLA's is used. (jax.nn.dot_product_attention's own
-    default is XLA's; cuDNN has to be asked for by name.)
+    the score matrices, and XLA's elsewhere. cuDNN runs once, forward and backward, on a
+    small batch of these sizes; where it fails or computes something else than XLA, a
+    warning says so and XLA's is used.
     """
-    if wanted == "xla" or dtype != "bfloat16":
+    automatic = wanted == "auto" and jax.default_backend() != "gpu"
+    if wanted == "xla" or dtype != "bfloat16" or automatic:
         return "xla"
-    if wanted == "auto" and jax.default_backend() != "gpu":
-        return "xla"
-    shape = (2, tokens, heads, head_size)
     keys = jax.random.split(jax.random.key(0), 3)
+    shape = (2, tokens, heads, head_size)
     arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
 
     def gradients(name: Implementation) -> list[Array]:
@@ -42,19 +41,16 @@ def implementation(
         return [x.astype(jnp.float32) for x in found]
 
     try:
-        ours, expected = gradients("cudnn"), gradients("xla")
-        error = max(
-            float(jnp.abs(a - b).max() / jnp.abs(b).max())
-            for a, b in zip(ours, expected, strict=True)
-        )
-        reason = f"its gradients are {error:.2g} off" if not error < TOLERANCE else ""
+        pairs = zip(gradients("cudnn"), gradients("xla"), strict=True)
+        error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+        if error < TOLERANCE:
+            return "cudnn"
+        reason = f"its gradients are {error:.2g} off"
     except Exception as failure:  # of any layer: cuDNN, XLA, JAX
-        reason = " ".join(str(failure).split())[:200] or type(failure).__name__
-    if reason:
-        warnings.warn(
-            f"cuDNN's attention does not work here ({reason}): XLA's is used, which "
-            "is slower; --config.model.attention=xla says so from the start",
-            stacklevel=2,
-        )
-        return "xla"
-    return "cudnn"
+        reason = one_line(failure)
+    warnings.warn(
+        f"cuDNN's attention does not work here ({reason}): XLA's is used, which is "
+        "slower; --config.model.attention=xla says so from the start",
+        stacklevel=2,
+    )
+    return "xla"
