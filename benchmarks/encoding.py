@@ -29,10 +29,10 @@ def measure(
     count = batch_size * (batches + 2)
     rows = encoded(((i, image, 0) for i in range(count)), encoder, batch_size)
     seconds, began = [], 0.0
-    for number, batch in enumerate(rows):
+    for number, (_, arrays) in enumerate(rows):
         if number >= 2:
             seconds.append(time.perf_counter() - began)
-        elif not np.isfinite(batch.arrays["mean"]).all():
+        elif not np.isfinite(arrays["mean"]).all():
             raise UserError("latents of made-up images are not finite")
         began = time.perf_counter()
     return {

@@ -161,7 +161,7 @@ def test_tfds_source(tmp_path, monkeypatch):
     scored = list(open_images("tfds:tiny:test", SIDE).batches(2))
     assert [len(part) for part in scored] == [2, 2, 1]
     assert {image.tobytes() for part in scored for image in part} == wanted.keys()
-    with pytest.raises(UserError, match="no split 'train'"):
+    with pytest.raises(UserError, match="needs a split 'train'"):
         images.open_source("tfds:tiny", "train")
 
 

@@ -41,6 +41,8 @@ MADE_WITH = (
     "encoder", "grid", "shards", "batch_size", "dtype", "mirror",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16")
+Row = tuple[int, np.ndarray, int]  # index, uint8 (H, W, 3), label
+Arrays = dict[str, np.ndarray]  # by name, (N, ...) float32
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ def encode(
             mirror_offset=mirror_offset,
         )
         with ThreadPoolExecutor(16) as pool:
-            for batch in encoded(rows, encoder, options.batch_size, shards):
-                _write(writer, batch, pool if pngs else None)
-                count = sum(index < source.length for index in batch.indices)
+            for batch, arrays in encoded(rows, encoder, options.batch_size, shards):
+                _write(writer, batch, arrays, pool if pngs else None)
+                count = sum(index < source.length for index, _, _ in batch)
                 progress(count)
                 yield count
 
@@ -144,23 +146,15 @@ def _resolved(options: EncodeOptions, length: int, encoder: Encoder) -> EncodeOp
     )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Encoded images: `arrays` by name, (N, ...) float32."""
-
-    indices: Sequence[int]
-    labels: Sequence[int]
-    images: Sequence[np.ndarray]
-    arrays: dict[str, np.ndarray]
-
-
-def _write(writer: ShardWriter, batch: Batch, pool: Executor | None) -> None:
+def _write(
+    writer: ShardWriter, rows: Sequence[Row], arrays: Arrays, pool: Executor | None
+) -> None:
     """Write a batch, and its images as PNG, made in a pool, where one is given."""
-    pngs = pool.map(to_png, batch.images) if pool else itertools.repeat(None)
-    rows = zip(batch.indices, batch.labels, pngs, strict=False)
-    for row, (index, label, png) in enumerate(rows):
-        arrays = {name: x[row] for name, x in batch.arrays.items()}
-        writer.write(label, index, png, **arrays)
+    pngs = (
+        pool.map(to_png, (row[1] for row in rows)) if pool else itertools.repeat(None)
+    )
+    for i, ((index, _, label), png) in enumerate(zip(rows, pngs, strict=False)):
+        writer.write(label, index, png, **{name: x[i] for name, x in arrays.items()})
 
 
 class Encoder:
@@ -229,12 +223,9 @@ def rounded(batch_size: int) -> int:
 
 
 def encoded(
-    rows: Iterable[tuple[int, np.ndarray, int]],
-    encoder: Encoder,
-    batch_size: int,
-    shards: int = 1,
-) -> Iterator[Batch]:
-    """Encode (index, image, label) rows, one batch while another is read.
+    rows: Iterable[Row], encoder: Encoder, batch_size: int, shards: int = 1
+) -> Iterator[tuple[list[Row], Arrays]]:
+    """Encode rows, one batch while another is read: a batch, and its arrays (N, ...).
 
     batch_size: is rounded up to a multiple of the local devices; shards: a batch has
     images of one index % shards only, in the order of the rows, so that it is the same
@@ -242,21 +233,19 @@ def encoded(
     """
     size = rounded(batch_size)
 
-    def start(batch: list[Any]) -> tuple[Any, ...]:
-        indices, images, labels = zip(*batch, strict=True)
+    def start(batch: list[Row]) -> tuple[list[Row], dict[str, jax.Array]]:
+        images = [image for _, image, _ in batch]
         # One shape, one compilation: a last batch is filled up and cut again.
-        filled = np.stack(images + (images[-1],) * (size - len(batch)))
-        return indices, labels, images, encoder(filled)
+        return batch, encoder(np.stack(images + images[-1:] * (size - len(batch))))
 
-    running = itertools.chain(map(start, _batched(rows, size, shards)), [()])
+    running = itertools.chain(map(start, _batched(rows, size, shards)), [([], {})])
     # A batch is waited for when the next one runs.
-    for (indices, labels, images, arrays), _ in itertools.pairwise(running):
-        fetched = {name: np.asarray(x)[: len(indices)] for name, x in arrays.items()}
-        yield Batch(indices, labels, images, fetched)
+    for (batch, arrays), _ in itertools.pairwise(running):
+        yield batch, {name: np.asarray(x)[: len(batch)] for name, x in arrays.items()}
 
 
-def _batched(rows: Iterable[Any], size: int, shards: int) -> Iterator[list[Any]]:
-    waiting: dict[int, list[Any]] = {}
+def _batched(rows: Iterable[Row], size: int, shards: int) -> Iterator[list[Row]]:
+    waiting: dict[int, list[Row]] = {}
     for row in rows:
         shard = row[0] % shards
         waiting.setdefault(shard, []).append(row)

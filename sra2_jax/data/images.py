@@ -140,15 +140,14 @@ def _tfds(name: str, split: str) -> ImageSource:
         ) from None
     builder.download_and_prepare()
     features, splits = builder.info.features or {}, builder.info.splits
-    if not {"image", "label"} <= set(features):
+    if (
+        not {"image", "label"} <= set(features)
+        or split not in splits
+        or not splits[split].num_examples
+    ):
         raise UserError(
-            f"tfds:{name}: needs the features 'image' and 'label', has "
-            f"{sorted(features)}; choose an image-classification dataset"
-        )
-    if split not in splits or not splits[split].num_examples:
-        raise UserError(
-            f"tfds:{name}: no split {split!r} with images, only {sorted(splits)}; "
-            f"give it as tfds:{name}:SPLIT"
+            f"tfds:{name}: needs a split {split!r} of 'image' and 'label'; has the "
+            f"splits {sorted(splits)} of {sorted(features)}; give tfds:{name}:SPLIT"
         )
     label = features["label"]
 

@@ -92,7 +92,13 @@ def batches(
     parts: list[Any] = []
     for v in range(process_index * owned, (process_index + 1) * owned):
         own = slice(v, None, streams)
-        _check_files(folder, paths[own], shards.bytes[own])
+        for path, size in zip(paths[own], shards.bytes[own], strict=True):
+            found = path.stat().length if path.exists() else 0
+            if found != size:
+                raise UserError(
+                    f"{folder}: shard {path.name} has {found or 'no'} bytes, {size} "
+                    "when it was encoded; copy it again or encode again"
+                )
         total = sum(shards.records[own])
         if not total:
             raise UserError(
@@ -108,17 +114,6 @@ def batches(
         )
         parts.append(stream.batch(rows))
     return _joined(parts, info, fields, folder)
-
-
-def _check_files(folder: Any, paths: Sequence[Any], sizes: Sequence[int]) -> None:
-    """Missing, cut or grown shards, found before the first step."""
-    for path, size in zip(paths, sizes, strict=True):
-        found = path.stat().length if path.exists() else 0
-        if found != size:
-            raise UserError(
-                f"{folder}: shard {path.name} has {found or 'no'} bytes, {size} when "
-                "it was encoded; copy it again or encode again"
-            )
 
 
 def _stream(
