@@ -285,7 +285,7 @@ def test_flags(capsys, monkeypatch):
         ("--images=digits --vae=digits", "--out must be given"),
         ("--resolution=x", "--resolution: invalid int value: 'x' "),
         ("--dtype=float64", "--dtype: invalid choice"),
-        ("--image=x", "unrecognized arguments: --image=x"),
+        ("--image=x", "unknown flag --image: did you mean --images?"),
     ]:
         monkeypatch.setattr("sys.argv", ["encode", *line.split()])
         with pytest.raises(UserError, match=match):

@@ -233,7 +233,7 @@ def test_what_is_off_costs_nothing(tiny, batch):
 def test_whole_job_with_an_encoder(tiny, tmp_path):
     """The job encodes what the method needs by itself, and trains on it."""
     switch(tiny, ("encoder", "vae"))
-    tiny.steps = 2
+    tiny.steps, tiny.eval.features = 2, ""
     train(Config.of(tiny), str(tmp_path / "run"))
     assert '"loss_align_encoder"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "REPA + SRA 2" in (tmp_path / "run" / "report.html").read_text()

@@ -126,18 +126,6 @@ def test_half_written_files(run, size):
     assert "no step yet" in describe(read_status(run))
 
 
-def test_only_the_end_of_a_long_log_is_read(run):
-    path = run / "metrics.jsonl"
-    rows = path.read_text()
-    with path.open("wb") as file:
-        file.truncate(2**38)  # with a hole: it takes no room on the disk
-        file.seek(2**38)
-        file.write(b"\n" + rows.encode())
-    began = time.perf_counter()
-    assert read_status(run)["step"] == 500
-    assert time.perf_counter() - began < 3
-
-
 def test_program(run, tmp_path):
     """Several runs, some none; without what is slow to import."""
     hold(run)

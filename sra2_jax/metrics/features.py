@@ -59,6 +59,7 @@ class InceptionFeatures:
         self._run: Any = jax.jit(run, out_shardings=replicated(mesh))
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
+        assert len(images) <= self._batch
         # Filled up with copies, so that there is one shape to compile.
         filled = images[np.arange(self._batch).clip(max=len(images) - 1)]
         placed = jax.make_array_from_callback(
