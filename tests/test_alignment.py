@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.alignment.base import Alignment, elementwise, zscore
+from sra2_jax.alignment.base import Alignment, MLPHead, elementwise, zscore
 
 
 def test_smooth_l1_by_hand():
@@ -20,6 +20,14 @@ def test_cosine_is_over_channels_and_safe_at_zero():
     np.testing.assert_allclose(ours[0], [0, 2, 1 - 0.5**0.5], atol=1e-6)
     gradient = jax.grad(lambda x: elementwise("cosine", x, b, 0.0).sum())(a * 0)
     assert jnp.isfinite(gradient).all()
+
+
+def test_a_head_of_one_layer_is_linear():
+    x, c = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.zeros((2, 4))
+    head = MLPHead((), 5)
+    params = head.init(jax.random.key(1), x, c)
+    apply = lambda x: head.apply(params, x, c)  # noqa: E731
+    np.testing.assert_allclose(apply(3 * x), 3 * apply(x), rtol=1e-5)
 
 
 def test_time_range_leaves_samples_out_of_the_sum_not_of_the_mean():
