@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from absl import logging
+
 from sra2_jax import config_file
 from sra2_jax.config import Config
 from sra2_jax.errors import INTERRUPTED, MISTAKE, RESTART, Restart, UserError, leave
@@ -36,6 +38,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     `errors`, without a traceback. (Training takes over the signals, see `runtime`.)
     """
     set_xla_flags()
+    logging.set_verbosity(logging.ERROR)  # of libraries' notes
     signal.signal(signal.SIGTERM, _terminated)
     try:
         status = main()
