@@ -39,11 +39,7 @@ CAPABILITY, CUDNN = (9, 0), 91000
 
 
 def find_devices(n: int) -> list[Any]:
-    """n devices of one machine.
-
-    Raises:
-      UserError: the packages are missing.
-    """
+    """n devices of one machine. Raises UserError: the packages are missing."""
     plugin = importlib.util.find_spec("jax_cuda12_plugin")
     tools = importlib.util.find_spec("nvidia.cuda_nvcc") if plugin else None
     if not tools or not tools.submodule_search_locations:

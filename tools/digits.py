@@ -22,12 +22,8 @@ def minimise(
     learning_rate: float,
     steps: int,
 ) -> Any:
-    """The parameters after `steps` updates.
-
-    Args:
-      loss: of (parameters, a step's key).
-      optimizer: of a learning rate, which warms up and falls to zero.
-    """
+    """The parameters after `steps` updates; loss: of (parameters, a step's key);
+    optimizer: of a learning rate, which warms up and falls to zero."""
     rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 100, steps)
     transform = optax.chain(optax.clip_by_global_norm(1.0), optimizer(rate))
 
@@ -61,13 +57,8 @@ def run(
     measure: Callable[[Path], dict[str, str]],
     readme: str,
 ) -> None:
-    """A program that trains, saves, measures what it saved and writes a README.
-
-    Args:
-      save: trains on uint8 images (N, 32, 32, 3) and writes the weights to a folder.
-      measure: figures of the weights in a folder, ready to print.
-      readme: with places for {minutes} and {rows}, a table of the figures.
-    """
+    """A program that trains on uint8 images (N, 32, 32, 3), saves, measures what it
+    saved and writes a README, with places for {minutes} and {rows}, the figures."""
     parser = Parser(description=about.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     folder = parser.parse_args().out

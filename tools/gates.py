@@ -49,14 +49,8 @@ def compare(figures: dict[str, float], known: dict[str, float]) -> list[str]:
 
 
 def gate(path: Path, topology: str, update: bool = False) -> list[str]:
-    """Compile the cases of `topology` in a gates file; lines on what grew.
-
-    Args:
-      update: write the figures into the file instead.
-
-    Raises:
-      UserError: no such file or case, or figures of another compiler.
-    """
+    """Compile the cases of `topology` in a gates file; lines on what grew. update:
+    write the figures instead. Raises UserError: no case, or another compiler's."""
     cases = json.loads(path.read_text())
     chosen = {k: case for k, case in cases.items() if case["topology"] == topology}
     if not chosen:

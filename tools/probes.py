@@ -169,12 +169,9 @@ def default_blocks(depth: int, aligned: set[int]) -> list[int]:
 
 
 def read_images(runs: Sequence[Subject], data: str, least: int, most: int) -> Images:
-    """Records that all runs were trained on.
+    """Records that all runs were trained on, or, as held-out images, of `data`.
 
-    data: a dataset to read instead, as held-out images; "" for the runs' own.
-
-    Raises:
-      UserError: as `Subject.read_images`, or the datasets hold different records.
+    Raises UserError: as `Subject.read_images`, or the runs' records differ.
     """
     first, *others = (
         run.read_images(data or run.run.latents(run.config), least, most)
