@@ -164,9 +164,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int, reason: str) -> None:
         source = self.folder / str(step)
-        before = len(list(self.folder.glob(f"{ASIDE}{step}*")))
-        target = self.folder / f"{ASIDE}{step}{f'-{before + 1}' if before else ''}"
+        target = self.folder / f"{ASIDE}{step}"
         if jax.process_index() == 0:
+            number = 1
+            while target.exists():
+                number += 1
+                target = self.folder / f"{ASIDE}{step}-{number}"
             source.rename(target)
             if target.is_dir():
                 (target / "reason.txt").write_text(reason + "\n")

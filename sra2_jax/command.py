@@ -107,7 +107,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         """The flags. Unlike argparse's it names the flag that was meant, perhaps."""
         arguments, rest = self.parse_known_args(*given)
-        for flag in (text.split("=")[0] for text in rest):
+        if rest:
+            flag = rest[0].split("=")[0]
             if not flag.startswith("-"):
                 self.error(f"unexpected argument {flag!r}")
             if flag.startswith("--config."):
@@ -131,9 +132,10 @@ class Parser(argparse.ArgumentParser):
         arguments = self.parse_args()
         config = config_file.override(arguments.config, arguments.overrides)
         if arguments.keys:
-            for name, f in fields(Config).items():
-                known = f"{f.metadata['key'].about} ({allowed(f)})"
-                print(f"--config.{name}={config.flat()[name]}  {known}")
+            for name, value in config.flat().items():
+                f = fields(Config)[name]
+                about = f.metadata["key"].about
+                print(f"--config.{name}={value}  {about} ({allowed(f)})")
             sys.exit()
         return arguments, config
 

@@ -20,7 +20,14 @@ from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.run import Run
 from sra2_jax.runtime import versions
 from sra2_jax.section import fields, parse
-from sra2_jax.sharding import batch_sharding, make_mesh, replicated, within
+from sra2_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    replicated,
+    rounded,
+    spread,
+    within,
+)
 from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
 
@@ -130,8 +137,7 @@ class Generator:
     @property
     def batch(self) -> int:
         """Images at a time: a multiple of the devices."""
-        devices = self.program.mesh.size
-        return -(-self.config.sampling.batch_size // devices) * devices
+        return rounded(self.config.sampling.batch_size, self.program.mesh.size)
 
     def override(self, values: Mapping[str, Any]) -> "Generator":
         """The same with other keys of its config."""
@@ -174,9 +180,7 @@ class Generator:
     def _split(self, function: Callable[..., Array], x: np.ndarray) -> np.ndarray:
         """A function of the VAE's parameters and x, whose rows the devices share."""
         mesh = self.program.mesh
-        filled = x[np.arange(-(-len(x) // mesh.size) * mesh.size).clip(max=len(x) - 1)]
-        place = batch_sharding(mesh)
-        rows = jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
+        rows = spread(x, rounded(len(x), mesh.size), mesh)
         run = jax.jit(function, out_shardings=replicated(mesh))
         return np.asarray(run(self.vae_params, rows))[: len(x)]
 

@@ -77,6 +77,7 @@ class Lock:
                     "or use another --workdir"
                 ) from None
             except OSError:  # a file system without locks
+                self._file.close()
                 self._file = None
         held = self._run.read("lock")
         age = time.time() - (number(held, "beat") or 0.0)

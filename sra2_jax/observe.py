@@ -11,7 +11,12 @@ from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
-from sra2_jax.metrics.compare import compare, summarise, summarise_reference
+from sra2_jax.metrics.compare import (
+    Summary,
+    compare,
+    summarise,
+    summarise_reference,
+)
 from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.report.page import write_report
@@ -29,6 +34,15 @@ NOTES = {
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
+
+
+def _summary(
+    features: Features, batches: Iterable[np.ndarray], labels: np.ndarray, side: int
+) -> Summary:
+    """Of batches of uint8 images (n, side, side, 3), as many in all as labels."""
+    shape = len(labels), side, side, 3
+    images = ImageSet("samples", shape, lambda _: iter(batches), labels)
+    return summarise(features, images, len(labels), bar=False)
 
 
 class Observer:
@@ -72,8 +86,8 @@ class Observer:
         """Pictures of real digits, also through the VAE, and what they score."""
         images, labels = load_digits("test")
         columns = self.config.run.grid_columns
-        held = open_images("digits", split="test")
-        self.reference = summarise(features, held, len(held), bar=False)
+        side = self.config.data.resolution
+        self.reference = _summary(features, [images], labels, side)
         decoded = self.generate.decode(self.generate.encode(images))
         rows = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
         chosen = np.concatenate(rows)
@@ -104,9 +118,8 @@ class Observer:
     ) -> dict[str, float]:
         """What batches of uint8 images score. UserError where they cannot be scored."""
         assert self.features is not None
-        shape = len(labels), *2 * (self.config.data.resolution,), 3
-        samples = ImageSet("samples", shape, lambda _: iter(images), labels)
-        found = summarise(self.features, samples, len(labels), bar=False)
+        side = self.config.data.resolution
+        found = _summary(self.features, images, labels, side)
         return compare(self.features, found, self.reference)
 
     def grid_classes(self) -> np.ndarray:

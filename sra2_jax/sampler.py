@@ -14,8 +14,6 @@ from jaxtyping import Array, Float, Int
 
 from sra2_jax.transport import Transport
 
-SAMPLERS = ("euler", "heun", "euler_maruyama")
-
 Velocity = Callable[[Array, Array, Array], Array]
 
 

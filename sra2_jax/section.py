@@ -197,7 +197,8 @@ def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for name, text in texts.items():
-        f, value = find(cls, name), None  # type: tuple[Field, Any]
+        f = find(cls, name)
+        value: Any = None
         if f.type is bool:
             value = {"true": True, "false": False}.get(text.lower())
         else:

@@ -84,6 +84,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rounded(count: int, parts: int) -> int:
+    """The next multiple of `parts`."""
+    return -(-count // parts) * parts
+
+
+def spread(rows: np.ndarray, size: int, mesh: Mesh) -> Array:
+    """Rows that every process has, filled up with copies of the last one to `size`, a
+    multiple of the devices, and split like a batch: one shape, one compilation."""
+    filled = rows[np.arange(size).clip(max=len(rows) - 1)]
+    place = batch_sharding(mesh)
+    return jax.make_array_from_callback(filled.shape, place, filled.__getitem__)
+
+
 def within(mesh: Mesh) -> contextlib.AbstractContextManager[object]:
     """Inside, while a function is traced, `constrain` refers to `mesh`."""
     if mesh.size == 1:

@@ -32,7 +32,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.models.vae import AutoencoderKL
-from sra2_jax.sharding import batch_sharding, make_mesh, replicated
+from sra2_jax.sharding import batch_sharding, make_mesh, replicated, rounded
 from sra2_jax.weights import load_dinov2, load_vae
 
 # What the records depend on; "listing" is of the images, "weights" of the networks.
@@ -142,7 +142,7 @@ def _resolved(options: EncodeOptions, length: int, encoder: Encoder) -> EncodeOp
     return dataclasses.replace(
         options.sharded(length, (1 + options.mirror) * size),
         grid=features.grid if features else 0,
-        batch_size=rounded(options.batch_size),
+        batch_size=rounded(options.batch_size, jax.local_device_count()),
     )
 
 
@@ -217,11 +217,6 @@ def _digest(params: Any) -> str:
     return digest.hexdigest()
 
 
-def rounded(batch_size: int) -> int:
-    """The next multiple of the local devices."""
-    return math.ceil(batch_size / jax.local_device_count()) * jax.local_device_count()
-
-
 def encoded(
     rows: Iterable[Row], encoder: Encoder, batch_size: int, shards: int = 1
 ) -> Iterator[tuple[list[Row], Arrays]]:
@@ -231,7 +226,7 @@ def encoded(
     images of one index % shards only, in the order of the rows, so that it is the same
     whatever else is encoded.
     """
-    size = rounded(batch_size)
+    size = rounded(batch_size, jax.local_device_count())
 
     def start(batch: list[Row]) -> tuple[list[Row], dict[str, jax.Array]]:
         images = [image for _, image, _ in batch]

@@ -120,12 +120,8 @@ def _digits(split: str) -> ImageSource:
         load = partial(np.asarray, images[index])
         return Entry(index, f"digits/{split}/{index}", int(labels[index]), load)
 
-    count, names, entries = (
-        len(images),
-        tuple("0123456789"),
-        _any_of(entry, len(images)),
-    )
-    return ImageSource("digits", count, 10, names, entries, f"digits/{split}")
+    count, names, listing = len(images), tuple("0123456789"), f"digits/{split}"
+    return ImageSource("digits", count, 10, names, _any_of(entry, count), listing)
 
 
 def _tfds(name: str, split: str) -> ImageSource:

@@ -16,7 +16,7 @@ from jaxtyping import Array, UInt8
 from sklearn.svm import SVC
 
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.sharding import batch_sharding, replicated
+from sra2_jax.sharding import replicated, spread
 from sra2_jax.weights import load_inception
 from sra2_jax.weights.inception import sha256
 
@@ -46,7 +46,7 @@ class InceptionFeatures:
             "inception_sha256": sha256(weights),
         }
         self._params = jax.device_put(params, replicated(mesh))
-        self._placed, self._batch = batch_sharding(mesh), batch
+        self._mesh, self._batch = mesh, batch
 
         def run(params: Any, images: Array) -> dict[str, Array]:
             out: Any = network.apply({"params": params}, images)
@@ -60,11 +60,7 @@ class InceptionFeatures:
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Outputs:
         assert len(images) <= self._batch
-        # Filled up with copies, so that there is one shape to compile.
-        filled = images[np.arange(self._batch).clip(max=len(images) - 1)]
-        placed = jax.make_array_from_callback(
-            filled.shape, self._placed, filled.__getitem__
-        )
+        placed = spread(images, self._batch, self._mesh)
         found = jax.device_get(self._run(self._params, placed))
         return {name: values[: len(images)] for name, values in found.items()}
 

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -24,7 +23,7 @@ from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
 from sra2_jax.programs.sample import new_file
 from sra2_jax.run import as_json, write_whole
 from sra2_jax.runtime import versions
-from sra2_jax.sharding import make_mesh
+from sra2_jax.sharding import make_mesh, rounded
 
 
 def note_if_few(summary: compare.Summary) -> list[str]:
@@ -141,9 +140,8 @@ def main() -> None:
     samples = open_images(a.samples, a.resolution, a.split)
     if not len(samples):
         raise UserError(f"{a.samples}: has statistics alone: give a set with images")
-    devices = jax.device_count()
-    batch = -(-max(a.batch_size, 1) // devices) * devices
     mesh = make_mesh()
+    batch = rounded(max(a.batch_size, 1), mesh.size)
     features = make_features(a.features, a.inception, mesh, batch)
     if a.make_reference:
         make_reference(features, samples, out, batch)
