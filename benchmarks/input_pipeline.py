@@ -23,7 +23,8 @@ from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.data import records
 from sra2_jax.data.build import manifest, writing
-from sra2_jax.data.pipeline import Order, batches, prefetch_to_device
+from sra2_jax.data.order import Order
+from sra2_jax.data.pipeline import batches, prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns, write
@@ -35,7 +36,7 @@ def write_records(folder: Path, config: Config, count: int, shards: int) -> None
     """A dataset of latents, numbers made up, of the config's shape."""
     shape, draw = config.latent_shape, np.random.default_rng(0)
     pool = np.abs(draw.normal(size=(64, *shape))).astype(np.float16)
-    with writing(folder, "train", shards, range(shards)) as writer:
+    with writing(folder, "train", np.arange(count) % shards, range(shards)) as writer:
         for i in range(count):
             arrays = {"mean": pool[i % 64], "std": pool[i % 61]}
             label = i % config.data.num_classes
@@ -162,7 +163,7 @@ def main() -> None:
     add("--steps", type=int, default=5, help="of the training step a round")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = parser.parse_config("sra2_xl")
-    shards = 2 * config.data.streams
+    shards = 16
     if arguments.records < max(config.batch_size, shards):
         raise UserError(f"--records={arguments.records}: give at least one batch")
     facts = machine()

@@ -136,7 +136,7 @@ def parse() -> tuple[argparse.Namespace, Config]:
             raise UserError(f"--{flag} must be at least 1")
     given = arguments.batch_size
     rows = config.batch_size if given is None else given
-    config = config.override({"batch_size": rows, "data.streams": 1})
+    config = config.override({"batch_size": rows})
     flat = config.flat()
     for key, value in PEER.items():
         if flat[key] != value:

@@ -132,7 +132,7 @@ def main() -> None:
     if set(sizes) - set(SIZES):
         raise UserError(f"--sizes={arguments.sizes}: known are {','.join(SIZES)}")
     rows_a_step = arguments.batch_size or config.batch_size
-    config = config.override({"batch_size": rows_a_step, "data.streams": 1})
+    config = config.override({"batch_size": rows_a_step})
     facts = machine()
     matmul = matmul_speed(jnp.dtype(config.model.dtype))
     print(

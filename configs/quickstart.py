@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     c.data.images = "digits"
     c.data.resolution = 32
     c.data.num_classes = 10
-    c.data.streams = 1
     c.data.shuffle_buffer = 2048
     c.vae = "digits"
     c.latents.size = 4

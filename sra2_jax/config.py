@@ -23,8 +23,7 @@ class Data(Section, where="data"):
     images: str = free("", "encode these if data.dir is missing, see `sra2 encode`")
     resolution: int = key(256, "side of the images, pixels", 1, 2**14)
     num_classes: int = key(1000, "labels, without the null label", 1, 10**7)
-    streams: int = key(8, "independent readers that a batch is made from", 1, 2**16)
-    shuffle_buffer: int = key(16384, "records, over all streams", 1, STEPS)
+    shuffle_buffer: int = key(16384, "records to mix, see `data.order`", 1, STEPS)
 
 
 @dataclass(frozen=True)
@@ -221,6 +220,7 @@ class Run(Section, where="run"):
     stall_seconds: int = free(1800, "without progress until it ends itself", 1, STEPS)
     grid_classes: int = free(8, "rows of a sample grid, spread over classes", 1, 1000)
     grid_columns: int = free(8, "images of a class in a sample grid", 1, 1000)
+    clu: bool = free(False, "TensorBoard through clu, which imports TensorFlow")
 
     def conflicts(self) -> Iterator[str]:
         if self.checkpoint_every % self.log_every:
@@ -294,7 +294,6 @@ class Config(Section):
             ("latents.size", "model.patch_size"),
             ("model.heads", "mesh.tensor"),
             ("batch_size", "accumulate"),
-            ("batch_size", "data.streams"),
             ("batch_size", "mesh.fsdp"),
         ):
             if attrgetter(whole)(self) % attrgetter(part)(self):

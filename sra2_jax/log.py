@@ -3,20 +3,26 @@ look at the numbers of every step."""
 
 import json
 import math
+import os
+import socket
+import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from sra2_jax.config import Config
+from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.run import Run, write_whole
 from sra2_jax.runtime import tensorflow
+from sra2_jax.tfrecord import field, frame, varint
 
 FIRST = ("loss", "loss_denoise")
 DISTANCES = ("eval/fid", "eval/frechet")
@@ -27,8 +33,8 @@ SPIKE = 6.0  # standard deviations
 class Log:
     """Writes rows of scalars, one every config.run.log_every steps, means over those.
 
-    Rows go to metrics.jsonl, TensorBoard and, through clu, the console; a terminal
-    gets a progress bar instead. events.jsonl keeps what happened, over all restarts.
+    Rows go to metrics.jsonl, TensorBoard and the console; a terminal gets a progress
+    bar instead. events.jsonl keeps what happened, over all restarts.
     What cannot be written is said once and stops nothing. A context manager; `restart`
     comes before all else.
 
@@ -60,14 +66,15 @@ class Log:
         self._step, self._count, self._clock = step, 0, time.perf_counter()
         if not self._run.writes:
             return
-        # clu's writers import TensorFlow (seconds): here, and on this process only.
-        tensorflow()  # first, so that it takes no GPU
-        from clu import metric_writers
-
         text = "".join(json.dumps(row) + "\n" for row in kept)
         write_whole(self._run.metrics, text)
-        self._tensorboard = metric_writers.SummaryWriter(str(self._run.tensorboard))
-        self._console = metric_writers.LoggingWriter()
+        if self._config.run.clu:
+            tensorflow()  # first, so that it takes no GPU
+            from clu.metric_writers import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._run.tensorboard))
+        else:
+            self._tensorboard = EventWriter(self._run.tensorboard)
         steps = self._config.steps
         self._bar = tqdm(
             total=steps, initial=step, unit="step", smoothing=0.05, disable=None
@@ -90,7 +97,9 @@ class Log:
             losses = {k: f"{v:.4f}" for k, v in row.items() if k.startswith("loss")}
             self._bar.set_postfix(losses | {"images/s": f"{speed:.0f}"})
         elif self._run.writes:
-            self._console.write_scalars(step, row | {"seconds_left": left})
+            shown = row | {"seconds_left": left}
+            texts = (f"{name}={shown[name]:.6g}" for name in sorted(shown))
+            logging.info("[%d] %s", step, ", ".join(texts))
         self.scalars(step, row)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:
@@ -125,7 +134,7 @@ class Log:
         """What cannot be written must not end weeks of training; said once a writer."""
         try:
             yield
-        except Exception as error:  # of TensorFlow, of the disk, of the network
+        except Exception as error:  # of the disk, of the network, of clu
             if writer not in self._failed:
                 self._failed.add(writer)
                 self.message(
@@ -183,6 +192,43 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     if skipped := len(rows) - len(good):
         row["skipped"] = skipped
     return row
+
+
+class EventWriter:
+    """TensorBoard's event file, with the methods of clu's writers.
+
+    Source: TensorFlow's `event.proto` and `summary.proto`.
+    """
+
+    def __init__(self, folder: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        unique = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / f"events.out.tfevents.{unique}").open("wb")
+        self._write(field(3, b"brain.Event:2"))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = {k: b"\x15" + struct.pack("<f", v) for k, v in scalars.items()}
+        self._summary(step, values)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """images: uint8 (N, H, W, 3), of which the first is written."""
+        values = {}
+        for name, (image, *_) in images.items():
+            height, width, colours = map(varint, image.shape)
+            facts = b"\x08" + height + b"\x10" + width + b"\x18" + colours
+            values[name] = field(4, facts + field(4, to_png(image)))
+        self._summary(step, values)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _summary(self, step: int, values: Mapping[str, bytes]) -> None:
+        rows = (field(1, field(1, k.encode()) + v) for k, v in values.items())
+        self._write(b"\x10" + varint(step) + field(5, b"".join(rows)))
+
+    def _write(self, event: bytes) -> None:
+        self._file.write(frame(b"\x09" + struct.pack("<d", time.time()) + event))
+        self._file.flush()
 
 
 class Guard:

@@ -1,12 +1,14 @@
 """What a person sees of a run while it trains: pictures, metrics, the report."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sra2_jax.data.digits import load_digits
-from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.order import Order
+from sra2_jax.data.pipeline import batches
 from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
@@ -77,8 +79,7 @@ class Observer:
             self.reference = summarise_reference(features, held, batch, manifold=False)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
-        buffer = self.config.data.shuffle_buffer
-        order = Order(rows, self.config.seed, streams=1, shuffle_buffer=buffer)
+        order = replace(Order.of(self.config), batch_size=rows)
         means = next(batches(dataset, order))["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
 

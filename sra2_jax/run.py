@@ -84,6 +84,8 @@ class Run:
         one that this version cannot use."""
         path = self.folder / "config.json"
         found = read_json(path)
+        if isinstance(found.get("data"), dict):
+            found["data"].pop("streams", None)  # a key of earlier versions
         try:
             return Config.of(found)
         except (UserError, RecursionError) as error:

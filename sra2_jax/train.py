@@ -13,6 +13,7 @@ from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.config import Config
 from sra2_jax.data import pipeline
+from sra2_jax.data.order import Order
 from sra2_jax.data.prepare import prepare
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
 from sra2_jax.log import Guard, Log
@@ -85,7 +86,7 @@ def batches(
     Raises:
       UserError: as `data.pipeline.batches`.
     """
-    order, processes = pipeline.Order.of(config), jax.process_count()
+    order, processes = Order.of(config), jax.process_count()
     process = jax.process_index()
     folder = folder or config.data.dir
     rows = pipeline.batches(folder, order, start, program.fields, process, processes)

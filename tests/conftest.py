@@ -53,7 +53,6 @@ def tiny() -> ConfigDict:
     c.name = "tiny"
     c.steps = 4
     c.batch_size = 16
-    c.data.streams = 2
     c.model.width, c.model.depth, c.model.heads = 16, 2, 2
     c.model.scan = True
     c.align.vae.head_layers = 2

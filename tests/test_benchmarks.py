@@ -92,7 +92,7 @@ def test_encoding(tmp_path):
 
 
 def test_input_pipeline(small, tmp_path):
-    flags = [f"--config={small}", "--config.batch_size=8", "--config.data.streams=2"]
+    flags = [f"--config={small}", "--config.batch_size=8"]
     flags += ["--records=64", "--batches=3", "--rounds=1", "--train", "--steps=1"]
     text, rows = benchmark("input_pipeline", tmp_path, *flags)
     assert len(rows) == 4

@@ -252,7 +252,6 @@ def test_a_resumed_run_says_what_changed(tiny, resumable, capsys):
     [
         {"seed": 1},
         {"batch_size": 32},
-        {"data.streams": 1},
         {"data.shuffle_buffer": 7},
         {"data.resolution": 64, "eval.features": ""},
         {"label_dropout": 0.2},

@@ -74,7 +74,7 @@ BAD = {
     "--config.eval.features=fid": "config.eval.features='fid': must be one of '', 'dig",
     # combinations
     "--config.batch_size=12 --config.accumulate=5": "config.batch_size=12 is not divis",
-    "--config.data.streams=7": "=64 is not divisible by config.data.streams=7",
+    "--config.accumulate=7": "=64 is not divisible by config.accumulate=7",
     "--config.mesh.fsdp=3": "batch_size=64 is not divisible by config.mesh.fsdp=3",
     "--config.mesh.data=0": "config.mesh.data=0: must be -1 or at least 1",
     "--config.mesh.tensor=3": "=4 is not divisible by config.mesh.tensor=3",
@@ -147,7 +147,7 @@ def test_mistakes_are_refused_without_jax_or_tensorflow():
     [
         "--config.optim.learning_rat=1",
         "--config.optim.learning_rate=nan",
-        "--config.data.streams=7",
+        "--config.accumulate=7",
         "--config=configs/nothing.py",
         "--workdirr=x",
     ],

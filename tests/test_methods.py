@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sra2_jax.config import Config
-from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.order import Order
+from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.train import train
@@ -42,7 +43,7 @@ def moved_parameters(program):
 @pytest.fixture(scope="module")
 def digits(latents):
     """The first 20 batches of 64 real digits with their images and features."""
-    order = Order(64, seed=0, streams=1, shuffle_buffer=2048)
+    order = Order(64, seed=0, shuffle_buffer=2048)
     stream = batches(latents, order, fields=("image", "features"))
     rows = [next(stream) for _ in range(20)]
     for row in rows:

@@ -45,7 +45,7 @@ def describe(config: Config) -> Program:
 
 def xla_flops(config: Config) -> float:
     """FLOPs that XLA counts in the forward pass of one image, all operations."""
-    keys = ("batch_size", "accumulate", "data.streams", "mesh.data", "mesh.fsdp")
+    keys = ("batch_size", "accumulate", "mesh.data", "mesh.fsdp")
     one = dict.fromkeys(keys, 1)
     plain = {"model.scan": False, "model.remat": "none", "model.dtype": "float32"}
     plain["model.attention"] = "xla"
@@ -156,7 +156,6 @@ def main() -> None:
         given = {
             "batch_size": arguments.batch_size or timed.batch_size,
             "model.dtype": arguments.dtype or timed.model.dtype,
-            "data.streams": 1,
         }
         timed = timed.override(given)
         results = measured(timed, arguments.rounds, arguments.steps)

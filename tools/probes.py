@@ -17,7 +17,8 @@ from jaxtyping import Array
 
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.data import records
-from sra2_jax.data.pipeline import Order, batches
+from sra2_jax.data.order import Order
+from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
 from sra2_jax.generator import to_uint8
 from sra2_jax.models import apply
@@ -113,7 +114,7 @@ class Subject:
         if total < least:
             raise UserError(f"{folder}: has {total} records, {least} are asked for")
         # One batch: no record comes twice.
-        order = Order(min(most, total), SEED, 1, SHUFFLE, split)
+        order = Order(min(most, total), SEED, SHUFFLE, split)
         rows = next(batches(folder, order))
         raw, latents = rows["mean"].astype(np.float32), self.config.latents
         z = latents.scaling_factor * (raw - latents.shift_factor)

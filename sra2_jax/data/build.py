@@ -26,9 +26,11 @@ from tqdm import tqdm
 import sra2_jax
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
+from sra2_jax.data.order import permutation
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.run import write_whole
+from sra2_jax.tfrecord import frame
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
 WAITING = "all shards of this process are written; the dataset appears when all are"
@@ -45,8 +47,6 @@ class Facts:
     records: int = 0
     bytes: int = 0
     sha256: str = ""
-    first: int = -1
-    last: int = -1
     mean: Sequence[float] = ()
     square: Sequence[float] = ()
     unreadable: list[tuple[int, str]] = dataclasses.field(default_factory=list)
@@ -59,17 +59,20 @@ def manifest(facts: Sequence[Facts]) -> records.Shards:
 
 
 class ShardWriter:
-    """Writes records to the shard index % shards, see `writing`.
-
-    Listings are sorted by class: so every shard gets all classes.
+    """Writes records to their shards, see `writing`.
 
     facts: of each shard by number, whole once `writing` has ended; skipped: images that
     left no record, in all shards that the caller counts.
     """
 
-    def __init__(self, shards: int, files: Mapping[int, Any]) -> None:
-        self._shards, self._files, self.skipped = shards, files, 0
+    def __init__(self, shard_of: np.ndarray, files: Mapping[int, Any]) -> None:
+        self._shard_of, self._files, self.skipped = shard_of, files, 0
         self.facts = {shard: Facts() for shard in files}
+        self._digests = {shard: hashlib.sha256() for shard in files}
+
+    def shard(self, index: int) -> int:
+        """The shard of an image, and of its mirrored one (index + length)."""
+        return int(self._shard_of[index % len(self._shard_of)])
 
     def write(
         self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
@@ -86,37 +89,48 @@ class ShardWriter:
                     f"the {name} of image {index} is not finite or too large for "
                     "float16: encode it with --dtype=float32, or check the weights"
                 )
-        shard = index % self._shards
+        shard = self.shard(index)
         record = records.serialize(label=label, index=index, image=image, **halves)
-        self._files[shard].write(record)
+        data = frame(record)
+        self._files[shard].write(data)
+        self._digests[shard].update(data)
         mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
         sums, facts = np.stack([mean, mean**2 + std**2]).sum((1, 2)), self.facts[shard]
         if facts.records:
             sums += [facts.mean, facts.square]
         facts.mean, facts.square = sums.tolist()
-        facts.first = min(index, facts.first) if facts.records else index
-        facts.last = max(index, facts.last)
         facts.records += 1
+        facts.bytes += len(data)
 
     def skip(self, index: int, line: str) -> int:
         """Note an image that leaves no record; returns how many there are."""
-        self.facts[index % self._shards].unreadable.append((index, line))
+        self.facts[self.shard(index)].unreadable.append((index, line))
         self.skipped += 1
         return self.skipped
+
+    def commit(self, shard: int, temporary: Path, path: Path) -> None:
+        """The shard is whole: on the disk, under its name."""
+        file, facts = self._files[shard], self.facts[shard]
+        file.flush()
+        os.fsync(file.fileno())
+        temporary.rename(path)
+        facts.sha256 = self._digests[shard].hexdigest()
 
 
 @contextlib.contextmanager
 def writing(
-    folder: str | os.PathLike, split: str, shards: int, own: Iterable[int]
+    folder: str | os.PathLike, split: str, shard_of: np.ndarray, own: Iterable[int]
 ) -> Iterator[ShardWriter]:
     """A writer of the shards `own` in a local folder.
+
+    shard_of: int (images,), the shard of each.
 
     They have temporary names; once the context ends without an error, they are flushed
     to the disk and get their own.
 
     Raises UserError: the disk is full, or another process writes the same shard.
     """
-    tf, paths, files = records.tensorflow(), {}, {}
+    paths, files, shards = {}, {}, int(shard_of.max()) + 1
     try:
         with contextlib.ExitStack() as stack:
             for shard in own:
@@ -125,26 +139,16 @@ def writing(
                 temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
                 paths[shard] = temporary, path
                 stack.callback(temporary.unlink, missing_ok=True)
-                files[shard] = tf.io.TFRecordWriter(str(temporary))
-                stack.callback(files[shard].close)
-            writer = ShardWriter(shards, files)
+                files[shard] = stack.enter_context(temporary.open("wb"))
+            writer = ShardWriter(shard_of, files)
             yield writer
-            for shard, facts in writer.facts.items():
-                files[shard].close()
-                _commit(*paths[shard], facts)
-    except (tf.errors.OpError, OSError) as error:
+            for shard, names in paths.items():
+                writer.commit(shard, *names)
+    except OSError as error:
         raise UserError(
             f"{folder}: not finished ({one_line(error)}): is the disk full, or another "
             "process at work there? Mend that and run the same command again"
         ) from error
-
-
-def _commit(temporary: Path, path: Path, facts: Facts) -> None:
-    with temporary.open("rb") as file:
-        facts.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        facts.bytes = file.tell()
-        os.fsync(file.fileno())
-    temporary.rename(path)
 
 
 # Writes the records of these positions of a listing; yields how many it has done.
@@ -167,7 +171,8 @@ class Build:
     ) -> None:
         self.options, self.vae, self.out = options, vae, Path(options.out)
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
-        self._made_with, self._versions = dict(made_with), _versions()
+        self._made_with = {**made_with, "order": "shuffled"}
+        self._versions = _versions()
 
     def complete(self) -> bool:
         """Whether the dataset is there already, and nothing else."""
@@ -206,6 +211,8 @@ class Build:
     ) -> records.LatentsInfo | None:
         """Write this process's shards of a listing that are not finished yet.
 
+        A listing is sorted by class: it is written in a permutation.
+
         at_once: shards that `write` gets in one call; fields: of `LatentsInfo`, those
         that neither shards nor options tell.
 
@@ -216,8 +223,12 @@ class Build:
         # Looked at last: another process may be completing it.
         left = [] if self.complete() else [s for s in own if s not in done]
 
-        def listed(shards: Iterable[int]) -> list[int]:
-            return sorted(i for s in shards for i in range(s, length, options.shards))
+        order = permutation(length, 0)
+        shard_of = np.empty(length, np.int64)
+        shard_of[order] = np.arange(length) % options.shards
+
+        def listed(shards: Sequence[int]) -> list[int]:
+            return order[np.isin(shard_of[order], shards)].tolist()
 
         total, missing = len(listed(own)), len(listed(left))
         with tqdm(
@@ -225,18 +236,20 @@ class Build:
         ) as bar:
             for start in range(0, len(left), at_once):
                 group = left[start : start + at_once]
-                with self._writing(group) as writer:
+                with self._writing(shard_of, group) as writer:
                     for count in write(writer, listed(group)):
                         bar.update(count)
         return self._finish(fields)
 
     @contextlib.contextmanager
-    def _writing(self, group: Sequence[int]) -> Iterator[ShardWriter]:
+    def _writing(
+        self, shard_of: np.ndarray, group: Sequence[int]
+    ) -> Iterator[ShardWriter]:
         """A writer of the group's shards; they are finished when it ends well."""
         options, done = self.options, self.finished().values()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with writing(self.folder, options.split, options.shards, group) as writer:
+            with writing(self.folder, options.split, shard_of, group) as writer:
                 writer.skipped = sum(len(facts.unreadable) for facts in done)
                 yield writer
         finally:
@@ -322,7 +335,6 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "tensorflow-datasets", "pillow")
+    packages = ("jax", "flax", "pillow")
     found = {name: importlib.metadata.version(name) for name in packages}
-    tensorflow = records.tensorflow().__version__
-    return {"sra2_jax": sra2_jax.__version__, "tensorflow": tensorflow, **found}
+    return {"sra2_jax": sra2_jax.__version__, **found}

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 from sra2_jax.data import records
+from sra2_jax.tfrecord import Damaged, Shard
 
 
 def run_check(folder: str | os.PathLike) -> int:
@@ -61,12 +62,10 @@ def _fault(path: epath.Path, shards: records.Shards, number: int) -> str:
                 digest.update(block)
         if digest.hexdigest() == shards.sha256[number]:
             return ""
-    tf, count = records.tensorflow(), 0
     try:
-        for _ in tf.data.TFRecordDataset(str(path)):
-            count += 1
-    except tf.errors.OpError as error:
-        return f"record {count} cannot be read ({records.reason(error)})"
+        count = sum(1 for _ in Shard(path))
+    except Damaged as error:
+        return str(error)
     if count != shards.records[number]:
         return f"{count} records, {shards.records[number]} when it was encoded"
     return "SHA-256 differs; every record can be read" if shards.sha256 else ""

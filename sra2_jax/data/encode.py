@@ -97,11 +97,9 @@ def encode(
     source = image_sources.open_source(options.images, options.split)
     encoder = Encoder.load(options)
     options = _resolved(options, source.length, encoder)
-    shards, pngs = options.shards, options.store_images
     facts = {"listing": source.fingerprint, "weights": encoder.weights}
     made_with = {name: (vars(options) | facts)[name] for name in MADE_WITH}
-    # The mirrored image's record is in the same shard.
-    mirror_offset = options.mirror * math.ceil(source.length / shards) * shards
+    mirror_offset = options.mirror * source.length
 
     def write(writer: ShardWriter, indices: Sequence[int]) -> Iterator[int]:
         rows = image_sources.readable(
@@ -113,8 +111,9 @@ def encode(
             mirror_offset=mirror_offset,
         )
         with ThreadPoolExecutor(16) as pool:
-            for batch, arrays in encoded(rows, encoder, options.batch_size, shards):
-                _write(writer, batch, arrays, pool if pngs else None)
+            size, pngs = options.batch_size, pool if options.store_images else None
+            for batch, arrays in encoded(rows, encoder, size, writer.shard):
+                _write(writer, batch, arrays, pngs)
                 count = sum(index < source.length for index, _, _ in batch)
                 progress(count)
                 yield count
@@ -218,13 +217,16 @@ def _digest(params: Any) -> str:
 
 
 def encoded(
-    rows: Iterable[Row], encoder: Encoder, batch_size: int, shards: int = 1
+    rows: Iterable[Row],
+    encoder: Encoder,
+    batch_size: int,
+    shard: Callable[[int], int] = lambda index: 0,
 ) -> Iterator[tuple[list[Row], Arrays]]:
     """Encode rows, one batch while another is read: a batch, and its arrays (N, ...).
 
-    batch_size: is rounded up to a multiple of the local devices; shards: a batch has
-    images of one index % shards only, in the order of the rows, so that it is the same
-    whatever else is encoded.
+    batch_size: is rounded up to a multiple of the local devices; shard: of an index; a
+    batch has images of one, in the order of the rows, so that it is the same whatever
+    else is encoded.
     """
     size = rounded(batch_size, jax.local_device_count())
 
@@ -233,21 +235,23 @@ def encoded(
         # One shape, one compilation: a last batch is filled up and cut again.
         return batch, encoder(np.stack(images + images[-1:] * (size - len(batch))))
 
-    running = itertools.chain(map(start, _batched(rows, size, shards)), [([], {})])
+    running = itertools.chain(map(start, _batched(rows, size, shard)), [([], {})])
     # A batch is waited for when the next one runs.
     for (batch, arrays), _ in itertools.pairwise(running):
         yield batch, {name: np.asarray(x)[: len(batch)] for name, x in arrays.items()}
 
 
-def _batched(rows: Iterable[Row], size: int, shards: int) -> Iterator[list[Row]]:
+def _batched(
+    rows: Iterable[Row], size: int, shard: Callable[[int], int]
+) -> Iterator[list[Row]]:
     waiting: dict[int, list[Row]] = {}
     for row in rows:
-        shard = row[0] % shards
-        waiting.setdefault(shard, []).append(row)
-        if len(waiting[shard]) == size:
-            yield waiting.pop(shard)
-    for shard in sorted(waiting):
-        yield waiting[shard]
+        key = shard(row[0])
+        waiting.setdefault(key, []).append(row)
+        if len(waiting[key]) == size:
+            yield waiting.pop(key)
+    for key in sorted(waiting):
+        yield waiting[key]
 
 
 def main() -> int | None:

@@ -21,9 +21,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from sra2_jax.data import records
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
+from sra2_jax.runtime import tensorflow
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 THREADS = min(16, os.cpu_count() or 1)
@@ -125,7 +125,7 @@ def _digits(split: str) -> ImageSource:
 
 
 def _tfds(name: str, split: str) -> ImageSource:
-    records.tensorflow()
+    tensorflow()
     import tensorflow_datasets as tfds
 
     try:
@@ -176,12 +176,15 @@ SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], digits"
 
 
 def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int = THREADS,
+    ahead: int = AHEAD,
 ) -> Iterator[tuple[Item, Result]]:
     """(item, function(item)) in order, a bounded number ahead."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         jobs = ((item, pool.submit(function, item)) for item in items)
-        waiting = collections.deque(itertools.islice(jobs, AHEAD))
+        waiting = collections.deque(itertools.islice(jobs, ahead))
         while waiting:
             item, job = waiting.popleft()
             yield item, job.result()
@@ -191,9 +194,10 @@ def in_threads(
 def read(
     source: ImageSource, size: int, indices: Collection[int] | None = None
 ) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
-    """Decode and crop the images of a source, in its order, in threads.
+    """Decode and crop images of a source in threads, in the order of `indices` where it
+    can be read in any.
 
-    indices: of the images, rising; by default all.
+    indices: of the images, in any order; by default all.
 
     Yields index, name, uint8 (size, size, 3) or the exception of an image that cannot
     be decoded, label.

@@ -11,7 +11,7 @@ from sra2_jax.models.vae import VAEConfig
 
 # Shards of 64 to 128 MB: large enough to stream well, small enough to move.
 SHARD_BYTES = 128 * 2**20
-# So that several readers have shards of their own (data.streams).
+# So that several processes can encode at once.
 MIN_SHARDS = 8
 
 
@@ -71,8 +71,8 @@ class Options:
         return side, side, config.latent_channels
 
     def sharded(self, length: int, size: int) -> Self:
-        """With a number of shards: as asked for, or a power of two, which readers share
-        evenly.
+        """With a number of shards: as asked for, or a power of two, which processes
+        share evenly.
 
         size: bytes of what each of `length` images leaves, about.
 

@@ -34,7 +34,7 @@ def main() -> None:
     # what Orbax says of a failed save: that is reported, in a line.
     logging.get_absl_handler().addFilter(
         lambda r: (
-            r.filename == "logging_writer.py"
+            r.filename == "log.py"
             or (r.levelname == "ERROR" and "orbax" not in r.pathname)
         )
     )

@@ -106,12 +106,12 @@ def fast_beat(seconds):
 
 def no_tensorboard(_):
     """Every write to it fails, as on a full disk."""
-    from clu import metric_writers
+    from sra2_jax import log
 
     def fail(*arguments, **named):
         raise OSError(28, "No space left on device")
 
-    metric_writers.SummaryWriter.write_scalars = fail
+    log.EventWriter.write_scalars = fail
 
 
 def small_files(most):
@@ -158,11 +158,6 @@ def child(command):
 def serve():
     # All that takes time, and starts no thread nor device.
     import sra2_jax.train  # noqa: F401
-    from sra2_jax.runtime import tensorflow
-
-    tensorflow()
-    import tensorflow_datasets  # noqa: F401
-    from clu import metric_writers  # noqa: F401
 
     for line in sys.stdin:
         pid = os.fork()
