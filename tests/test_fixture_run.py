@@ -1,8 +1,9 @@
 """A run written by an earlier version goes on to the very same numbers.
 
 tests/fixture_run is a run with all three alignments that SIGTERM stopped at step 4 of
-8, and beside it, rows.json, what the run logs when nothing stops it. A change of what
-it takes to read it must be meant, and said.
+8, and beside it, rows.json, what the run logs. Steps 5 to 8 are of today's order of
+examples; with that of the version that wrote it they were that version's, digit for
+digit. A change of what it takes to read it must be meant, and said.
 """
 
 import json

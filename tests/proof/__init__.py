@@ -1,1 +1,0 @@
-"""Proof that a refactor changes no number; temporary, see __main__.py."""
