@@ -9,7 +9,6 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false"
 )
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import gc
 import json
@@ -35,8 +34,30 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 # Shapes and types named in annotations are checked here and cost nothing elsewhere.
-TYPED = ("models", "transport", "alignment", "sampler", "generate")
+TYPED = ("models", "transport", "alignment", "sampler", "generator")
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
+
+
+HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "diffusers")
+
+
+@pytest.fixture
+def heavy() -> None:
+    """For a test that may import these."""
+
+
+@pytest.fixture(autouse=True)
+def slim(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No other can: nothing needs them but what they are the point of."""
+    if "heavy" in request.fixturenames:
+        yield
+        return
+    loaded = {name: sys.modules.pop(name) for name in HEAVY if name in sys.modules}
+    sys.modules.update(dict.fromkeys(HEAVY))  # type: ignore[arg-type]
+    yield
+    for name in HEAVY:
+        del sys.modules[name]
+    sys.modules.update(loaded)
 
 
 @pytest.fixture

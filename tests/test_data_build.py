@@ -19,7 +19,7 @@ from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.data.order import permutation
 from sra2_jax.errors import UserError
 from sra2_jax.tfrecord import Shard
-from tests.test_pipeline import read_with_tfds
+from tests.test_pipeline import read_all
 
 ROOT = Path(__file__).parents[1]
 VAE = str(ROOT / "tests" / "golden" / "vae")
@@ -216,7 +216,7 @@ def test_a_source_read_in_passes(source, built, tmp_path, monkeypatch):
     assert passes == [20, 6]
     info, wanted = map(records.LatentsInfo.read, (tmp_path / "latents", built))
     assert info.splits["train"].records == wanted.splits["train"].records
-    found, wanted = (read_with_tfds(d)[1] for d in (tmp_path / "latents", built))
+    found, wanted = (read_all(d) for d in (tmp_path / "latents", built))
     assert found.keys() == wanted.keys()
     assert all((found[i]["mean"] == wanted[i]["mean"]).all() for i in wanted)
 
@@ -234,7 +234,7 @@ def test_mirrored_records(source, tmp_path):
     assert (info.mirror_offset, plain.mirror_offset) == (26, 0)
     assert faults(tmp_path / "both", info) == []
     both, one, other = (
-        read_with_tfds(tmp_path / name)[1] for name in ("both", "plain", "mirrored")
+        read_all(tmp_path / name) for name in ("both", "plain", "mirrored")
     )
     assert set(both) == set(one) | {i + 26 for i in one}
     for index in one:

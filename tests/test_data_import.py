@@ -13,7 +13,7 @@ from sra2_jax.data.import_latents import ImportOptions, import_latents
 from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
 from tests.test_data_build import contents
-from tests.test_pipeline import read_with_tfds
+from tests.test_pipeline import read_all
 
 N, SIDE, CHANNELS, PIXELS = 21, 4, 4, 32  # the digits' VAE
 LABELS = np.arange(N) * 7 % 10
@@ -53,7 +53,7 @@ def check(out, info, moments, labels):
         load_vae("digits")[0].config.scaling_factor,
     )
     assert faults(out, info) == []
-    _, rows = read_with_tfds(out)
+    rows = read_all(out)
     assert set(rows) == set(range(len(labels)))
     for index, row in rows.items():
         mean, std = np.moveaxis(moments[index].reshape(2, CHANNELS, SIDE, SIDE), 1, -1)
@@ -107,7 +107,7 @@ def test_logarithms_of_the_variance(tmp_path, moments):
     with pytest.raises(UserError, match=r"negative deviations.*--logvar"):
         run(tmp_path / "x.npz", tmp_path / "a")
     run(tmp_path / "x.npz", tmp_path / "a", logvar=True)
-    _, rows = read_with_tfds(tmp_path / "a")
+    rows = read_all(tmp_path / "a")
     for index, row in rows.items():
         wanted = np.moveaxis(moments[index, CHANNELS:], 0, -1)
         np.testing.assert_allclose(row["std"], wanted, rtol=2e-3)

@@ -115,6 +115,7 @@ def test_modes_become_rgb(folder):
     np.testing.assert_array_equal(grey, grey[..., :1].repeat(3, -1))
 
 
+@pytest.mark.usefixtures("heavy")
 def test_digits_and_unknown_sources(tmp_path):
     source = images.open_source("digits", "test")
     index, _, image, label = next(iter(images.read(source, 32)))
@@ -128,6 +129,7 @@ def test_digits_and_unknown_sources(tmp_path):
         images.open_source("tfds:no_such_dataset_at_all", "train")
 
 
+@pytest.mark.usefixtures("heavy")
 def test_tfds_source(tmp_path, monkeypatch):
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -166,6 +168,7 @@ def test_tfds_source(tmp_path, monkeypatch):
         images.open_source("tfds:tiny", "train")
 
 
+@pytest.mark.usefixtures("heavy")
 def test_encoded_latents_are_those_of_the_vae(folder, encoded):
     out, info = encoded
     assert info == records.LatentsInfo.read(out)
@@ -198,6 +201,7 @@ def test_encoded_latents_are_those_of_the_vae(folder, encoded):
     np.testing.assert_allclose(info.latent_std, drawn.std(0), atol=0.01 * scale)
 
 
+@pytest.mark.usefixtures("heavy")
 def test_images_and_features_are_stored_exactly(folder, extended):
     out, info = extended
     assert info == records.LatentsInfo.read(out)

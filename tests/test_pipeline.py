@@ -22,6 +22,7 @@ from sra2_jax.data.order import Order, permutation
 from sra2_jax.data.pipeline import batches, prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.runtime import tensorflow
+from sra2_jax.tfrecord import Shard
 
 EXAMPLES, SHARDS, BATCH = 103, 8, 8
 PERMUTATION = [1, 7, 0, 3, 5, 4, 6, 2]  # as it was when the order was chosen
@@ -90,9 +91,26 @@ def read_with_tfds(folder):
     return builder.info, {int(row["index"]): row for row in rows}
 
 
+def read_all(folder):
+    """{index: row} of all records."""
+    info = records.LatentsInfo.read(folder)
+    stored = {"image": info.images, "features": info.features}
+    fields = [name for name, there in stored.items() if there]
+    found = {}
+    for path in folder.glob("*.tfrecord-*"):
+        rows = records.parse(list(Shard(path)), info, fields)
+        names, values = rows.keys(), zip(*rows.values(), strict=True)
+        found |= {
+            int(row["index"]): row
+            for row in (dict(zip(names, v, strict=True)) for v in values)
+        }
+    return found
+
+
 # Schema
 
 
+@pytest.mark.usefixtures("heavy")
 def test_float16_survives_exactly(tmp_path):
     folder = tmp_path / "latents"
     info = write_dataset(folder)
@@ -106,6 +124,9 @@ def test_float16_survives_exactly(tmp_path):
         np.testing.assert_array_equal(row["mean"], latent)
         np.testing.assert_array_equal(row["std"], latent / 2)
         assert row["label"] == index % 10
+    ours = read_all(folder)
+    for index, row in rows.items():
+        assert all((ours[index][name] == row[name]).all() for name in row)
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,7 @@ def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
     np.testing.assert_allclose(scaled.std(), 1, atol=0.15)
 
 
+@pytest.mark.usefixtures("heavy")
 def test_file_names_and_config_are_those_of_diffusers(tmp_path):
     """Its own constants and config loader (no PyTorch needed) agree with ours."""
     from diffusers import ConfigMixin, utils
