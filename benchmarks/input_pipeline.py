@@ -29,8 +29,6 @@ from sra2_jax.errors import UserError
 from sra2_jax.sharding import batch_sharding, make_mesh
 from tools.measure import machine, prepare, spread, turns, write
 
-WARM_UP = 20  # batches: buffers fill, files are in the page cache
-
 
 def write_records(folder: Path, config: Config, count: int, shards: int) -> None:
     """A dataset of latents, numbers made up, of the config's shape."""
@@ -59,9 +57,13 @@ def write_records(folder: Path, config: Config, count: int, shards: int) -> None
     info.write(folder)
 
 
-def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
-    """Records a wall and a CPU second over `count` batches."""
-    for _ in range(WARM_UP):
+def read(
+    rows: Iterator[Any], config: Config, count: int, epoch: int
+) -> dict[str, float]:
+    """Records a wall and a CPU second over `count` batches, after `epoch` of them: by
+    then the files are in the page cache."""
+    batch_size = config.batch_size
+    for _ in range(epoch):
         jax.block_until_ready(next(rows))
     began, processor = time.perf_counter(), time.process_time()
     for _ in range(count):
@@ -74,7 +76,7 @@ def read(rows: Iterator[Any], batch_size: int, count: int) -> dict[str, float]:
 
 
 def read_cases(
-    folder: Path, config: Config, count: int, rounds: int
+    folder: Path, config: Config, count: int, rounds: int, epoch: int
 ) -> list[dict[str, Any]]:
     """Numpy batches and batches on the devices, by turns."""
     sharding = batch_sharding(make_mesh())
@@ -82,10 +84,10 @@ def read_cases(
     for _, name in turns(list(found), rounds - 1):
         rows = batches(folder, Order.of(config))
         if name == "numpy":
-            found[name].append(read(rows, config.batch_size, count))
+            found[name].append(read(rows, config, count, epoch))
         else:
             with closing(prefetch_to_device(rows, sharding)) as placed:
-                found[name].append(read(placed, config.batch_size, count))
+                found[name].append(read(placed, config, count, epoch))
     cases = []
     for name, results in found.items():
         row = {k: spread([r[k] for r in results]) for k in results[0]}
@@ -171,10 +173,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_records(folder, config, arguments.records, shards)
-        rows = read_cases(folder, config, arguments.batches, arguments.rounds)
-        rows.append(resume_case(folder, config, arguments.records, arguments.rounds))
+        epoch = arguments.records // config.batch_size
+        count, rounds = arguments.batches, arguments.rounds
+        rows = read_cases(folder, config, count, rounds, epoch)
+        rows.append(resume_case(folder, config, arguments.records, rounds))
         if arguments.train:
-            rows.append(train_case(folder, config, arguments.rounds, arguments.steps))
+            rows.append(train_case(folder, config, rounds, arguments.steps))
     write(arguments.json, facts, rows)
 
 

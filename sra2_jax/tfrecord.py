@@ -7,10 +7,13 @@ Source: TensorFlow's `record_writer.cc` and `example.proto`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import google_crc32c
@@ -21,7 +24,7 @@ from sra2_jax.run import patiently
 
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
-_NO_EXAMPLE = "is no tf.train.Example of single values"
+_THREAD = threading.local()
 
 
 class Damaged(Exception):
@@ -32,7 +35,7 @@ class Damaged(Exception):
         self.number, self.reason = number, reason
 
 
-def _masked(data: bytes) -> int:
+def _masked(data: Any) -> int:
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -49,45 +52,55 @@ class Shard:
     """The records of a file, by number. A local file is read when a record is asked
     for, a remote one is read whole at once.
 
+    starts: where the records begin, as `Shard.starts` of the same file says; found by
+    reading their lengths where not given.
+
     Raises OSError: it cannot be read; Damaged.
     """
 
-    def __init__(self, path: epath.Path) -> None:
-        self._read: Callable[[int, int], bytes]  # size, position
+    def __init__(self, path: epath.Path, starts: array[int] | None = None) -> None:
+        self._remote, self._file = b"", -1
         if "://" in str(path):
-            data = patiently(path.read_bytes)
-            size = len(data)
-            self._read = lambda size, start: data[start : start + size]
+            self._remote = patiently(path.read_bytes)
         else:
-            file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, file)
-            size = os.fstat(file).st_size
-            if hasattr(os, "posix_fadvise"):  # read ahead, all of it
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            self._read = lambda size, start: os.pread(file, size, start)
-        self._starts = [0]
-        while (start := self._starts[-1]) < size:
-            header = self._read(12, start)
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            if hasattr(os, "posix_fadvise"):  # all of it will be read
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_WILLNEED)
+        self.starts = starts or self._scan()
+
+    def _scan(self) -> array[int]:
+        local = self._file >= 0
+        end = os.fstat(self._file).st_size if local else len(self._remote)
+        start, starts = 0, array("q", [0])
+        while start < end:
+            header = self._remote[start : start + 12]
+            if local:
+                header = os.pread(self._file, 12, start)
             length, crc = _HEADER.unpack(header.ljust(12, b"\0"))
-            if _masked(header[:8]) != crc or start + 16 + length > size:
-                raise Damaged(len(self), "is cut off, or its length is damaged")
-            self._starts.append(start + 16 + length)
+            start += 16 + length
+            if _masked(header[:8]) != crc or start > end:
+                reason = "is cut off, or its length is damaged"
+                raise Damaged(len(starts) - 1, reason)
+            starts.append(start)
+        return starts
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self.starts) - 1
 
-    def __iter__(self) -> Iterator[bytes]:
-        return map(self.__getitem__, range(len(self)))
+    def size(self, number: int) -> int:
+        """Bytes of a record, and 4 of its checksum."""
+        return self.starts[number + 1] - self.starts[number] - 12
 
-    def __getitem__(self, number: int) -> bytes:
-        if number >= len(self):
-            raise Damaged(number, "is missing")
-        start, stop = self._starts[number : number + 2]
-        data = self._read(stop - start - 12, start + 12)
-        record, crc = data[:-4], data[-4:]
-        if len(data) < stop - start - 12 or _CRC.unpack(crc)[0] != _masked(record):
+    def read(self, number: int, into: Any) -> None:
+        """Read a record and its checksum into uint8 (size,)."""
+        start, count = self.starts[number] + 12, len(into)
+        if self._file >= 0:
+            count = os.preadv(self._file, [into], start)
+        else:
+            into[:] = np.frombuffer(self._remote, np.uint8, count, start)
+        if count < len(into) or _CRC.unpack(into[-4:])[0] != _masked(into[:-4]):
             raise Damaged(number, "has another checksum")
-        return record
 
 
 def varint(value: int) -> bytes:
@@ -117,7 +130,7 @@ def serialize(values: Mapping[str, bytes | int]) -> bytes:
     return field(1, entries)
 
 
-def _message(data: Any, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def _message(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """(field, start, stop) of the bytes of each field of a message."""
     while start < stop:
         tag, length, shift, start = data[start], 0, 0, start + 1
@@ -134,7 +147,7 @@ def _message(data: Any, start: int, stop: int) -> Iterator[tuple[int, int, int]]
         start += length
 
 
-def _spans(data: Any) -> dict[str, tuple[int, int]]:
+def _spans(data: bytes) -> dict[str, tuple[int, int]]:
     """Where the value of each name lies: a text, or the varint of an integer.
 
     Raises ValueError or IndexError: no Example of single values."""
@@ -144,41 +157,60 @@ def _spans(data: Any) -> dict[str, tuple[int, int]]:
             (_, *name), (_, *feature) = _message(data, *entry)
             ((_, *values),) = _message(data, *feature)
             ((_, start, stop),) = _message(data, *values)
-            found[bytes(data[slice(*name)]).decode()] = start, stop
+            found[data[slice(*name)].decode()] = start, stop
     return found
 
 
-def parse(
-    examples: Sequence[bytes], names: Sequence[str]
+def read(
+    rows: Sequence[tuple[Shard, int]], names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Values of Examples in groups: which they are, {name: uint8 (len(which), bytes)}.
+    """Values of records, each a shard and a number in it, in groups: which rows they
+    are, {name: uint8 (len(which), bytes)}, good until the next group.
 
-    Those that are alike but for their values are cut as one array: a batch in a few
-    operations. Raises Damaged: no Example, or a name that it lacks.
+    Records that are alike but for their values are cut as one array: a batch in a few
+    operations. Raises Damaged, with the number of the row: a record that cannot be
+    read, is no Example, or lacks a name.
     """
-    sizes: dict[int, list[int]] = {}
-    for i, example in enumerate(examples):
-        sizes.setdefault(len(example), []).append(i)
-    left = [np.array(group) for group in sizes.values()]
-    while left:
-        which = left.pop()
-        joined = np.frombuffer(b"".join([examples[i] for i in which]), np.uint8)
-        rows = joined.reshape(len(which), -1)
+    sizes = np.array([shard.size(number) for shard, number in rows])
+    order = np.argsort(sizes, kind="stable")
+    buffer = _buffer(len(rows), int(sizes.max()))
+    for place, i in enumerate(order.tolist()):
+        shard, number = rows[i]
         try:
-            spans = _spans(examples[which[0]])
-        except (IndexError, ValueError):
-            raise Damaged(which[0], _NO_EXAMPLE) from None
-        if missing := [name for name in names if name not in spans]:
-            raise Damaged(which[0], f"has no {missing[0]}")
-        between = np.ones(rows.shape[1], bool)
-        for start, stop in spans.values():
-            between[start:stop] = False
-        frames = rows[:, between]
-        alike = (frames == frames[0]).all(1)
-        if not alike.all():
-            left.append(which[~alike])
-            rows, which = rows[alike], which[alike]
-        yield which, {name: rows[:, slice(*spans[name])] for name in names}
+            shard.read(number, buffer[place, : sizes[i]])
+        except Damaged as error:
+            raise Damaged(i, error.reason) from None
+        except OSError as error:
+            raise Damaged(i, f"cannot be read: {error}") from error
+    stops = np.flatnonzero(np.diff(sizes[order], append=-1)) + 1
+    for start, stop in itertools.pairwise([0, *stops.tolist()]):
+        which = order[start:stop]
+        examples = buffer[start:stop, : sizes[which[0]] - 4]
+        while len(which):
+            try:
+                spans = _spans(examples[0].tobytes())
+            except (IndexError, ValueError):
+                what = "is no tf.train.Example of single values"
+                raise Damaged(which[0], what) from None
+            if missing := [name for name in names if name not in spans]:
+                raise Damaged(which[0], f"has no {missing[0]}")
+            between = np.ones(examples.shape[1], bool)
+            for span in spans.values():
+                between[slice(*span)] = False
+            frames = examples[:, between]
+            alike = (frames == frames[0]).all(1)
+            group = examples if alike.all() else examples[alike]
+            yield which[alike], {name: group[:, slice(*spans[name])] for name in names}
+            which, examples = which[~alike], examples[~alike]
+
+
+def _buffer(count: int, size: int) -> np.ndarray:
+    """uint8 (count or more, size or more), of this thread: fresh memory would take
+    longer than all else."""
+    found = getattr(_THREAD, "buffer", np.empty((0, 0), np.uint8))
+    if len(found) < count or found.shape[1] < size:
+        _THREAD.buffer = found = np.empty((count, size), np.uint8)
+    return found
 
 
 def integers(varints: np.ndarray) -> np.ndarray:

@@ -76,7 +76,8 @@ def test_manifest(whole, built, tmp_path):
         assert hashlib.sha256(whole[name]).hexdigest() == digest
         (tmp_path / name).write_bytes(whole[name])
         shard = Shard(tmp_path / name)
-        rows = records.parse(list(shard), records.LatentsInfo.read(built))
+        rows = [(shard, i) for i in range(len(shard))]
+        rows = records.read(rows, records.LatentsInfo.read(built))
         assert rows["index"].tolist() == part  # mixed over the classes
     assert whole["unreadable.txt"].startswith(b"class0/0.png\t")
 

@@ -98,7 +98,8 @@ def read_all(folder):
     fields = [name for name, there in stored.items() if there]
     found = {}
     for path in folder.glob("*.tfrecord-*"):
-        rows = records.parse(list(Shard(path)), info, fields)
+        shard = Shard(path)
+        rows = records.read([(shard, i) for i in range(len(shard))], info, fields)
         names, values = rows.keys(), zip(*rows.values(), strict=True)
         found |= {
             int(row["index"]): row

@@ -8,6 +8,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from etils import epath
 
 from sra2_jax.data import records
@@ -63,7 +64,10 @@ def _fault(path: epath.Path, shards: records.Shards, number: int) -> str:
         if digest.hexdigest() == shards.sha256[number]:
             return ""
     try:
-        count = sum(1 for _ in Shard(path))
+        shard = Shard(path)
+        count = len(shard)
+        for i in range(count):
+            shard.read(i, np.empty(shard.size(i), np.uint8))
     except Damaged as error:
         return str(error)
     if count != shards.records[number]:

@@ -6,8 +6,6 @@ pixels with values 0..16), so a whole training run can be tried without a downlo
 
 import numpy as np
 from PIL import Image
-from sklearn import datasets
-from sklearn.model_selection import train_test_split
 
 from sra2_jax.errors import UserError
 
@@ -28,6 +26,9 @@ def load_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     if split not in SPLITS:
         raise UserError(f"digits: no split {split!r}; choose {' or '.join(SPLITS)}")
+    from sklearn import datasets  # takes two seconds
+    from sklearn.model_selection import train_test_split
+
     digits = datasets.load_digits()
     halves = train_test_split(
         np.arange(len(digits.target)),

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.runtime import tensorflow
@@ -112,8 +113,6 @@ def _folder(folder: Path) -> ImageSource:
 
 
 def _digits(split: str) -> ImageSource:
-    from sra2_jax.data.digits import load_digits  # scikit-learn takes a second
-
     images, labels = load_digits(split)
 
     def entry(index: int) -> Entry:

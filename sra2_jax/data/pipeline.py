@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import os
+from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -18,7 +19,7 @@ from sra2_jax.data.order import Order
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.tfrecord import Damaged, Shard
 
-THREADS = min(8, os.cpu_count() or 1)  # batches that are put together at once
+THREADS = 4  # batches that are put together at once
 
 # Open shards by number, and rows: int64 (n, 2), the shard and the record in it.
 Part = tuple[Mapping[int, Future[Shard]], np.ndarray]
@@ -67,16 +68,23 @@ def batches(
                 "when it was encoded; copy it again or encode again"
             )
 
+    starts: dict[int, array[int]] = {}  # of the records of each shard, once known
+
+    def open_shard(number: int) -> Shard:
+        shard = Shard(paths[number], starts.get(number))
+        starts[number] = shard.starts
+        return shard
+
     def read(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-        rows = [(opened, *row) for opened, own in parts for row in own.tolist()]
-        examples, shard = [], 0
+        places = [(opened, *row) for opened, own in parts for row in own.tolist()]
+        rows, shard = [], 0
         try:
-            for opened, shard, number in rows:
-                examples.append(opened[shard].result()[number])
+            for opened, shard, number in places:
+                rows.append((opened[shard].result(), number))
             try:
-                return records.parse(examples, info, fields)
+                return records.read(rows, info, fields)
             except Damaged as error:
-                _, shard, number = rows[error.number]
+                _, shard, number = places[error.number]
                 raise Damaged(number, error.reason) from None
         except (Damaged, OSError) as error:
             raise UserError(
@@ -90,7 +98,7 @@ def batches(
 
             def opened(rows: np.ndarray) -> Part:
                 needed = np.unique(rows[:, 0]).tolist()
-                return {s: pool.submit(Shard, paths[s]) for s in needed}, rows
+                return {s: pool.submit(open_shard, s) for s in needed}, rows
 
             rows = order.blocks(shards.records, start_step)
             own = _own(rows, local, process_index, process_count)

@@ -19,7 +19,6 @@ from sra2_jax.metrics.moments import (
     Moments,
     frechet_distance,
 )
-from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.metrics.sets import ImageSet
 
 MANIFOLD = 10_000  # reference images whose features precision and recall use, as ADM
@@ -125,6 +124,8 @@ def compare(
         if kind in ours and kind in theirs:
             found[name] = frechet_distance(*ours[kind], *theirs[kind])
     if samples.kept is not None and reference.kept is not None:
+        from sra2_jax.metrics.neighbours import precision_recall  # takes two seconds
+
         precision, recall = precision_recall(reference.kept, samples.kept)
         found |= {"precision": precision, "recall": recall}
     ordered = ((name, found.get(name)) for name in METRICS)

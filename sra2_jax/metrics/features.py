@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
-from sklearn.svm import SVC
 
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.sharding import replicated, spread
@@ -80,6 +79,8 @@ class DigitsFeatures:
         }
         images, labels = load_digits("train")
         # gamma = 0.001 is the usual choice for pixels 0..16
+        from sklearn.svm import SVC  # takes two seconds
+
         self._classifier = SVC(gamma=0.001 * 16**2).fit(to_8x8(images), labels)
 
     def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> Outputs:
