@@ -92,7 +92,7 @@ def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
             case.seconds.append(time.perf_counter() - began)
         elif not bool(jnp.isfinite(latents).all()):
             raise UserError(f"{config.name}: samples are not finite")
-    speed = mesh.size * matmul_speed(jnp.dtype(config.model.dtype))
+    speed = mesh.size * matmul_speed(jnp.dtype(config.sampling.dtype))
     chip = of_device(jax.devices()[0].device_kind)
     base, rows = cases["guided everywhere"].seconds, []
     for name, case in cases.items():
@@ -139,7 +139,7 @@ def main() -> None:
     facts, s = machine(), config.sampling
     print(
         f"{config.name}, {s.steps} steps of {s.method}, batch {s.batch_size}, "
-        f"{config.model.dtype}; {facts['devices']} x {facts['device']}, jax "
+        f"{config.sampling.dtype}; {facts['devices']} x {facts['device']}, jax "
         f"{facts['jax']}; load {facts['load']}"
     )
     rows = measure(config, arguments.rounds)

@@ -201,6 +201,9 @@ class Sampling(Section, where="sampling"):
         "random", "of scored samples; or i mod classes"
     )
     batch_size: int = free(64, "images at a time, over all devices", 1, 2**24)
+    dtype: Literal["float32", "bfloat16"] = free(
+        "float32", "of the network, as SiT and REPA sample"
+    )
 
     def conflicts(self) -> Iterator[str]:
         if self.guidance_low > self.guidance_high:

@@ -77,6 +77,9 @@ def make_sampler(program: Program) -> Callable[..., Array]:
     """
     config, mesh, transport = program.config, program.mesh, program.transport
     s, shape = config.sampling, config.latent_shape
+    if s.dtype != config.model.dtype:
+        own = config.override({"model.dtype": s.dtype, "model.attention": "auto"})
+        program = replace(program, config=own)
     guidance = sampler.Guidance(
         s.guidance, s.guidance_low, s.guidance_high, s.guidance_channels
     )

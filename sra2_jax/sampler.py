@@ -73,8 +73,15 @@ def time_grid(
     """
     end, start = transport.sample_range
     if method == "euler_maruyama":
-        return np.append(np.linspace(start, last_step, steps), end)
-    return np.linspace(start, end, steps + 1)
+        return np.append(linspace(start, last_step, steps), end)
+    return linspace(start, end, steps + 1)
+
+
+def linspace(start: float, end: float, count: int) -> np.ndarray:
+    """As PyTorch's, counted from the nearer end: numpy's [1, 0] in tenths has
+    0.29999999999999993, and guidance from 0.3 on would leave that step out."""
+    step, i = (end - start) / (count - 1), np.arange(count)
+    return np.where(i < count // 2, start + step * i, end - step * (count - 1 - i))
 
 
 def sample(

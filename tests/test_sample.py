@@ -1,5 +1,6 @@
 """The programs that sample, on a finished tiny run: resume, record, refuse, sweep."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,8 +8,11 @@ import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
+from sra2_jax.generator import make_sampler
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.programs import evaluate, sample, sweep
+from tests.test_methods import moved_parameters
+from tests.test_step import program_of
 
 DIGITS = ("--features=digits", "--reference=digits", "--split=test")
 
@@ -101,6 +105,21 @@ def test_seed_and_weights_act(finished, whole, program, tmp_path):
         with np.load(out) as file:
             assert np.abs(file["arr_0"] - base).max() > 5
             assert flag.partition("=")[2] in str(file["settings"])
+
+
+def test_samples_are_of_their_own_dtype(tiny):
+    """Whatever the network was trained in."""
+    found = {}
+    for model, own in itertools.product(("float32", "bfloat16"), repeat=2):
+        tiny.model.dtype, tiny.sampling.dtype = model, own
+        program = program_of(tiny)
+        params = moved_parameters(program)["network"]
+        indices = np.arange(8)
+        found[model, own] = make_sampler(program)(params, indices, indices)
+    for own in ("float32", "bfloat16"):
+        np.testing.assert_array_equal(found["float32", own], found["bfloat16", own])
+    error = np.abs(found["float32", "bfloat16"] - found["float32", "float32"]).max()
+    assert 1e-4 < error < 0.1 * np.abs(found["float32", "float32"]).max()
 
 
 @pytest.mark.parametrize(

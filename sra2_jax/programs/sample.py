@@ -138,8 +138,7 @@ def add_run_arguments(parser: Parser) -> None:
     parser.add_keys()
     parser.epilog = (
         "Sampling is as the run's config says; any key of its section sampling, and "
-        "seed, vae and model.dtype, can be overridden: "
-        "--config.sampling.guidance=1.8"
+        "seed and vae, can be overridden: --config.sampling.guidance=1.8"
     )
 
 
