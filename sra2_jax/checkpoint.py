@@ -66,7 +66,8 @@ class Checkpoints:
         report: Callable[[str], None] = print,
     ) -> None:
         self.folder = run.checkpoints.absolute()
-        self._report = report
+        self._run, self._report = run, report
+        self._saved: int | None = None  # a step that was not looked at yet
         policy: Any = None
         if keep:
             chosen: list[Any] = [policies.LatestN(keep.keep_checkpoints)]
@@ -117,8 +118,9 @@ class Checkpoints:
             fingerprint=ocp.args.JsonSave(facts | {"sha256": digest(facts)}),
         )
         with self._saving():
-            self._manager.wait_until_finished()
+            self._confirm()
             self._manager.save(step, args=args)
+            self._saved = step
 
     def check(self) -> None:
         """Raise, as `wait`, if a save in the background has failed. Does not wait."""
@@ -129,7 +131,14 @@ class Checkpoints:
         """Wait for the save in the background. Raises Restart: it has failed;
         UserError: since the folder is lost."""
         with self._saving():
-            self._manager.wait_until_finished()
+            self._confirm()
+
+    def _confirm(self) -> None:
+        """See that the save in the background has left what can be read."""
+        self._manager.wait_until_finished()
+        step, self._saved = self._saved, None
+        if step is not None and self._run.writes and not self._run.whole(step):
+            raise OSError(f"step {step} is not there as it was saved")
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:

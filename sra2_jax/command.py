@@ -37,6 +37,10 @@ def run_program(main: Callable[[], int | None]) -> None:
     Mistakes, failing disks, SIGTERM and Ctrl-C become one line and a status of
     `errors`, without a traceback. (Training takes over the signals, see `runtime`.)
     """
+    if sys.flags.optimize > 1:  # -OO, PYTHONOPTIMIZE=2
+        leave(
+            "error: Python leaves out texts that are needed: run without -OO", MISTAKE
+        )
     set_xla_flags()
     logging.set_verbosity(logging.ERROR)  # of libraries' notes
     signal.signal(signal.SIGTERM, _terminated)
@@ -105,8 +109,15 @@ class Parser(argparse.ArgumentParser):
             )
 
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
-        """The flags. Unlike argparse's it names the flag that was meant, perhaps."""
-        arguments, rest = self.parse_known_args(*given)
+        """The flags. Unlike argparse's it names the flag that was meant, perhaps; and
+        `~` is the home directory behind `=` too, where no shell sees it."""
+        texts = given[0] if given else sys.argv[1:]
+        pairs = (
+            text.partition("=") if text[:1] == "-" else ("", "", text) for text in texts
+        )
+        arguments, rest = self.parse_known_args(
+            [f"{flag}{sign}{os.path.expanduser(value)}" for flag, sign, value in pairs]
+        )
         if rest:
             flag = rest[0].split("=")[0]
             if not flag.startswith("-"):

@@ -1,5 +1,6 @@
 """Configs from files, flags and saved runs."""
 
+import os
 import re
 import runpy
 from collections.abc import Mapping
@@ -68,7 +69,11 @@ def override(config: str | Path, texts: Mapping[str, str]) -> Config:
     except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
         reason = one_line(error, 500)
         raise UserError(f"--config={config} is no config file ({reason})") from error
-    return Config().override(dict(flatten(file, Config)) | parse(Config, texts))
+    values = dict(flatten(file, Config)) | parse(Config, texts)
+    for name, value in values.items():
+        if isinstance(value, str):
+            values[name] = os.path.expanduser(value)
+    return Config().override(values)
 
 
 def _find(config: str) -> Path:
@@ -105,6 +110,11 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
 def check_paths(config: Config, workdir: str) -> None:
     """Refuse a run in `workdir` that would not find what it reads, by the first key
     that names nothing (UserError). Remote names (gs://) are not looked at."""
+    if set("[*?") & set(workdir if "://" in workdir else os.path.abspath(workdir)):
+        raise UserError(
+            f"--workdir={workdir}: its whole path must have no [, * or ?, which Orbax "
+            "takes for patterns: it would lose all checkpoints"
+        )
     data = config.data.dir or f"{workdir}/latents"
     wanted: dict[str, tuple[str, str]] = {}  # key -> value, what it must be
     if not exists(f"{data}/latents.json"):
@@ -140,4 +150,4 @@ def no_latents(folder: Any) -> UserError:
 def exists(source: str) -> bool:
     """Whether a local file or folder is there; what is not local is not looked at."""
     apart = source == "digits" or source.startswith("tfds:") or "://" in source
-    return apart or (bool(source) and Path(source).expanduser().exists())
+    return apart or (bool(source) and Path(source).exists())

@@ -156,14 +156,17 @@ class Generator:
         return to_uint8(images, self.config.sampling.rounding)
 
     @cached_property
-    def _decode(self) -> Callable[[Any, Array], Array]:
+    def _decode(self) -> Callable[[Any, Array], tuple[Array, Array]]:
+        """(VAE's parameters, scaled latents) -> images, whether all were numbers."""
         latents, place = self.config.latents, replicated(self.program.mesh)
 
         @jax.jit
-        def decode(vae_params: Any, z: Array) -> Array:
+        def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
             raw = z / latents.scaling_factor + latents.shift_factor
-            images = self._pixels(vae_params, raw)
-            return jax.lax.with_sharding_constraint(images, place)
+            images = apply(self.vae, vae_params, raw, method="decode")
+            rounded = to_uint8(images, self.config.sampling.rounding)
+            found = rounded, jnp.isfinite(images).all()
+            return jax.lax.with_sharding_constraint(found, place)
 
         return decode
 
@@ -194,6 +197,8 @@ class Generator:
 
         A batch is on its way to the device before the one before it is handed out, so
         that whatever is done with that (files, features) costs the device no time.
+
+        Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
         batch, ahead = self.batch, None
@@ -204,9 +209,19 @@ class Generator:
             z = self._sample(params, numbers, classes)
             behind, ahead = ahead, self._decode(self.vae_params, z)
             if behind is not None:
-                yield np.asarray(behind)
+                yield _finite(behind)
         if ahead is not None:
-            yield np.asarray(ahead)[: (len(indices) - 1) % batch + 1]
+            yield _finite(ahead)[: (len(indices) - 1) % batch + 1]
+
+
+def _finite(decoded: tuple[Array, Array]) -> np.ndarray:
+    images, numbers = decoded
+    if not numbers:
+        raise UserError(
+            "samples are not finite numbers: try another checkpoint or a smaller "
+            "sampling.guidance, and look at the VAE (its reconstructions)"
+        )
+    return np.asarray(images)
 
 
 def generate(

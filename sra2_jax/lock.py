@@ -10,7 +10,7 @@ import time
 from typing import Any, Self
 
 from sra2_jax.errors import MISTAKE, Restart, UserError, leave
-from sra2_jax.run import Run, number, patiently
+from sra2_jax.run import Run, number, patiently, stat
 
 # Without a beat of lock.json until a run counts as dead: it gives one every ten.
 STALE_SECONDS, BEAT_SECONDS = 60.0, 10.0
@@ -116,7 +116,7 @@ class Lock:
                 )
 
     def _renew(self) -> None:
-        self._run.lock.stat()  # it is there
+        stat(self._run.lock)  # it is there
         held = self._run.read("lock")
         if held and {k: held.get(k) for k in self._mine} != self._mine:
             raise OSError(f"taken over by {self._holder()}")

@@ -145,7 +145,12 @@ class Observer:
         """Write samples/step_STEP.png: the same noise and labels at every step."""
         labels = self.grid_classes().repeat(self.config.run.grid_columns)
         parts = self._between(self.generate(np.arange(len(labels)), labels, params))
-        picture = self._picture(self.run.samples(step), np.concatenate([*parts]))
+        try:
+            images = np.concatenate([*parts])
+        except UserError as error:
+            self.log.message(f"step {step}: no picture: {error}")
+            return
+        picture = self._picture(self.run.samples(step), images)
         self.log.image(step, "samples", picture)
 
     def _score(self, step: int, params: Any) -> dict[str, float]:

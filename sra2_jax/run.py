@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -106,13 +107,13 @@ class Run:
     def whole(self, step: int) -> bool:
         """Whether a checkpoint's arrays and facts are there, these as they were saved
         (the arrays are held against them when the run goes on)."""
-        folder = self.checkpoints / str(step)
+        folder, names = self.checkpoints / str(step), ("_METADATA", "manifest.ocdbt")
         try:
             facts = read_json(folder / "fingerprint" / "metadata")
         except UserError:
             return False
         saved = facts.pop("sha256", None) == digest(facts)
-        return saved and (folder / "state" / "_METADATA").exists()
+        return saved and all((folder / "state" / name).exists() for name in names)
 
     def rows(self) -> list[dict[str, Any]]:
         """The whole rows of metrics.jsonl that have a step, in the order written."""
@@ -189,6 +190,18 @@ def patiently(action: Callable[[], Made]) -> Made:
             return action()
         time.sleep(pause)
     return action()
+
+
+def stat(path: Any) -> tuple[int, float]:
+    """Bytes of a file and when it was changed. Raises OSError: there is none.
+
+    etils' own looks up the owner's name, who may have none (containers, NFS).
+    """
+    if "://" in str(path):
+        found = path.stat()
+        return found.length or 0, found.mtime or 0.0
+    local = os.stat(path)
+    return local.st_size, local.st_mtime
 
 
 def write_whole(path: Any, text: str) -> None:

@@ -15,11 +15,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sra2_jax import config
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 ALL = config.Mesh()  # copies of the state on all devices
+# What numbers rest on, whatever JAX's variables in the environment say.
+PINNED = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+}
 
 # Smaller arrays are copied to every device: sharding them costs more than it saves.
 MIN_SHARDED_SIZE = 2**16
@@ -41,9 +47,17 @@ def make_mesh(
 ) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over `devices`, all of them by default.
 
-    Raises UserError: the section does not fit the devices or the processes.
+    Raises UserError: no devices, or the section does not fit them or the processes.
     """
-    devices = devices or jax.devices()
+    for name, value in PINNED.items():
+        jax.config.update(name, value)
+    try:
+        devices = devices or jax.devices()
+    except RuntimeError as error:
+        raise UserError(
+            f"JAX finds no device ({one_line(error)}): see JAX_PLATFORMS, or install "
+            "the extra of your accelerator"
+        ) from error
     data, fsdp, tensor = section.data, section.fsdp, section.tensor
     if data == -1:
         data = max(len(devices) // (fsdp * tensor), 1)

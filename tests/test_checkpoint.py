@@ -4,6 +4,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -46,6 +47,18 @@ def abstract(state):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
+
+
+def test_saved_is_what_can_be_read_back(tmp_path):
+    """Orbax was seen to report success and leave no manifest."""
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, some_state())
+        manifest = checkpoints.folder / "1" / "state" / "manifest.ocdbt"
+        while not manifest.exists():
+            time.sleep(0.01)
+        manifest.unlink()
+        with pytest.raises(Restart, match="step 1 is not there as it was saved"):
+            checkpoints.wait()
 
 
 def test_fingerprints_do_not_depend_on_the_sharding():

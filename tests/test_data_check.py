@@ -11,7 +11,7 @@ import pytest
 from sra2_jax.data.build import writing
 from sra2_jax.data.check import faults, run_check
 from sra2_jax.errors import UserError
-from tests.test_pipeline import damage, write_dataset
+from tests.test_pipeline import damage, take, write_dataset
 
 NAME = "latents-train.tfrecord-{:05d}-of-00008"
 
@@ -70,6 +70,19 @@ def test_without_sums_records_are_counted(dataset):
         (NAME.format(0), "13 records, 12 when it was encoded"),
         (NAME.format(1), "13 records, 14 when it was encoded"),
     ]
+
+
+def test_owners_without_a_name(dataset, monkeypatch):
+    """As in containers and on network disks."""
+    folder, info = dataset
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr("grp.getgrgid", unknown)
+    assert faults(folder, info) == []
+    assert take(folder, 1)["index"].size
 
 
 def test_program(dataset, capsys):

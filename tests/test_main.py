@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from sra2_jax.command import Parser
+from sra2_jax.config_file import override
 
 ROOT = Path(__file__).parents[1]
 WHOLE = "a whole number"
@@ -99,6 +103,7 @@ BAD = {
     "--config.vae=/nowhere": "config.vae=/nowhere: no such folder, and no owner/name",
     "--config.vae=a/b@../../x": "config.vae=a/b@../../x: no such folder, and no owner",
     "--config.eval.features=inception": "needs config.eval.reference",
+    "--workdir=runs/[2026]/a --config.data.images=digits": "must have no [, * or ?",
     "--config.eval.features=inception --config.eval.reference=/nowhere.npz": (
         "config.eval.inception=inception.safetensors: no such file"
     ),
@@ -181,6 +186,54 @@ def test_mesh_is_refused_before_the_workdir(tmp_path):
     assert "config.mesh.fsdp=16 x config.mesh.tensor=1 must be the num" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_jax_as_the_environment_has_it():
+    """What numbers rest on is pinned; what cannot work is said in one line."""
+    script = (
+        "import jax; from sra2_jax.sharding import make_mesh; make_mesh()\n"
+        "key = jax.random.key(0)\n"
+        "print(jax.random.bits(key, (3,)), jax.numpy.ones(1).dtype)"
+    )
+    plain, odd = (
+        python("-c", script, env=os.environ | variables)
+        for variables in (
+            {},
+            {
+                "JAX_ENABLE_X64": "1",
+                "JAX_DEFAULT_PRNG_IMPL": "rbg",
+                "JAX_THREEFRY_PARTITIONABLE": "0",
+            },
+        )
+    )
+    assert plain.stdout == odd.stdout != ""
+    arguments = "main.py", "--workdir=/nowhere/run"
+    for flags, variables, match in (
+        ((), {"JAX_PLATFORMS": "rocm"}, "error: JAX finds no device (.*)"),
+        (("-OO",), {}, "error: Python leaves out texts .* without -OO"),
+    ):
+        done = python(*flags, *arguments, env=os.environ | variables)
+        assert done.returncode == 2
+        assert re.fullmatch(match + ".*\n", done.stderr), done.stderr
+
+
+def test_home_is_found_behind_every_flag(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = Parser()
+    parser.add_argument("--out")
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_keys()
+    line = ["--out=~/a=b", "--config.data.dir=~/c", "~/d", "e~"]
+    found = parser.parse_args(line)
+    assert found.out == f"{tmp_path}/a=b"
+    assert found.overrides == {"data.dir": f"{tmp_path}/c"}
+    assert found.files == [tmp_path / "d", Path("e~")]
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(): return ConfigDict({'data': {'dir': '~/c'}})\n"
+    )
+    assert override(str(config), {}).data.dir == f"{tmp_path}/c"
 
 
 def test_help_and_keys():

@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
-from sra2_jax.generator import make_sampler
+from sra2_jax.generator import make_sampler, open_run
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.programs import evaluate, sample, sweep
 from tests.test_methods import moved_parameters
@@ -107,6 +109,14 @@ def test_seed_and_weights_act(finished, whole, program, tmp_path):
             assert flag.partition("=")[2] in str(file["settings"])
 
 
+def test_what_is_no_number_is_no_sample(finished):
+    config, workdir = finished
+    generate = open_run(str(workdir), config)
+    broken = jax.tree.map(lambda p: p * np.nan, generate.vae_params)
+    with pytest.raises(UserError, match="samples are not finite numbers"):
+        next(replace(generate, vae_params=broken)(np.arange(2), np.arange(2)))
+
+
 def test_samples_are_of_their_own_dtype(tiny):
     """Whatever the network was trained in."""
     found = {}
@@ -180,11 +190,11 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
         program(evaluate, whole, "--features=digits", f"--out={out}", *reference)
         found.append(json.loads(out.read_text())["metrics"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-    few = tmp_path / "few.npz"
+    few = tmp_path / "cfg1.5.npz"
     np.savez(few, arr_0=np.load(whole)["arr_0"][:40])
     program(evaluate, few, *DIGITS)
     assert (
-        "few.npz: 40 images give the covariance of 64 features"
+        "cfg1.5.npz: 40 images give the covariance of 64 features"
         in capsys.readouterr().out
     )
     small = tmp_path / "small.npz"
@@ -197,7 +207,7 @@ def test_a_reference_file_equals_the_images_it_was_made_of(
         ([small], "give one of --reference and --make_reference"),
         ([few, f"--reference={made}", "--out={other}"], "the Inception weights of FID"),
         ([whole, "--features=digits", f"--reference={few}", "--out=x"], "end in .json"),
-        ([few, *DIGITS], "few.json: exists already"),
+        ([few, *DIGITS], "cfg1.5.json: exists already"),
     ):
         arguments = [str(a).format(other=tmp_path / "other.json") for a in arguments]
         with pytest.raises(UserError, match=message):

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from sra2_jax.data import records
+from sra2_jax.run import stat
 from sra2_jax.tfrecord import Damaged, Shard
 
 
@@ -53,7 +54,7 @@ def _fault(path: epath.Path, shards: records.Shards, number: int) -> str:
     """What is wrong with a shard, "" if nothing is."""
     if not path.exists():
         return "missing"
-    size, wanted = path.stat().length, shards.bytes[number]
+    size, wanted = stat(path)[0], shards.bytes[number]
     if size != wanted:
         return f"{size} bytes, {wanted} when it was encoded"
     if shards.sha256:

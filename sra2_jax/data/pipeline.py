@@ -17,6 +17,7 @@ from sra2_jax.data import records
 from sra2_jax.data.images import in_threads
 from sra2_jax.data.order import Order
 from sra2_jax.errors import UserError, one_line
+from sra2_jax.run import stat
 from sra2_jax.tfrecord import Damaged, Shard
 
 THREADS = 4  # batches that are put together at once
@@ -61,7 +62,7 @@ def batches(
     count = len(shards.records)
     paths = [records.shard_path(folder, order.split, s, count) for s in range(count)]
     for path, size in zip(paths, shards.bytes, strict=True):
-        found = path.stat().length if path.exists() else 0
+        found = stat(path)[0] if path.exists() else 0
         if found != size:
             raise UserError(
                 f"{folder}: shard {path.name} has {found or 'no'} bytes, {size} "

@@ -10,7 +10,6 @@ without TensorFlow.
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -135,8 +134,8 @@ def main() -> None:
     if a.make_reference:
         out = new_file("make_reference", a.make_reference, ".npz")
     else:
-        beside = Path(a.samples.rstrip("/")).with_suffix(".json")
-        out = new_file("out", a.out or str(beside), ".json")
+        beside = a.samples.rstrip("/").removesuffix(".npz") + ".json"
+        out = new_file("out", a.out or beside, ".json")
     samples = open_images(a.samples, a.resolution, a.split)
     if not len(samples):
         raise UserError(f"{a.samples}: has statistics alone: give a set with images")

@@ -15,7 +15,7 @@ from typing import Any
 from sra2_jax.command import Parser
 from sra2_jax.errors import MISTAKE, UserError
 from sra2_jax.lock import STALE_SECONDS
-from sra2_jax.run import ASIDE, Run, number
+from sra2_jax.run import ASIDE, Run, number, stat
 
 ROWS = 20  # of which the speed is the median
 
@@ -48,7 +48,7 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = None
     if whole is not None:
         folder = run.checkpoints / str(whole)
-        checkpoint = {"step": whole, "seconds_old": _since(folder.stat().mtime)}
+        checkpoint = {"step": whole, "seconds_old": _since(stat(folder)[1])}
     return {
         "workdir": str(run),
         "name": config.get("name"),
@@ -58,7 +58,7 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "loss": losses[-1] if losses else None,
         "images_per_second": speed,
         "seconds_left": left,
-        "seconds_since_row": _since(run.metrics.stat().mtime) if rows else None,
+        "seconds_since_row": _since(stat(run.metrics)[1]) if rows else None,
         "skipped": int(sum(number(row, "skipped") or 0 for row in rows)),
         "skipped_since": rows[0]["step"] if rows else None,
         "checkpoint": checkpoint,
