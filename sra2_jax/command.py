@@ -6,6 +6,7 @@ No jax here: it is slow, and XLA reads its flags before JAX looks for devices.
 import argparse
 import difflib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -41,6 +42,9 @@ def run_program(main: Callable[[], int | None]) -> None:
         leave(
             "error: Python leaves out texts that are needed: run without -OO", MISTAKE
         )
+    for stream in (sys.stdout, sys.stderr):  # of terminals that know ASCII alone
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     set_xla_flags()
     logging.set_verbosity(logging.ERROR)  # of libraries' notes
     signal.signal(signal.SIGTERM, _terminated)

@@ -1,5 +1,6 @@
 """Images to latents: sources, the crop, and the encoded dataset."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -98,6 +99,43 @@ def test_read_keeps_order_and_reports_what_cannot_be_decoded(folder):
         if name not in BAD:
             assert image.shape == (SIDE, SIDE, 3)
             assert image.dtype == np.uint8
+
+
+def test_folders_as_people_have_them(tmp_path):
+    """Nested, of many kinds, with names that are no text; and folders of a system."""
+    folder, image = tmp_path / "images", Image.new("RGB", (SIDE, SIDE), "red")
+    for name in (
+        *("lonely.png", "ant/0.png", "ant/deep/1.tif", "ant/deep/er/2.gif"),
+        *("bee/0.ppm", "bee/1.jfif", "bee/caf\u00e9.png", os.fsdecode(b"bee/\xff.png")),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = "jpeg" if name.endswith("jfif") else None
+        image.save(folder / name, kind)
+    (folder / "ant" / "._0.png").write_bytes(b"of a Mac")
+    (folder / "bee" / "notes.txt").write_text("")
+    (folder / os.fsdecode(b"bee/\xfe.png")).write_bytes(b"no image")
+    source = images.open_source(folder, "train")
+    assert (source.length, source.class_names) == (8, ("ant", "bee"))
+    assert source.left_out == "1 .txt, 1 images in no class"
+    assert len(open_images(str(folder / "ant"))) == 3
+    info = run(folder, tmp_path / "out")
+    assert info.num_examples == 7
+    (line,) = (tmp_path / "out" / "unreadable.txt").read_text("utf-8").splitlines()
+    assert line.startswith("bee/\\xfe.png\t")
+    with pytest.raises(UserError, match="would be a class of --images"):
+        run(folder, folder / "out")
+
+    (folder / "lost+found").mkdir()
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "._a.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no images in __MACOSX, lost\+found: .*classes"
+    ):
+        images.open_source(folder, "train")
+    (tmp_path / "classes.txt").write_text("\ufeffbee\nant\n", "utf-8")
+    source = images.open_source(folder, "train", tmp_path / "classes.txt")
+    assert source.class_names == ("bee", "ant")
+    assert [entry.label for entry in source.entries()] == [0] * 5 + [1] * 3
 
 
 def test_modes_become_rgb(folder):

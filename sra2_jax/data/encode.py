@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import itertools
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -50,6 +52,7 @@ class EncodeOptions(Options):
     """What a dataset of latents is encoded with."""
 
     images: str = option("", image_sources.SPECS)
+    classes: str = option("", "file with a folder's classes, one a line; by name else")
     store_images: bool = option(
         False, "keep the cropped images too, as PNG, for methods that need them"
     )
@@ -76,6 +79,11 @@ class EncodeOptions(Options):
                 f"--encoder={self.encoder}: give a batch of at least one image, and a "
                 "grid of at least one feature a side only with an encoder"
             )
+        inside = os.path.realpath(self.out).startswith(
+            os.path.realpath(self.images) + "/"
+        )
+        if self.out and inside:
+            raise UserError(f"--out={self.out}: would be a class of --images: move it")
 
 
 def encode(
@@ -94,7 +102,10 @@ def encode(
     Raises UserError: no images, too many unreadable, something else in `out`, other
     options than the work began with, numbers not finite in float16.
     """
-    source = image_sources.open_source(options.images, options.split)
+    images = options.images
+    source = image_sources.open_source(images, options.split, options.classes)
+    if source.left_out:
+        print(f"{images}: left out: {source.left_out}", file=sys.stderr)
     encoder = Encoder.load(options)
     options = _resolved(options, source.length, encoder)
     facts = {"listing": source.fingerprint, "weights": encoder.weights}

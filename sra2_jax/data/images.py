@@ -26,7 +26,10 @@ from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.runtime import tensorflow
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 THREADS = min(16, os.cpu_count() or 1)
 AHEAD = 8 * THREADS  # images: enough to keep all threads busy, bounded in memory
 Item = TypeVar("Item")
@@ -49,7 +52,8 @@ class ImageSource:
 
     entries: (indices=None) -> those with these indices, or all; fingerprint: changes
     with names, labels and order; at_once: shards to write in one pass over `entries`,
-    more than 1 where it reads past what it leaves out.
+    more than 1 where it reads past what it leaves out; left_out: files that are no
+    images, counted by kind, for a person.
     """
 
     name: str
@@ -59,12 +63,16 @@ class ImageSource:
     entries: Callable[..., Iterator[Entry]]
     fingerprint: str
     at_once: int = 1
+    left_out: str = ""
 
 
-def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
+def open_source(
+    spec: str | os.PathLike, split: str, classes: str | os.PathLike = ""
+) -> ImageSource:
     """List the images of a source, see SPECS.
 
-    split: to read of a source that has splits, unless `spec` names one.
+    split: to read of a source that has splits, unless `spec` names one; classes: file
+    with the names of a folder's classes, one a line, in their order.
 
     Raises UserError: an unknown source, or one without images.
     """
@@ -74,7 +82,7 @@ def open_source(spec: str | os.PathLike, split: str) -> ImageSource:
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")
         return _tfds(name, own_split or split)
-    return _folder(Path(spec))
+    return _folder(Path(spec), classes)
 
 
 def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
@@ -84,32 +92,71 @@ def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterato
     )
 
 
-def _folder(folder: Path) -> ImageSource:
+def list_images(folder: Path) -> tuple[list[Path], collections.Counter[str]]:
+    """The images below a folder, by paths from there, sorted; and how many files of
+    which suffix are none. Hidden files and folders do not count."""
+    found, others = [], collections.Counter[str]()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        below = Path(parent).relative_to(folder)
+        for name in (name for name in names if name[0] != "."):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                found.append(below / name)
+            else:
+                others[suffix or "no suffix"] += 1
+    return sorted(found), others
+
+
+def _folder(folder: Path, listed: str | os.PathLike) -> ImageSource:
+    """A folder of classes, each a sub-folder with images at any depth."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of images; give a {SPECS}")
+    images, others = list_images(folder)
     classes = sorted(
         f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."
     )
+    if listed:
+        classes = Path(listed).read_text(encoding="utf-8-sig").splitlines()
+    number = {name: label for label, name in enumerate(classes)}
     files = [
-        (label, name)
-        for label, class_name in enumerate(classes)
-        for name in sorted(os.listdir(folder / class_name))
-        if name.lower().endswith(SUFFIXES) and name[0] != "."
+        (number[path.parts[0]], path) for path in images if path.parts[0] in number
     ]
+    others["images in no class"] = len(images) - len(files)
+    files.sort(key=lambda file: file[0])  # the sort before stays within a class
     if not files:
         raise UserError(
-            f"{folder}: no images ({', '.join(SUFFIXES)}) in it; give a {SPECS}"
+            f"{folder}: no images ({', '.join(SUFFIXES)}) in its sub-folders; give a "
+            f"{SPECS}"
+        )
+    if empty := sorted(number.keys() - {path.parts[0] for _, path in files}):
+        raise UserError(
+            f"{folder}: no images in {', '.join(empty[:5])}: each sub-folder is a "
+            "class: remove those, or name the classes with --classes=FILE"
         )
 
     def entry(index: int) -> Entry:
-        label, name = files[index]
-        relative = f"{classes[label]}/{name}"
-        return Entry(index, relative, label, partial(decode_rgb, folder / relative))
+        label, path = files[index]
+        return Entry(index, _text(path), label, partial(decode_rgb, folder / path))
 
-    listing = "\n".join([*classes, *(f"{label}/{name}" for label, name in files)])
-    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
-    count, names, entries = len(files), tuple(classes), _any_of(entry, len(files))
-    return ImageSource(str(folder), count, len(names), names, entries, digest)
+    names = tuple(map(_text, classes))
+    listing = "\n".join([*names, *(f"{label}/{_text(path)}" for label, path in files)])
+    return ImageSource(
+        str(folder),
+        len(files),
+        len(names),
+        names,
+        _any_of(entry, len(files)),
+        hashlib.sha256(listing.encode()).hexdigest(),
+        left_out=", ".join(f"{n} {kind}" for kind, n in sorted(others.items()) if n),
+    )
+
+
+def _text(path: str | os.PathLike) -> str:
+    """A name that any file can hold, whatever bytes it is on the disk."""
+    return (
+        str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    )
 
 
 def _digits(split: str) -> ImageSource:
@@ -243,7 +290,7 @@ def readable(
                 yield index + mirror_offset, image[:, ::-1], label
             continue
         # Without addresses of objects, which differ from run to run.
-        text = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(image).split()))
+        text = re.sub(r" at 0x[0-9a-f]+", "", _text(" ".join(str(image).split())))
         reason = f"{type(image).__name__}: {text}"
         bad = skip(index, f"{name}\t{reason}")
         # At once, not at the end: the rest of a large source would be encoded in vain.

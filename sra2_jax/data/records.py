@@ -329,4 +329,4 @@ def write_tfds_metadata(folder: str | os.PathLike, info: LatentsInfo) -> None:
     if info.class_names:
         texts["label.labels.txt"] = "".join(f"{name}\n" for name in info.class_names)
     for name, text in texts.items():
-        (epath.Path(folder) / name).write_text(text)
+        (epath.Path(folder) / name).write_text(text, encoding="utf-8")

@@ -113,12 +113,7 @@ def _decoded(
 
 def _folder(folder: Path, resolution: int | None) -> ImageSet:
     """Every image below a folder but for hidden ones, in the order of their paths."""
-    names = [
-        name
-        for name in sorted(path.relative_to(folder) for path in folder.rglob("*"))
-        if name.suffix.lower() in sources.SUFFIXES
-        and not any(part.startswith(".") for part in name.parts)
-    ]
+    names, _ = sources.list_images(folder)
     if not names:
         raise UserError(f"{folder}: no images ({', '.join(sources.SUFFIXES)}) in it")
 

@@ -25,6 +25,7 @@ def no_data(after):
     def batches(*arguments, **named):
         for i, batch in enumerate(whole(*arguments, **named)):
             if i == after:
+                time.sleep(1)  # the batches before are used up
                 print("no data", flush=True)
                 time.sleep(1e6)
             yield batch
