@@ -123,6 +123,9 @@ def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
         assert contents.sets.keys() == {"raw", "ema"}
         np.testing.assert_array_equal(contents.sets["raw"]["a"], a)
         np.testing.assert_array_equal(contents.sets["ema"]["a"], b)
+    save_file({"model.a": a, "ema_model.a": b}, tmp_path / "in.safetensors")
+    contents = read_file(tmp_path / "in.safetensors")
+    np.testing.assert_array_equal(contents.sets["ema"]["a"], b)
 
 
 def test_training_goes_on_from_an_imported_checkpoint(finished, tmp_path):
@@ -216,6 +219,8 @@ def test_damaged_and_foreign_files(tiny, tmp_path):
     np.savez(path, a=np.zeros(3, np.float32))
     assert f"{path}: not a SiT checkpoint: " in refused(path, tiny, run)
     assert "step 0" in refused(path, tiny, run, step=0)
+    np.savez(path, **{"model.a": np.zeros(3), "loss.b": np.ones(3)})
+    assert "loss.b and 0 more tensors are in none of" in refused(path, tiny, run)
     none.touch()
     assert "not one of .npz" in refused(none, tiny, run)
     assert "no such file" in refused(tmp_path / "none.npz", tiny, run)

@@ -1,6 +1,7 @@
 """Images to latents: sources, the crop, and the encoded dataset."""
 
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -85,6 +86,22 @@ def test_center_crop_is_exactly_adm():
         _, number, size = case.split("_")
         cropped = center_crop(data[f"in_{number}"], int(size))
         np.testing.assert_array_equal(cropped, data[case])
+
+
+def test_a_thin_image_takes_no_gigabytes(monkeypatch):
+    """And gives the pixels of the plain way, rounding apart."""
+    draw = np.random.default_rng(0)
+    for shape in ((7, 700, 3), (900, 9, 3), (24, 1701, 3), (3301, 31, 3)):
+        image = draw.integers(0, 256, shape, np.uint8)
+        monkeypatch.setattr("sra2_jax.data.pixels.THIN", 64)
+        thin = center_crop(image, SIDE).astype(int)
+        monkeypatch.setattr("sra2_jax.data.pixels.THIN", 10**9)
+        assert np.abs(thin - center_crop(image, SIDE)).max() <= 3
+    monkeypatch.setattr("sra2_jax.data.pixels.THIN", 64)
+    image = np.zeros((60_000, 1, 3), np.uint8)
+    began = time.perf_counter()
+    assert center_crop(image, 256).shape == (256, 256, 3)  # 12 GB otherwise
+    assert time.perf_counter() - began < 1
 
 
 def test_read_keeps_order_and_reports_what_cannot_be_decoded(folder):

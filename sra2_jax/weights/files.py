@@ -32,6 +32,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
+READ = SETS | {"ema_model": "ema"}  # of other code
 WRITTEN = (".safetensors", ".npz")
 REVERSED = "noise to data"  # note of a network that runs so
 AGAIN = (
@@ -205,8 +206,8 @@ def read_file(path: Path) -> Contents:
     left out. The dtypes are the file's own, but PyTorch's of 32 bits or less come as
     float32.
 
-    Raises UserError: no such file, another kind, damaged, or a pickle that asks for
-    code.
+    Raises UserError: no such file, another kind, damaged, a pickle that asks for code,
+    or tensors beside its sets, which nothing would read.
     """
     found = {re.sub(r"^(state_dict\.)+", "", k): v for k, v in _read(path).items()}
     notes: Mapping[str, str] = {}
@@ -218,11 +219,18 @@ def read_file(path: Path) -> Contents:
         step, heads = (None if count is None else int(count) for count in counts)
     tensors = {k: v for k, v in found.items() if isinstance(v, np.ndarray) and v.ndim}
     sets: dict[str, dict[str, np.ndarray]] = {}
-    for key, ours in SETS.items():
-        prefixes = f"{key}.", f"{key}/"
-        names = [name for name in tensors if name.startswith(prefixes)]
-        if names:
-            sets[ours] = {name[len(key) + 1 :]: tensors[name] for name in names}
+    beside = []
+    for name, tensor in tensors.items():
+        key = re.split("[./]", name)[0]
+        if key in READ:
+            sets.setdefault(READ[key], {})[name[len(key) + 1 :]] = tensor
+        else:
+            beside.append(name)
+    if sets and beside:
+        raise UserError(
+            f"{path}: {beside[0]} and {len(beside) - 1} more tensors are in none of "
+            f"the sets {', '.join(READ)}: leave them out, or put them into one"
+        )
     reverse = notes.get("time") == REVERSED
     return Contents(sets or {"unnamed": tensors}, step, heads, reverse)
 
