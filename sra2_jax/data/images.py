@@ -228,13 +228,16 @@ def in_threads(
     ahead: int = AHEAD,
 ) -> Iterator[tuple[Item, Result]]:
     """(item, function(item)) in order, a bounded number ahead."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
         jobs = ((item, pool.submit(function, item)) for item in items)
         waiting = collections.deque(itertools.islice(jobs, ahead))
         while waiting:
             item, job = waiting.popleft()
             yield item, job.result()
             waiting.extend(itertools.islice(jobs, 1))
+    finally:  # a read may hang (network disks)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read(

@@ -95,19 +95,22 @@ def batches(
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
         local = order.batch_size // process_count
-        with ThreadPoolExecutor(4, thread_name_prefix="shards") as pool:
+        pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
 
-            def opened(rows: np.ndarray) -> Part:
-                needed = np.unique(rows[:, 0]).tolist()
-                return {s: pool.submit(open_shard, s) for s in needed}, rows
+        def opened(rows: np.ndarray) -> Part:
+            needed = np.unique(rows[:, 0]).tolist()
+            return {s: pool.submit(open_shard, s) for s in needed}, rows
 
-            rows = order.blocks(shards.records, start_step)
-            own = _own(rows, local, process_index, process_count)
-            # A block's shards are opened while those of the one before are read.
-            blocks = (block for block, _ in itertools.pairwise(map(opened, own)))
-            groups = _regrouped(blocks, local)
+        rows = order.blocks(shards.records, start_step)
+        own = _own(rows, local, process_index, process_count)
+        # A block's shards are opened while those of the one before are read.
+        blocks = (block for block, _ in itertools.pairwise(map(opened, own)))
+        groups = _regrouped(blocks, local)
+        try:
             for _, batch in in_threads(read, groups, THREADS, THREADS):
                 yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     return generate()
 
