@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -247,13 +246,7 @@ def read(
     """
     count, side = len(rows), info.resolution
     shapes = {k: v for k, v in info.arrays().items() if k in (*MOMENTS, *fields)}
-    # In one piece: from 4 MB on the system gives huge pages, several times faster.
-    ends = np.cumsum([count * math.prod(shape) for shape in shapes.values()])
-    pieces = np.split(np.empty(ends[-1], "<f2"), ends[:-1])
-    found = {
-        name: piece.reshape(count, *shape)
-        for piece, (name, shape) in zip(pieces, shapes.items(), strict=True)
-    }
+    found = {name: np.empty((count, *v), "<f2") for name, v in shapes.items()}
     found |= {"label": np.empty(count, np.int32), "index": np.empty(count, np.int64)}
     names = [*found, *({"image"} & set(fields))]
     if "image" in fields:
