@@ -151,28 +151,28 @@ class Generator:
     def _sample(self) -> Callable[..., Array]:
         return make_sampler(self.program)
 
-    def _pixels(self, vae_params: Any, raw: Array) -> Array:
+    def _pixels(self, vae_params: Any, raw: Array) -> tuple[Array, Array]:
+        """Images of latents that are not scaled, and whether all were numbers."""
         images = apply(self.vae, vae_params, raw, method="decode")
-        return to_uint8(images, self.config.sampling.rounding)
+        pixels = to_uint8(images, self.config.sampling.rounding)
+        return pixels, jnp.isfinite(images).all()
 
     @cached_property
     def _decode(self) -> Callable[[Any, Array], tuple[Array, Array]]:
-        """(VAE's parameters, scaled latents) -> images, whether all were numbers."""
+        """`_pixels` of scaled latents, the same on all devices."""
         latents, place = self.config.latents, replicated(self.program.mesh)
 
         @jax.jit
         def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
             raw = z / latents.scaling_factor + latents.shift_factor
-            images = apply(self.vae, vae_params, raw, method="decode")
-            rounded = to_uint8(images, self.config.sampling.rounding)
-            found = rounded, jnp.isfinite(images).all()
+            found = self._pixels(vae_params, raw)
             return jax.lax.with_sharding_constraint(found, place)
 
         return decode
 
     def decode(self, raw: np.ndarray) -> np.ndarray:
         """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
-        return self._split(self._pixels, raw)
+        return self._split(lambda *inputs: self._pixels(*inputs)[0], raw)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Mean latents, not scaled, of uint8 images (N, H, W, 3)."""

@@ -212,8 +212,8 @@ def keep_compiled(folder: Any) -> None:
 def tensorflow() -> Any:
     """TensorFlow, imported on first use and kept off every GPU.
 
-    The only import of TensorFlow in this package: it reads and writes files, and a GPU
-    that it took would be missing to JAX.
+    The only import of TensorFlow in this package, for TFDS and clu: a GPU that it took
+    would be missing to JAX.
     """
     # Its C++ notes would hide our one-line errors; JAX sets "1" where nothing is set.
     # oneDNN, which announces itself, only matters to networks run by TensorFlow.

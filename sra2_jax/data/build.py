@@ -223,12 +223,12 @@ class Build:
         # Looked at last: another process may be completing it.
         left = [] if self.complete() else [s for s in own if s not in done]
 
-        order = permutation(length, 0)
-        shard_of = np.empty(length, np.int64)
-        shard_of[order] = np.arange(length) % options.shards
+        order, written = permutation(length, 0), np.arange(length) % options.shards
+        shard_of = np.empty_like(written)
+        shard_of[order] = written
 
         def listed(shards: Sequence[int]) -> list[int]:
-            return order[np.isin(shard_of[order], shards)].tolist()
+            return order[np.isin(written, shards)].tolist()
 
         total, missing = len(listed(own)), len(listed(left))
         with tqdm(

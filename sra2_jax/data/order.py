@@ -66,10 +66,13 @@ class Order:
         """The shards of each block of an epoch. A last block that is too small is one
         with the block before."""
         blocks: list[list[int]] = [[]]
+        held = 0  # records, in the last block
         for shard in permutation(len(sizes), self.seed, epoch, 0).tolist():
-            if sizes[blocks[-1]].sum() >= self.shuffle_buffer:
+            if held >= self.shuffle_buffer:
                 blocks.append([])
+                held = 0
             blocks[-1].append(shard)
-        if len(blocks) > 1 and sizes[blocks[-1]].sum() < self.shuffle_buffer:
+            held += int(sizes[shard])
+        if len(blocks) > 1 and held < self.shuffle_buffer:
             blocks[-2] += blocks.pop()
         return blocks

@@ -77,10 +77,10 @@ class DigitsFeatures:
             "features": "the 64 numbers of the image averaged to 8x8 grey pixels in "
             "[0, 1]; a proxy, not FID"
         }
-        images, labels = load_digits("train")
-        # gamma = 0.001 is the usual choice for pixels 0..16
         from sklearn.svm import SVC  # takes two seconds
 
+        images, labels = load_digits("train")
+        # gamma = 0.001 is the usual choice for pixels 0..16
         self._classifier = SVC(gamma=0.001 * 16**2).fit(to_8x8(images), labels)
 
     def __call__(self, images: UInt8[np.ndarray, "n 32 32 3"]) -> Outputs:
