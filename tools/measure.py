@@ -57,20 +57,29 @@ def made_up(shape: jax.ShapeDtypeStruct, draw: np.random.Generator) -> jax.Array
     return jax.device_put(values, shape.sharding)
 
 
+def compiled(program: Program) -> tuple[Any, float]:
+    """The compiled training step, and the seconds that it took."""
+    began = time.perf_counter()
+    return program.lower().compile(), time.perf_counter() - began
+
+
+def begin(program: Program, step: Any, compile_seconds: float) -> Timed:
+    """A compiled step with its first state and a batch; the weights of networks that
+    targets run are made up."""
+    draw = np.random.default_rng(0)
+    batch = {name: made_up(shape, draw) for name, shape in program.batch.items()}
+    small = jax.tree.map(lambda s: 0.02 * made_up(s, draw), program.frozen)
+    return Timed(program, step, program.start(), batch, small, compile_seconds)
+
+
 def prepare(config: Config) -> Timed:
-    """Compile the training step and make its first state and a batch; the weights of
-    networks that targets run are made up.
+    """Compile the training step of a config and `begin` it.
 
     Raises:
       UserError: the mesh or the batch does not fit the devices.
     """
-    program, draw = Program(config, make_mesh(config.mesh)), np.random.default_rng(0)
-    batch = {name: made_up(shape, draw) for name, shape in program.batch.items()}
-    small = jax.tree.map(lambda s: 0.02 * made_up(s, draw), program.frozen)
-    began = time.perf_counter()
-    compiled = program.lower().compile()
-    seconds = time.perf_counter() - began
-    return Timed(program, compiled, program.start(), batch, small, seconds)
+    program = Program(config, make_mesh(config.mesh))
+    return begin(program, *compiled(program))
 
 
 def by_turns(runs: Mapping[str, Timed], rounds: int, steps: int) -> None:
