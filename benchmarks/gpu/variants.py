@@ -79,7 +79,9 @@ def main() -> None:
         name, _, keys = text.partition(":")
         given = dict(key.split("=", 1) for key in keys.split())
         changed = config.override(parse(Config, given))
-        programs[name] = Program(changed, make_mesh(changed.mesh))
+        program = programs[name] = Program(changed, make_mesh(changed.mesh))
+        # Tries cuDNN, which gives wrong gradients while other threads run something.
+        print(f"{name}: attention by {program.running.attention}", flush=True)
     facts, matmul = machine(), matmul_speed(jnp.bfloat16)
     print(f"{facts}; bf16 products {matmul / 1e12:.0f} TFLOP/s", flush=True)
     out = arguments.json.open("w") if arguments.json else None

@@ -124,11 +124,13 @@ class HeadsDense(nn.Module):
         bias = self.param("bias", ZEROS, (3 * d,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = constrain(kernel.reshape(d, *shape), None, None, "tensor", None)
-        bias = bias.reshape(shape)
+        b, t, _ = x.shape
 
         # Three products: one of (D, 3D) would be cut and put together again by copies.
+        # Of matrices, with the bias a vector: cuBLAS adds it in the same kernel.
         def product(i: int) -> Array:
-            out = jnp.einsum("btd,dhe->bthe", x, kernel[:, i]) + bias[i]
+            out = x @ kernel[:, i].reshape(d, d) + bias[i * d : (i + 1) * d]
+            out = out.reshape(b, t, *shape[1:])
             return constrain(out, BATCH, None, "tensor", None)
 
         return product(0), product(1), product(2)
