@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import suite
+from benchmarks.gpu import session
 from benchmarks.sampling import network_rows
 from sra2_jax import command, config_file
 from sra2_jax.config import Config
+from sra2_jax.section import parse
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,16 +24,22 @@ def small(tiny, as_file):
     return as_file(tiny)
 
 
-def benchmark(name, folder, *flags):
-    """Its text and the cases it wrote; on one device."""
-    file = folder / f"{name}.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags, f"--json={file}"]
-    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
-    environment = os.environ | {"XLA_FLAGS": flags}
+def benchmark_process(name, *flags):
+    """Run one on one device."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
+    one = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
+    environment = os.environ | {"XLA_FLAGS": one}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def benchmark(name, folder, *flags):
+    """Its text and the cases it wrote."""
+    file = folder / f"{name}.json"
+    done = benchmark_process(name, *flags, f"--json={file}")
     facts = json.loads(file.read_text())
     assert facts["machine"]["devices"] == 1
     return done.stdout, facts["cases"]
@@ -101,26 +108,71 @@ def test_input_pipeline(small, tmp_path):
     assert "of the time with a made-up batch" in text
 
 
-def test_suite_goes_on_after_a_failure(tmp_path, monkeypatch, capfd):
-    """And keeps the text of each command."""
-    commands = {"verify": "json.tool --nonsense", "encoding": "json.tool --help"}
-    monkeypatch.setattr(suite, "COMMANDS", commands)
-    monkeypatch.setattr(sys, "argv", ["suite", f"--out={tmp_path}"])
-    assert suite.main() == 1
+def test_session_goes_on_after_a_failure(tmp_path, monkeypatch, capfd):
+    """Keeps the text of each step, stops one at its limit, and begins none too late."""
+    steps = {
+        "fails": session.Step("A", 60, "json.tool --nonsense", json=False),
+        "hangs": session.Step("A", 1, "http.server 0", json=False),
+        "works": session.Step("A", 60, "json.tool --help", json=False),
+    }
+    monkeypatch.setattr(session, "STEPS", steps)
+    monkeypatch.setattr(sys, "argv", ["session", "A", f"--out={tmp_path}"])
+    assert session.main() == 1
     said = capfd.readouterr().out
-    assert "== verify: status 2" in said
-    assert "== encoding: ok" in said
-    assert said.endswith("failed: verify\n")
-    assert "unrecognized" in (tmp_path / "verify.txt").read_text()
+    assert "== fails: status 2" in said
+    assert "== hangs: stopped, 1 s" in said
+    assert "== works: ok" in said
+    assert said.endswith("failed or left out: fails, hangs\n")
+    assert "unrecognized" in (tmp_path / "fails.txt").read_text()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--budget=10"])
+    assert session.main() == 1
+    assert "== works: left out" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", [k for k in suite.COMMANDS if k.startswith("train")])
-def test_flags_of_the_suite(name):
-    """They make a config that can work; the other programs take the same ones."""
-    flags = [flag.removeprefix("--") for flag in suite.COMMANDS[name].split()[1:]]
-    file = next((f[7:] for f in flags if f.startswith("config=")), "sra2_s")
-    overrides = (f[7:] for f in flags if f.startswith("config."))
-    assert config_file.load(file, *overrides)
+@pytest.mark.parametrize("sizes", ["h200", "h100", "smoke"])
+def test_steps_of_the_session(sizes, tmp_path):
+    """Their flags are known, and their configs can work."""
+    values = session.SMOKE if sizes == "smoke" else session.FULL | session.CARDS[sizes]
+    for name in session.STEPS:
+        _, _, module, *flags = session.command(name, values, tmp_path)
+        assert importlib.util.find_spec(module)
+        given = dict(f[2:].split("=", 1) for f in flags if f.startswith("--"))
+        file = given.pop("config", "sra2_s")
+        keys = {k[7:]: v for k, v in given.items() if k.startswith("config.")}
+        config = config_file.override(file, keys)
+        for variant in (f.partition(":")[2] for f in flags if ": " in f):
+            words = (word.split("=", 1) for word in variant.split())
+            assert config.override(parse(Config, dict(words)))
+
+
+def test_variants(small, tmp_path):
+    file = tmp_path / "variants.json"
+    words = [f"--config={small}", "--rounds=1", "--steps=1", f"--json={file}"]
+    words += ["four: batch_size=4", "plain: batch_size=8 align.vae.enabled=false"]
+    benchmark_process("gpu.variants", *words)
+    rows = list(map(json.loads, file.read_text().splitlines()))
+    assert [(r["case"], r["batch_size"]) for r in rows] == [("four", 4), ("plain", 8)]
+    assert all(r["attention"] == "xla" for r in rows)
+    assert all(r["images_per_second"]["p10"] > 0 for r in rows)
+
+
+def test_kernels_and_numerics(small, tmp_path):
+    flags = [f"--config={small}", "--batch_size=8"]
+    file = tmp_path / "kernels.json"
+    done = benchmark_process("gpu.kernels", *flags, "--steps=1", f"--json={file}")
+    found = json.loads(file.read_text())
+    assert sum(found["kinds"].values()) == pytest.approx(
+        sum(found["milliseconds"].values())
+    )
+    assert "matrix products" in done.stdout
+    file = tmp_path / "numerics.json"
+    flags += ["--tokens=16", f"--json={file}"]
+    done = benchmark_process("gpu.numerics", *flags)
+    found = json.loads(file.read_text())
+    exact, half = found["cases"][:2]
+    assert exact["gradient"] < 1e-5 < 1e-3 < half["gradient"] < 0.1
+    assert "cuDNN is not detected" in done.stdout
+    assert found["repeats"]
 
 
 def test_flags_of_xla(monkeypatch):

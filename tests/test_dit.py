@@ -190,3 +190,15 @@ def test_attention_is_tried_before_it_is_relied_on():
     assert implementation("auto", *sizes) == implementation("xla", *sizes) == "xla"
     with pytest.warns(UserWarning, match="XLA's is used"):
         assert implementation("cudnn", *sizes) == "xla"
+
+
+def test_attention_is_tried_while_a_step_is_traced(monkeypatch):
+    """The answer is a computed one there too (it once was a failure always)."""
+    real = jax.nn.dot_product_attention
+    working = lambda *qkv, implementation: real(*qkv)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", working)
+    answers = []
+    jax.jit(
+        lambda x: answers.append(implementation("cudnn", "bfloat16", 9, 1, 8)) or x
+    )(0)
+    assert answers == ["cudnn"]

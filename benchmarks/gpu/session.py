@@ -50,7 +50,8 @@ class Step:
 VARIANTS = "benchmarks.gpu.variants {XL} --rounds={rounds} --threads=6 --seconds=410"
 SMALL = "benchmarks.gpu.variants {B} --rounds={rounds}"
 SIZES = "benchmarks.train_step {sizes} --rounds={rounds}"
-PEER = "benchmarks.peer --rounds={rounds}"
+PEER = "benchmarks.peer --rounds={rounds}"  # three processes share the memory
+SAMPLING = "benchmarks.sampling {XL} --batch_size={half} --rounds=1 {sampling}"
 KERNELS = "benchmarks.gpu.kernels {XL} --batch_size={n}"
 STEPS = {
     "xl": Step(
@@ -77,7 +78,7 @@ STEPS = {
     ),
     "verify": Step("A", 200, "sra2_jax verify tests/golden", json=False),
     "numerics": Step(
-        "A", 150, "benchmarks.gpu.numerics {B} --batch_size={rows} {attention}"
+        "A", 150, "benchmarks.gpu.numerics {B} --batch_size={rows} --tokens={tokens}"
     ),
     "quickstart": Step(
         "A", 200, "main --workdir={out}/quickstart {run}", (), "", False
@@ -91,11 +92,10 @@ STEPS = {
             f"B/2 vanilla: batch_size={{n}} {PLAIN} {OFF}",
         ),
     ),
-    "peer_xl": Step("C", 430, f"{PEER} {{XL}} --batch_size={{half}} {FLAGS}"),
+    "peer_xl": Step("C", 430, f"{PEER} {{XL}} --batch_size={{peer}} {FLAGS}"),
     "peer_b": Step("C", 200, f"{PEER} {{B}} --batch_size={{n}} {FLAGS}"),
-    "sampling": Step(
-        "D", 240, "benchmarks.sampling {XL} --batch_size={half} --rounds=1 {sampling}"
-    ),
+    "sampling": Step("D", 150, f"{SAMPLING} --config.sampling.dtype=bfloat16"),
+    "sampling_float32": Step("D", 240, SAMPLING),
     "encoding": Step("D", 100, "benchmarks.encoding {encoding}"),
     "kernels": Step("D", 150, f"{KERNELS} {FLAGS}", xla=UNGRAPHED),
     "xl_512": Step(
@@ -112,17 +112,21 @@ FULL = {
     "B": "--config=configs/sra2_b.py",
     "n": "256",
     "half": "128",
+    "peer": "64",
     "large": "320",
     "px512": "64",
     "rows": "32",
-    "attention": "--attention_rows=32",
+    "tokens": "256,1024",
     "rounds": "7",
     "run": "--config.run.sample_every=100000",
-    "sampling": "--config.sampling.steps=250",
+    "sampling": "--config.sampling.steps=50",
     "encoding": "--batch_sizes=32,128",
     "sizes": "--sizes=S,B,L",
 }
-CARDS = {"h200": {}, "h100": {"n": "192", "half": "96", "large": "224", "px512": "40"}}
+CARDS = {
+    "h200": {},
+    "h100": {"n": "192", "half": "96", "peer": "32", "large": "224", "px512": "40"},
+}
 TINY = "--config=configs/quickstart.py"
 SMOKE = {
     "XL": TINY,
@@ -130,10 +134,11 @@ SMOKE = {
     "B": TINY,
     "n": "8",
     "half": "4",
+    "peer": "4",
     "large": "16",
     "px512": "4",
     "rows": "4",
-    "attention": "--attention_rows=1",
+    "tokens": "16",
     "rounds": "1",
     "run": "--config.steps=20 --config.eval.num_samples=20 --config.sampling.steps=4",
     "sampling": "--config.sampling.steps=4",
@@ -162,19 +167,21 @@ def run(name: str, words: list[str], out: Path, limit: float) -> bool:
     # One place for all steps: what is compiled once is not compiled again.
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    with (out / f"{name}.txt").open("wb") as file:
-        process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True,  # with its own processes, to be stopped together
-        )  # fmt: skip
-        stop = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with (
+        (out / f"{name}.txt").open("wb") as file,
+        # With its own processes, to be stopped together.
+        subprocess.Popen(
+            words, env=environment, start_new_session=True, **pipe
+        ) as done,
+    ):
+        stop = threading.Timer(limit, os.killpg, (done.pid, signal.SIGKILL))
         stop.start()
-        for line in process.stdout or ():
+        for line in done.stdout or ():
             file.write(line)
             file.flush()
-            sys.stdout.buffer.write(line)
-            sys.stdout.flush()
-        status = process.wait()
+            print(line.decode(errors="replace"), end="", flush=True)
+        status = done.wait()
         stop.cancel()
     end = {0: "ok", -signal.SIGKILL: "stopped"}.get(status, f"status {status}")
     print(f"== {name}: {end}, {time.perf_counter() - began:.0f} s", flush=True)
