@@ -17,6 +17,7 @@ from sra2_jax.errors import Restart, UserError, one_line
 from sra2_jax.fingerprint import fingerprints, kinds
 from sra2_jax.run import ASIDE, Run, digest
 from sra2_jax.runtime import AGAIN, agree
+from sra2_jax.storage import absolute, is_remote
 
 FORMAT = 1
 # Errors that say nothing of what is on the disk: Python's, JAX's (a full device), and
@@ -65,7 +66,7 @@ class Checkpoints:
         score: Callable[[int], float] = lambda step: float("inf"),
         report: Callable[[str], None] = print,
     ) -> None:
-        self.folder = run.checkpoints.absolute()
+        self.folder = absolute(run.checkpoints)
         self._run, self._report = run, report
         self._saved: int | None = None  # a step that was not looked at yet
         policy: Any = None
@@ -91,6 +92,13 @@ class Checkpoints:
             },
         )
 
+    def _lost(self) -> bool:
+        """Whether what was made at the start is there no more; a bucket has no folders,
+        but the run's config."""
+        remote = is_remote(self.folder)
+        made = self._run.folder / "config.json" if remote else self.folder
+        return not made.exists()
+
     def latest(self) -> int | None:
         """The newest step, whole or not."""
         return self._manager.latest_step()
@@ -104,7 +112,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        if not self.folder.exists():  # Orbax would make a new one
+        if self._lost():  # Orbax would make a new one
             raise UserError(f"{self.folder} is gone: step {step} is not saved")
         values, bad = fingerprints(state)
         if bad:
@@ -146,7 +154,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             line = f"{self.folder}: a step could not be saved ({one_line(error)})"
-            kind = Restart if self.folder.exists() else UserError
+            kind = UserError if self._lost() else Restart
             raise kind(f"{line}: mend it and {AGAIN}") from error
 
     def restore_newest(self, abstract: Any) -> tuple[int, Any, Unlogged] | None:

@@ -21,6 +21,7 @@ from sra2_jax import config_file
 from sra2_jax.config import Config
 from sra2_jax.errors import INTERRUPTED, MISTAKE, RESTART, Restart, UserError, leave
 from sra2_jax.section import allowed, fields, find
+from sra2_jax.storage import expand
 
 UNHEARD = 141  # as a shell has it of a program that SIGPIPE ends
 # A block of XL/2 is 42 MB in bfloat16: gathered and reduced in one collective each.
@@ -58,7 +59,8 @@ def run_program(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `| head`
         os._exit(UNHEARD)
     except OSError as error:  # a disk, a folder, a network
-        leave(f"error: {error}: mend it and run again", MISTAKE)
+        text = " ".join(str(error).split())
+        leave(f"error: {text}: mend it and run again", MISTAKE)
     except KeyboardInterrupt:
         leave("interrupted", INTERRUPTED)
     sys.exit(status)
@@ -120,7 +122,7 @@ class Parser(argparse.ArgumentParser):
             text.partition("=") if text[:1] == "-" else ("", "", text) for text in texts
         )
         arguments, rest = self.parse_known_args(
-            [f"{flag}{sign}{os.path.expanduser(value)}" for flag, sign, value in pairs]
+            [f"{flag}{sign}{expand(value)}" for flag, sign, value in pairs]
         )
         if rest:
             flag = rest[0].split("=")[0]

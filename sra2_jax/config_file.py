@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.section import fields, flatten, parse, shown
+from sra2_jax.storage import expand, is_remote
 
 # size -> width, depth, heads of SiT
 SIZES = {
@@ -72,7 +73,7 @@ def override(config: str | Path, texts: Mapping[str, str]) -> Config:
     values = dict(flatten(file, Config)) | parse(Config, texts)
     for name, value in values.items():
         if isinstance(value, str):
-            values[name] = os.path.expanduser(value)
+            values[name] = expand(value)
     return Config().override(values)
 
 
@@ -110,7 +111,7 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
 def check_paths(config: Config, workdir: str) -> None:
     """Refuse a run in `workdir` that would not find what it reads, by the first key
     that names nothing (UserError). Remote names (gs://) are not looked at."""
-    if set("[*?") & set(workdir if "://" in workdir else os.path.abspath(workdir)):
+    if set("[*?") & set(workdir if is_remote(workdir) else os.path.abspath(workdir)):
         raise UserError(
             f"--workdir={workdir}: its whole path must have no [, * or ?, which Orbax "
             "takes for patterns: it would lose all checkpoints"
@@ -149,5 +150,5 @@ def no_latents(folder: Any) -> UserError:
 
 def exists(source: str) -> bool:
     """Whether a local file or folder is there; what is not local is not looked at."""
-    apart = source == "digits" or source.startswith("tfds:") or "://" in source
+    apart = source == "digits" or source.startswith("tfds:") or is_remote(source)
     return apart or (bool(source) and Path(source).exists())

@@ -10,7 +10,8 @@ import time
 from typing import Any, Self
 
 from sra2_jax.errors import MISTAKE, Restart, UserError, leave
-from sra2_jax.run import Run, number, patiently, stat
+from sra2_jax.run import Run, number
+from sra2_jax.storage import is_remote, patiently, stat
 
 # Without a beat of lock.json until a run counts as dead: it gives one every ten.
 STALE_SECONDS, BEAT_SECONDS = 60.0, 10.0
@@ -66,7 +67,7 @@ class Lock:
     def _claim(self) -> None:
         """The kernel's lock, where there is one; no living run of another machine."""
         self._file: Any = None
-        if "://" not in str(self._run):
+        if not is_remote(self._run):
             self._run.lock.touch()
             self._file = open(self._run.lock, "r+")  # noqa: SIM115
             try:

@@ -20,14 +20,16 @@ from tqdm import tqdm
 from sra2_jax.config import Config
 from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.run import Run, write_whole
+from sra2_jax.run import Run
 from sra2_jax.runtime import tensorflow
+from sra2_jax.storage import Appended, write_whole
 from sra2_jax.tfrecord import field, frame, varint
 
 FIRST = ("loss", "loss_denoise")
 DISTANCES = ("eval/fid", "eval/frechet")
 WINDOW, ENOUGH = 200, 50  # losses that a new one is held against, at least so many
 SPIKE = 6.0  # standard deviations
+UPLOAD_SECONDS = 60.0  # between two writes of TensorBoard's file in a bucket
 
 
 class Log:
@@ -48,6 +50,7 @@ class Log:
         self._step, self._count, self._clock = 0, 0, 0.0
         self._failed: set[str] = set()  # writers
         self._tensorboard: Any = None
+        self._files: dict[str, Appended] = {}
         self._bar = tqdm(disable=True)
         self.unlogged: list[dict[str, float]] = []
         self.scores = {row["step"]: row for row in run.rows() if _scores(row)}
@@ -126,8 +129,10 @@ class Log:
             self._append(self._run.events, row)
 
     def _append(self, path: Any, row: dict[str, Any]) -> None:
-        with self.trying(path.name), path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
+        with self.trying(path.name):
+            if path.name not in self._files:
+                self._files[path.name] = Appended(path)
+            self._files[path.name].write(json.dumps(row).encode() + b"\n")
 
     @contextmanager
     def trying(self, writer: str) -> Iterator[None]:
@@ -172,6 +177,9 @@ class Log:
         if self._tensorboard is not None:
             with self.trying("TensorBoard"):
                 self._tensorboard.close()
+        for name, file in self._files.items():
+            with self.trying(name):
+                file.close()
         self._bar.close()
 
 
@@ -203,7 +211,8 @@ class EventWriter:
     def __init__(self, folder: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         unique = f"{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / f"events.out.tfevents.{unique}").open("wb")
+        path = folder / f"events.out.tfevents.{unique}"
+        self._file = Appended(path, UPLOAD_SECONDS)
         self._write(field(3, b"brain.Event:2"))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -228,7 +237,6 @@ class EventWriter:
 
     def _write(self, event: bytes) -> None:
         self._file.write(frame(b"\x09" + struct.pack("<d", time.time()) + event))
-        self._file.flush()
 
 
 class Guard:

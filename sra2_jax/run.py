@@ -9,22 +9,19 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import sys
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
 from sra2_jax.config import Config
 from sra2_jax.config_file import changes
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError
+from sra2_jax.storage import as_json, is_remote, read_json, write_whole
 
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
-TRIES = (0.5, 1, 2)  # seconds between them
-Made = TypeVar("Made")
 
 
 class Run:
@@ -113,7 +110,10 @@ class Run:
         except UserError:
             return False
         saved = facts.pop("sha256", None) == digest(facts)
-        return saved and all((folder / "state" / name).exists() for name in names)
+        wanted = [folder / "state" / name for name in names]
+        if is_remote(folder):  # Orbax's last word, where it cannot rename a folder
+            wanted.append(folder / "commit_success.txt")
+        return saved and all(path.exists() for path in wanted)
 
     def rows(self) -> list[dict[str, Any]]:
         """The whole rows of metrics.jsonl that have a step, in the order written."""
@@ -165,54 +165,6 @@ class Run:
                 f"its latents.json: {str(before)[:12]} -> {sha256[:12]}): give that "
                 "one or use another --workdir"
             )
-
-
-def as_json(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, indent=2) + "\n"
-
-
-def read_json(path: Any) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where there is none to be read."""
-    try:
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("no JSON object")
-        return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error, 100)})") from error
-
-
-def patiently(action: Callable[[], Made]) -> Made:
-    """Do it, again where it fails. Raises its OSError after three and a half seconds,
-    if it still does."""
-    for pause in TRIES:
-        with contextlib.suppress(OSError):
-            return action()
-        time.sleep(pause)
-    return action()
-
-
-def stat(path: Any) -> tuple[int, float]:
-    """Bytes of a file and when it was changed. Raises OSError: there is none.
-
-    etils' own looks up the owner's name, who may have none (containers, NFS).
-    """
-    if "://" in str(path):
-        found = path.stat()
-        return found.length or 0, found.mtime or 0.0
-    local = os.stat(path)
-    return local.st_size, local.st_mtime
-
-
-def write_whole(path: Any, text: str) -> None:
-    """Write a small file, all of it or nothing. Raises OSError as `patiently`."""
-    temporary = path.parent / f"{path.name}.tmp"
-
-    def write() -> None:
-        temporary.write_text(text)
-        temporary.replace(path)
-
-    patiently(write)
 
 
 def digest(facts: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 from etils import epath
 
-from sra2_jax.run import patiently
+from sra2_jax.storage import is_remote, patiently
 
 _HEADER = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
@@ -60,7 +60,7 @@ class Shard:
 
     def __init__(self, path: epath.Path, starts: array[int] | None = None) -> None:
         self._remote, self._file = b"", -1
-        if "://" in str(path):
+        if is_remote(path):
             self._remote = patiently(path.read_bytes)
         else:
             self._file = os.open(path, os.O_RDONLY)

@@ -23,7 +23,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import DINOv2Config
 from sra2_jax.models.vae import VAEConfig
-from sra2_jax.run import read_json
+from sra2_jax.storage import read_json
 from sra2_jax.weights import files, load_dinov2, load_vae
 from sra2_jax.weights.files import read_file
 

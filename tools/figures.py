@@ -19,7 +19,8 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import MARKED, Series, read_series, smooth
 from sra2_jax.report.page import titles
-from sra2_jax.run import as_json, number, write_whole
+from sra2_jax.run import number
+from sra2_jax.storage import as_json, write_whole
 from tools import plots, probes
 
 RECORDS = 512  # that `probe` reads where nothing is said

@@ -29,7 +29,7 @@ from sra2_jax.data.options import Options
 from sra2_jax.data.order import permutation
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.models.vae import VAEConfig
-from sra2_jax.run import write_whole
+from sra2_jax.storage import write_whole
 from sra2_jax.tfrecord import frame
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from sra2_jax.data import records
-from sra2_jax.run import stat
+from sra2_jax.storage import stat
 from sra2_jax.tfrecord import Damaged, Shard
 
 

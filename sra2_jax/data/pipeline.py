@@ -17,7 +17,7 @@ from sra2_jax.data import records
 from sra2_jax.data.images import in_threads
 from sra2_jax.data.order import Order
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.run import stat
+from sra2_jax.storage import stat
 from sra2_jax.tfrecord import Damaged, Shard
 
 THREADS = 4  # batches that are put together at once

@@ -24,7 +24,7 @@ from etils import epath
 from sra2_jax import tfrecord
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.run import write_whole
+from sra2_jax.storage import write_whole
 from sra2_jax.tfrecord import Damaged, Shard
 
 FORMAT = 1

@@ -23,6 +23,7 @@ from sra2_jax.data import images as sources
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.metrics.moments import Gaussian, check_gaussian
+from sra2_jax.storage import whole_file
 
 IMAGES, LABELS, SETTINGS = "arr_0", "arr_1", "settings"
 # kind of features -> members with their mean and covariance
@@ -201,10 +202,9 @@ def write_npz(
     Raises ValueError: the images are not of that shape, or not N.
     """
     target = epath.Path(path)
-    fresh = target.parent / f"{target.name}.tmp"
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with fresh.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with whole_file(target) as file:
+        with zipfile.ZipFile(file, "w") as archive:
 
             def member(name: str) -> IO[bytes]:
                 # Without force_zip64 those beyond 2 GB, of a size that is not known
@@ -221,6 +221,3 @@ def write_npz(
                 written = sum(map(part.write, arrays_of))
         if written != math.prod(shape):
             raise ValueError(f"{written} bytes of images came, not those of {shape}")
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -20,9 +20,9 @@ from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
 from sra2_jax.programs.sample import new_file
-from sra2_jax.run import as_json, write_whole
 from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh, rounded
+from sra2_jax.storage import as_json, write_whole
 
 
 def note_if_few(summary: compare.Summary) -> list[str]:

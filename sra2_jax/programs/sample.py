@@ -21,7 +21,7 @@ from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
-from sra2_jax.run import as_json, read_json, write_whole
+from sra2_jax.storage import as_json, read_json, whole_file, write_whole
 
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
@@ -30,7 +30,7 @@ IMAGES = 1024  # of a part, about
 class Parts:
     """Images 0 ... count - 1, uint8 (H, W, 3), in files of `size` consecutive ones.
 
-    A file is renamed once it is complete.
+    A file has its name once it is complete.
     """
 
     def __init__(self, folder: epath.Path, count: int, size: int) -> None:
@@ -50,10 +50,8 @@ class Parts:
         return np.flatnonzero(missing).tolist()
 
     def write(self, number: int, images: np.ndarray) -> None:
-        fresh = self.folder / f"{number:06d}.tmp"
-        with fresh.open("wb") as file:
+        with whole_file(self.path(number)) as file:
             np.save(file, images)
-        fresh.replace(self.path(number))
 
     def read(self) -> Iterator[np.ndarray]:
         """All in order. Raises UserError: a damaged one, which is removed."""

@@ -22,7 +22,7 @@ from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.programs.evaluate import add_feature_arguments
 from sra2_jax.programs.sample import add_run_arguments
-from sra2_jax.run import as_json, read_json, write_whole
+from sra2_jax.storage import as_json, read_json, write_whole
 
 FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")

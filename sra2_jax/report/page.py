@@ -22,7 +22,8 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, read_series, short, smooth
 from sra2_jax.report.parts import figure, flat, missing, pairs, text
-from sra2_jax.run import Run, lookup, number, write_whole
+from sra2_jax.run import Run, lookup, number
+from sra2_jax.storage import write_whole
 
 LARGE, SMALL = 1280, 768  # pixels of a picture, of one in the strip; larger are reduced
 STRIP = 24  # pictures in it

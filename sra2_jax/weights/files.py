@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.run import read_json
+from sra2_jax.storage import read_json
 from sra2_jax.weights import tree
 
 CONFIG = "config.json"

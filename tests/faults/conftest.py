@@ -51,7 +51,7 @@ class Process:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
-    """start(*arguments of main.py, **faults) -> Process."""
+    """start(*arguments of main.py or of sra2, **faults) -> Process."""
     folder = tmp_path_factory.mktemp("out")
     flags = os.environ["XLA_FLAGS"].replace("count=8", "count=2")
     driver = subprocess.Popen(

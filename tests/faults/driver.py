@@ -100,9 +100,9 @@ def _slowly(finalize, seconds):
 
 def fast_beat(seconds):
     """Of the lock, so that a test need not wait."""
-    from sra2_jax import lock, run
+    from sra2_jax import lock, storage
 
-    lock.BEAT_SECONDS, run.TRIES = seconds, (0.1, 0.1, 0.1)
+    lock.BEAT_SECONDS, storage.TRIES = seconds, (0.1, 0.1, 0.1)
 
 
 def no_tensorboard(_):
@@ -120,6 +120,10 @@ def small_files(most):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
 
 
+def environment(values):
+    os.environ.update(values)
+
+
 FAULTS = {
     f.__name__: f
     for f in (
@@ -131,6 +135,7 @@ FAULTS = {
         fast_beat,
         no_tensorboard,
         small_files,
+        environment,
     )
 }
 
@@ -139,14 +144,15 @@ def child(command):
     out = os.open(command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    import main
+    from sra2_jax.__main__ import COMMANDS, main
     from sra2_jax.command import run_program
 
-    sys.argv = ["main.py", *command["arguments"]]
+    words = command["arguments"]
+    sys.argv = ["sra2", *([] if words[0] in COMMANDS else ["train"]), *words]
     for name, value in command["faults"].items():
         FAULTS[name](value)
     try:
-        run_program(main.main)
+        run_program(main)
     except SystemExit as end:
         os._exit(end.code or 0)
     except BaseException:

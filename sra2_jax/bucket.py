@@ -1,0 +1,19 @@
+"""gcsfs' file system, all of whose failures are OSErrors: what a disk's are."""
+
+from typing import Any
+
+import gcsfs
+
+from sra2_jax.errors import one_line
+
+
+class Bucket(gcsfs.GCSFileSystem):  # type: ignore[misc]
+    """gs://. Answers of 408, 429 and 5xx are asked again for half a minute."""
+
+    async def _call(self, *arguments: Any, **named: Any) -> Any:
+        try:
+            return await super()._call(*arguments, **named)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # HttpError, aiohttp's, google.auth's, requests'
+            raise OSError(one_line(error)) from error

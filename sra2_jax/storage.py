@@ -1,0 +1,161 @@
+"""Files in local folders and in buckets (gs://), by the same calls.
+
+A file in a bucket appears whole or not at all, when it is closed; it cannot be appended
+to, and there are no folders. No jax here.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, TypeVar
+
+import fsspec
+from etils import epath
+from etils.epath import backend
+
+from sra2_jax.errors import UserError, one_line
+
+TRIES = (0.5, 1, 2)  # seconds between them
+CLIENTS = ("gcsfs", "google.cloud.storage")  # ours and Orbax's
+Made = TypeVar("Made")
+
+# TensorFlow's file system knows no server but Google's, and would bring TensorFlow in.
+backend.tf_backend = backend.fsspec_backend
+for protocol in ("gs", "gcs"):
+    fsspec.register_implementation(protocol, "sra2_jax.bucket.Bucket", clobber=True)
+
+
+def is_remote(path: Any) -> bool:
+    return "://" in str(path)
+
+
+def expand(text: str) -> str:
+    """A path as a person gives it, `~` replaced; other texts as they are.
+
+    Raises UserError: a bucket whose client is not installed, or that has none here.
+    """
+    scheme = re.match(r"([a-z0-9]+)://", text)
+    if not scheme:
+        return os.path.expanduser(text)
+    if scheme[1] != "gs":
+        raise UserError(f"{text}: a local path or gs://BUCKET/... is wanted")
+    if not all(map(_installed, CLIENTS)):
+        raise UserError(f"{text}: buckets need more packages: pip install -e '.[gcs]'")
+    return text
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    return path if is_remote(path) else path.absolute()
+
+
+def patiently(action: Callable[[], Made]) -> Made:
+    """Do it, again where it fails. Raises its OSError after three and a half seconds,
+    if it still does."""
+    for pause in TRIES:
+        with contextlib.suppress(OSError):
+            return action()
+        time.sleep(pause)
+    return action()
+
+
+def stat(path: Any) -> tuple[int, float]:
+    """Bytes of a file and when it was changed. Raises OSError: there is none.
+
+    etils' own looks up the owner's name, who may have none (containers, NFS).
+    """
+    if is_remote(path):
+        found = path.stat()
+        return found.length or 0, found.mtime or 0.0
+    local = os.stat(path)
+    return local.st_size, local.st_mtime
+
+
+@contextlib.contextmanager
+def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A file to write and to seek in; at the end it has its name, or there is none."""
+    if is_remote(path):
+        with tempfile.NamedTemporaryFile() as file:
+            yield file
+            file.flush()
+            bucket = backend.fsspec_backend.fs(path)
+            patiently(lambda: bucket.put_file(file.name, str(path)))
+        return
+    fresh = path.parent / f"{path.name}.tmp"
+    try:
+        with fresh.open("wb") as file:
+            yield file
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def write_whole(path: Any, text: str) -> None:
+    """Write a small file, all of it or nothing. Raises OSError as `patiently`."""
+
+    def write() -> None:
+        with whole_file(epath.Path(path)) as file:
+            file.write(text.encode())
+
+    patiently(write)
+
+
+class Appended:
+    """A file that grows, kept if it is there. In a bucket it is written anew each time,
+    but not within `pause` seconds; `close` writes the rest.
+
+    Raises OSError as `patiently`.
+    """
+
+    def __init__(self, path: epath.Path, pause: float = 0.0) -> None:
+        self._path, self._pause, self._written = path, pause, 0.0
+        self._file: IO[bytes]
+        if is_remote(path):
+            self._file = tempfile.NamedTemporaryFile()  # noqa: SIM115
+            if path.exists():
+                self._file.write(patiently(path.read_bytes))
+        else:
+            self._file = path.open("ab")
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        if time.monotonic() - self._written >= self._pause:
+            self._upload()
+
+    def close(self) -> None:
+        self._upload()
+        self._file.close()
+
+    def _upload(self) -> None:
+        if is_remote(self._path):
+            with whole_file(self._path) as file, open(self._file.name, "rb") as all_of:
+                shutil.copyfileobj(all_of, file)
+            self._written = time.monotonic()
+
+
+def as_json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2) + "\n"
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where there is none to be read."""
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error, 100)})") from error
