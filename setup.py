@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+GCS = ["gcsfs==2026.10.1", "google-cloud-storage==3.17.1"]
 
 
 def requirements() -> list[str]:
@@ -33,8 +34,10 @@ setup(
             "jax-cuda12-plugin==0.10.2",
             "nvidia-cuda-nvcc-cu12==12.9.86",
         ],
+        "gcs": GCS,  # gs:// paths
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
         "test": [
+            *GCS,
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
             "pytest-xdist==3.8.0",

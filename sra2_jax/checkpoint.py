@@ -91,13 +91,14 @@ class Checkpoints:
                 "fingerprint": ocp.JsonCheckpointHandler(),
             },
         )
+        # A bucket has no folders, but the run's config.
+        remote = is_remote(self.folder)
+        self._sign = run.folder / "config.json" if remote else self.folder
+        self._began = self._sign.exists()
 
     def _lost(self) -> bool:
-        """Whether what was made at the start is there no more; a bucket has no folders,
-        but the run's config."""
-        remote = is_remote(self.folder)
-        made = self._run.folder / "config.json" if remote else self.folder
-        return not made.exists()
+        """Whether what was there at the start is no more."""
+        return self._began and not self._sign.exists()
 
     def latest(self) -> int | None:
         """The newest step, whole or not."""

@@ -102,6 +102,23 @@ def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
         fresh.unlink(missing_ok=True)
 
 
+def new_file(text: str, *suffixes: str) -> epath.Path:
+    """The path of a file to be made; its folder is made now.
+
+    Raises UserError: it exists, has another suffix, or can have no such folder.
+    """
+    path = epath.Path(text)
+    if path.suffix not in suffixes:
+        raise UserError(f"{text}: must end in {' or '.join(suffixes)}")
+    if path.exists():
+        raise UserError(f"{text}: exists already: remove it or use another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{text}: {error.strerror or error}: use another") from error
+    return path
+
+
 def write_whole(path: Any, text: str) -> None:
     """Write a small file, all of it or nothing. Raises OSError as `patiently`."""
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from sra2_jax import config_file, run
+from sra2_jax import command, config_file, storage
 from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.config import Align, AlignTeacher, Config, Transport
 from sra2_jax.errors import UserError
@@ -297,22 +297,34 @@ def test_a_resumed_run_refuses_another_dataset_and_a_lost_config(resumable, tiny
 
 def test_small_files_are_written_whole_and_again(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "a.json"
-    monkeypatch.setattr(run, "TRIES", (0, 0))
-    run.write_whole(path, "old")
+    monkeypatch.setattr(storage, "TRIES", (0, 0))
+    storage.write_whole(path, "old")
     os.link(path, tmp_path / "as it was")
     left = ["first", "second"]
 
-    def failing(self, text):
+    def failing(self, target):
         if left:
             raise OSError(left.pop())
-        return write(self, text)
+        return replace(self, target)
 
-    write = type(path).write_text
-    monkeypatch.setattr(type(path), "write_text", failing)
-    run.write_whole(path, "new")
+    replace = type(path).replace
+    monkeypatch.setattr(type(path), "replace", failing)
+    storage.write_whole(path, "new")
     assert path.read_text() == "new"
     assert (tmp_path / "as it was").read_text() == "old"
     left += ["a", "b", "c"]
     with pytest.raises(OSError, match="a"):
-        run.write_whole(path, "newer")
+        storage.write_whole(path, "newer")
     assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+def test_paths_that_people_give(monkeypatch):
+    assert storage.expand("~/a") == os.path.expanduser("~/a")
+    assert storage.expand("gs://bucket/a") == "gs://bucket/a"
+    assert storage.expand("tfds:imagenet2012") == "tfds:imagenet2012"
+    with pytest.raises(UserError, match="s3://a/b: a local path or gs://"):
+        command.Parser().parse_args(["--workdir=s3://a/b"])
+    monkeypatch.setattr(storage, "CLIENTS", ("no_such_module.storage", "json"))
+    with pytest.raises(UserError, match=r"pip install -e '\.\[gcs\]'"):
+        config_file.override("quickstart", {"data.dir": "gs://bucket/a"})

@@ -135,7 +135,7 @@ def test_samples_are_of_their_own_dtype(tiny):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--out=a.npy"], "--out=a.npy: must end in .npz"),
+        (["--out=a.npy"], "a.npy: must end in .npz"),
         (["--out={whole}"], "exists already: remove it or use another"),
         (["--out={whole}/x.npz"], "x.npz: "),
         (["--num=0"], "--num=0: must be at least 1"),

@@ -27,6 +27,7 @@ from sra2_jax.errors import UserError, one_line
 from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
+from sra2_jax.storage import new_file
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.inception import convert_inception
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
@@ -174,7 +175,7 @@ def _write_run(run: Run, state: State, config: Config, step: int) -> None:
 
 def export_run(
     workdir: str,
-    out: Path,
+    out: str,
     weights: str = "ema",
     step: int | None = None,
     heads: bool = False,
@@ -188,7 +189,7 @@ def export_run(
 
     Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
     """
-    files.check_writable(out)
+    path = new_file(out, *files.WRITTEN)
     run = Run(workdir)
     config = run.config()
     with Checkpoints(run) as checkpoints:
@@ -210,14 +211,14 @@ def export_run(
         "num_heads": str(config.model.heads),
         "time": files.REVERSED if reverse else "data to noise",
     }
-    files.write_file(out, tensors, notes)
+    files.write_file(path, tensors, notes)
     print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")
 
 
 def _arguments() -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    out: dict[str, Any] = {"type": Path, "required": True, "metavar": "FILE"}
+    out: dict[str, Any] = {"required": True, "metavar": "FILE"}
     out["help"] = " or ".join(files.WRITTEN)
     reverse: dict[str, Any] = {"dest": "reverse", "action": "store_true"}
     reverse["help"] = "FILE's time runs from noise to data, as in SiT's own code"

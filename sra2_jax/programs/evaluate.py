@@ -19,10 +19,9 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
-from sra2_jax.programs.sample import new_file
 from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh, rounded
-from sra2_jax.storage import as_json, write_whole
+from sra2_jax.storage import as_json, new_file, write_whole
 
 
 def note_if_few(summary: compare.Summary) -> list[str]:
@@ -132,10 +131,10 @@ def main() -> None:
     if bool(a.reference) == bool(a.make_reference):
         parser.error("give one of --reference and --make_reference")
     if a.make_reference:
-        out = new_file("make_reference", a.make_reference, ".npz")
+        out = new_file(a.make_reference, ".npz")
     else:
         beside = a.samples.rstrip("/").removesuffix(".npz") + ".json"
-        out = new_file("out", a.out or beside, ".json")
+        out = new_file(a.out or beside, ".json")
     samples = open_images(a.samples, a.resolution, a.split)
     if not len(samples):
         raise UserError(f"{a.samples}: has statistics alone: give a set with images")

@@ -21,7 +21,7 @@ from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
-from sra2_jax.storage import as_json, read_json, whole_file, write_whole
+from sra2_jax.storage import as_json, new_file, read_json, whole_file, write_whole
 
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
@@ -109,23 +109,6 @@ def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
 
 
-def new_file(flag: str, text: str, suffix: str) -> epath.Path:
-    """The path of a new file, whose folder is made.
-
-    Raises UserError: it exists, has another suffix, or can have no such folder.
-    """
-    out = epath.Path(text)
-    if out.suffix != suffix:
-        raise UserError(f"--{flag}={text}: must end in {suffix}")
-    if out.exists():
-        raise UserError(f"--{flag}={text}: exists already: remove it or use another")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag}={text}: {error.strerror}: use another") from error
-    return out
-
-
 def add_run_arguments(parser: Parser) -> None:
     """The flags that name a run and its weights."""
     add = parser.add_argument
@@ -146,7 +129,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="new file")
     parser.add_argument("--num", type=int, default=50_000, help="images (%(default)s)")
     arguments = parser.parse_args()
-    out = new_file("out", arguments.out, ".npz")
+    out = new_file(arguments.out, ".npz")
     if arguments.num < 1:
         raise UserError(f"--num={arguments.num}: must be at least 1")
     config = generator.read_settings(arguments.workdir, arguments.overrides)

@@ -48,8 +48,8 @@ def read_status(workdir: str | os.PathLike[str]) -> dict[str, Any]:
         left = max(steps - step, 0) * batch / speed
     checkpoint = None
     if whole is not None:
-        folder = run.checkpoints / str(whole)
-        checkpoint = {"step": whole, "seconds_old": _since(stat(folder)[1])}
+        written = run.checkpoints / str(whole) / "fingerprint" / "metadata"
+        checkpoint = {"step": whole, "seconds_old": _since(stat(written)[1])}
     return {
         "workdir": str(run),
         "name": config.get("name"),

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.storage import read_json
+from sra2_jax.storage import read_json, whole_file
 from sra2_jax.weights import tree
 
 CONFIG = "config.json"
@@ -281,30 +282,15 @@ def _array(value: Any) -> Any:
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    path: epath.Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]
 ) -> None:
     """Write a state dict whole or not at all; an .npz has no place for the notes.
 
-    Raises UserError: as `check_writable`, or a full disk.
+    Raises UserError: it cannot be written.
     """
-    check_writable(path)
-    part, arrays = path.with_name(f"{path.name}.part"), dict[str, Any](tensors)
-    try:
-        with _blamed(path, "it cannot be written"):
-            if path.suffix == ".npz":
-                with part.open("wb") as file:
-                    np.savez(file, **arrays)
-            else:
-                save_file(arrays, part, dict(notes))
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a file that `write_file` would."""
-    free = path.absolute().parent.is_dir() and not path.exists()
-    if path.suffix not in WRITTEN or not free:
-        raise UserError(
-            f"{path}: give a new {' or '.join(WRITTEN)} in a folder that exists"
-        )
+    arrays = dict[str, Any](tensors)
+    with _blamed(path, "it cannot be written"), whole_file(path) as file:
+        if path.suffix == ".npz":
+            np.savez(file, **arrays)
+        else:
+            save_file(arrays, file.name, dict(notes))

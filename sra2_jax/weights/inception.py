@@ -10,6 +10,7 @@ import numpy as np
 from sra2_jax.errors import UserError
 from sra2_jax.models import shapes
 from sra2_jax.models.inception import Inception
+from sra2_jax.storage import new_file
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.tree import Params
 
@@ -59,15 +60,15 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def convert_inception(file: Path, out: Path) -> None:
+def convert_inception(file: Path, out: str) -> None:
     """Write the weights as .safetensors or .npz, which need no PyTorch.
 
     Raises UserError: as `load_inception` and `files.write_file`.
     """
-    files.check_writable(out)
+    path = new_file(out, *files.WRITTEN)
     weights = _read(file)
     from_torch_fidelity(weights, file)  # refuses another network's
-    files.write_file(out, weights, {"source": file.name, "sha256": sha256(file)})
+    files.write_file(path, weights, {"source": file.name, "sha256": sha256(file)})
     print(f"{out}: {len(weights)} tensors of {file.name}")
 
 

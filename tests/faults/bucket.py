@@ -27,8 +27,7 @@ class Bucket(ThreadingHTTPServer):
     """Any bucket's objects, {(bucket, name): (generation, time, bytes)}.
 
     Attributes:
-      fault: (method, path) -> the status to answer with instead, or 0.
-      asked: (method, path) of every request.
+      fault: method -> the status to answer with instead, or 0.
     """
 
     daemon_threads = True
@@ -38,8 +37,8 @@ class Bucket(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.objects: dict[tuple[str, str], tuple[int, float, bytes]] = {}
         self.sessions: dict[str, tuple[str, str, bytearray]] = {}
-        self.lock, self.asked = threading.Lock(), []
-        self.fault: Callable[[str, str], int] = lambda method, path: 0
+        self.lock = threading.RLock()
+        self.fault: Callable[[str], int] = lambda method: 0
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -56,8 +55,15 @@ class Bucket(ThreadingHTTPServer):
     def upload(self, bucket: str, name: str, data: bytes) -> None:
         self.objects[bucket, name] = next(COUNTER), time.time(), data
 
-    def names(self, bucket: str) -> list[str]:
-        return sorted(name for b, name in self.objects if b == bucket)
+    def names(self, bucket: str = "test-bucket") -> list[str]:
+        with self.lock:
+            return sorted(name for b, name in self.objects if b == bucket)
+
+    def read(self, name: str, bucket: str = "test-bucket") -> bytes:
+        return self.objects[bucket, name][2]
+
+    def remove(self, name: str, bucket: str = "test-bucket") -> None:
+        del self.objects[bucket, name]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -69,8 +75,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         body, server = self._body(), self.server
-        server.asked.append((self.command, self.path))
-        if status := server.fault(self.command, self.path):
+        if status := server.fault(self.command):
             self._json({"error": {"code": status, "message": "a fault"}}, status)
             return
         with server.lock:

@@ -1,5 +1,6 @@
 """A run whose folder, data and results are in a bucket: gs://, see bucket.py."""
 
+import itertools
 import json
 import signal
 
@@ -7,6 +8,8 @@ import pytest
 
 from tests.faults.bucket import Bucket
 from tests.test_train import rows, without_speed
+
+B = "gs://test-bucket"
 
 
 @pytest.fixture
@@ -20,61 +23,84 @@ def bucket(latents):
     server.server_close()
 
 
-def text(bucket, name):
-    return bucket.objects["test-bucket", name][2].decode()
+@pytest.fixture
+def begin(start, command, bucket):
+    """begin(*words, **faults): a program there; main.py where only flags are given."""
+
+    def begin(*words, **faults):
+        if words[0].startswith("--"):
+            words = *command, f"--config.data.dir={B}/latents", *words
+        return start(*words, **faults, environment=bucket.environment())
+
+    return begin
 
 
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(start, command, bucket, tmp_path):
-    """Trained, killed while it saves, gone on with, looked at, sampled and scored."""
-    there = {"environment": bucket.environment()}
-    folder, run = tmp_path / "run", "gs://test-bucket/run"
-    start(*command, f"--workdir={folder}").status()
-
-    remote = [
-        *command,
-        f"--workdir={run}",
-        "--config.data.dir=gs://test-bucket/latents",
-    ]
-    killed = start(*remote, slow_commit=1, slow_steps=0.3, **there)
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(
+    start, command, begin, bucket, tmp_path
+):
+    """Trained, killed while it saves, gone on with, looked at, sampled, scored and
+    exported."""
+    whole = start(*command, f"--workdir={tmp_path}/run")
+    remote = f"--workdir={B}/run"
+    killed = begin(remote, slow_commit=0.5, slow_steps=0.2)
     eighth = "run/checkpoints/8/"
-    killed.until(lambda: eighth in " ".join(bucket.names("test-bucket")))
+    killed.until(lambda: any(name.startswith(eighth) for name in bucket.names()))
     killed.kill(signal.SIGKILL).status()
-    names = bucket.names("test-bucket")
-    assert f"{eighth}commit_success.txt" not in names
-    second = start(*remote, **there)
+    assert "run/checkpoints/4/commit_success.txt" in bucket.names()
+    assert f"{eighth}commit_success.txt" not in bucket.names()
+    second = begin(remote)
     assert second.status() == 42
     assert "was in use" in second.text
-    assert "run/checkpoints/4/commit_success.txt" in names
 
-    del bucket.objects["test-bucket", "run/lock.json"]  # a minute has gone by
-    again = start(*remote, **there)
+    bucket.remove("run/lock.json")  # a minute has gone by
+    again = begin(remote)
     assert again.status() == 0, again.text
-    assert without_speed(rows(folder)) == without_speed(
-        map(json.loads, text(bucket, "run/metrics.jsonl").splitlines())
-    )
+    assert whole.status() == 0
+    there = map(json.loads, bucket.read("run/metrics.jsonl").splitlines())
+    assert without_speed(there) == without_speed(rows(tmp_path / "run"))
     for name in ("samples/step_00000010.png", "samples/step_00000012.png"):
-        assert (
-            bucket.objects["test-bucket", f"run/{name}"][2]
-            == (folder / name).read_bytes()
-        )
-    events = [
-        n for n in bucket.names("test-bucket") if n.startswith("run/tensorboard/events")
-    ]
-    assert len(events) == 2
+        assert bucket.read(f"run/{name}") == (tmp_path / "run" / name).read_bytes()
+    assert sum("run/tensorboard/events" in name for name in bucket.names()) == 2
 
-    status = start("status", run, "gs://test-bucket/nothing", **there)
+    sample = begin("sample", f"{B}/run", f"--out={B}/s/out.npz", "--num=80")
+    status = begin("status", f"{B}/run", f"{B}/nothing")
+    export = begin("convert", "export", f"{B}/run", f"--out={B}/weights.npz")
     assert status.status() == 2
     assert "step 12 of 12 (100.0%), finished" in status.text
-    assert "checkpoint: step 12" in status.text
-    assert "error: gs://test-bucket/nothing" in status.text
-    sample = start(
-        "sample", run, "--out=gs://test-bucket/s/out.npz", "--num=80", **there
-    )
+    assert "checkpoint: step 12, 0:0" in status.text
+    assert f"error: {B}/nothing" in status.text
     assert sample.status() == 0, sample.text
-    assert [n for n in bucket.names("test-bucket") if n.startswith("s/")] == [
-        "s/out.npz"
-    ]
+    assert [name for name in bucket.names() if name.startswith("s/")] == ["s/out.npz"]
     score = ["--reference=digits", "--split=test", "--features=digits"]
-    evaluate = start("evaluate", "gs://test-bucket/s/out.npz", *score, **there)
+    evaluate = begin("evaluate", f"{B}/s/out.npz", *score)
     assert evaluate.status() == 0, evaluate.text
-    assert json.loads(text(bucket, "s/out.json"))["num_samples"] == 80
+    assert json.loads(bucket.read("s/out.json"))["num_samples"] == 80
+    assert export.status() == 0, export.text
+    assert bucket.read("weights.npz").startswith(b"PK")
+
+
+def test_a_bucket_that_stumbles(begin, bucket):
+    """503 and 429 are asked again; a 403 at the start, and a bucket that vanishes, end
+    the run with one line."""
+    count, faults = itertools.count(), {9: 503, 99: 429, 250: 503}
+    bucket.fault = lambda method: faults.pop(next(count), 0)
+    run = begin(f"--workdir={B}/run")
+    assert run.status() == 0, run.text
+    assert not faults
+    assert len(bucket.read("run/metrics.jsonl").splitlines()) == 6
+    assert "run/checkpoints/12/commit_success.txt" in bucket.names()
+
+    bucket.fault = lambda method: 403 * (method != "GET")
+    run = begin(f"--workdir={B}/other")
+    assert run.status() == 2
+    (line,) = run.text.splitlines()
+    assert f"{B}/other cannot be written" in line
+    assert "Forbidden" in line
+
+    bucket.fault = lambda method: 0
+    run = begin(f"--workdir={B}/lost", slow_steps=0.5, fast_beat=0.2)
+    run.until(lambda: "lost/metrics.jsonl" in bucket.names())
+    bucket.fault = lambda method: 404
+    assert run.status() == 2
+    assert f"{B}/lost is lost" in run.text
+    assert "Traceback" not in run.text
