@@ -14,7 +14,7 @@
 #
 #   WORKDIR   folder of the run; the same folder goes on from its last checkpoint
 #   MODULE    runs python -m MODULE instead of main.py: "sra2_jax sample", "sra2_jax sweep"
-#   EXTRA     what to install: gpu (if not set), tpu, or empty for the CPU
+#   EXTRA     what to install: gpu (if not set), tpu, either with ,gcs for gs:// paths, or empty
 #   GRACE     seconds between asking a program to stop and killing it (120)
 #
 #   WORKDIR=runs/xl launch/machine.sh start --config=configs/sra2_xl.py

@@ -87,7 +87,7 @@ install() {
   run git archive --format=tar.gz --output="$ARCHIVE" HEAD
   tpus tpu-vm scp "$ARCHIVE" "$TPU_NAME:sra2_jax.tar.gz" --worker=all
   on_workers all "mkdir -p sra2_jax && tar -xzf sra2_jax.tar.gz -C sra2_jax && \
-cd sra2_jax && EXTRA=tpu launch/machine.sh install"
+cd sra2_jax && EXTRA=tpu,gcs launch/machine.sh install"
 }
 
 start() {

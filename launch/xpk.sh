@@ -26,7 +26,7 @@ command=${1:-}
 
 image() {
   run docker build --platform=linux/amd64 --file=launch/Dockerfile \
-    --build-arg=EXTRA=tpu --tag="$IMAGE" .
+    --build-arg=EXTRA=tpu,gcs --tag="$IMAGE" .
   run docker push "$IMAGE"
 }
 
