@@ -176,7 +176,7 @@ LIST = f"{VM} list '--filter=name~/pod$' '--format=value(state)' --zone=us-west4
 UNPACK = "mkdir -p sra2_jax && tar -xzf sra2_jax.tar.gz -C sra2_jax && "
 INSTALL = f"""git archive --format=tar.gz --output=build/sra2_jax.tar.gz HEAD
 {VM} scp build/sra2_jax.tar.gz pod:sra2_jax.tar.gz --worker=all --zone=us-west4-a
-{SSH % (UNPACK + "cd sra2_jax && EXTRA=tpu launch/machine.sh install")}"""
+{SSH % (UNPACK + "cd sra2_jax && EXTRA=tpu,gcs launch/machine.sh install")}"""
 WORKER = "cd sra2_jax && env WORKDIR=gs://bucket/run launch/machine.sh"
 START = SSH % f"{WORKER} start --distributed --config=a"
 STOP = SSH % "! test -d sra2_jax/launch || (cd sra2_jax && launch/machine.sh stop)"
@@ -190,7 +190,7 @@ LOOK = f"""{QUEUE} list '--filter=name~/pod$' '--format=value(state.state)' \\
   --zone=us-west4-a"""
 
 IMAGE = """docker build --platform=linux/amd64 --file=launch/Dockerfile \\
-  --build-arg=EXTRA=tpu --tag=registry/image:1 .
+  --build-arg=EXTRA=tpu,gcs --tag=registry/image:1 .
 docker push registry/image:1"""
 ON_GKE = "--cluster=cluster --zone=us-west4-a --project=project"
 SUBMIT = f"""xpk workload create {ON_GKE} --workload=run --tpu-type=v5p-128 \\
