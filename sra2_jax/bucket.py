@@ -1,4 +1,5 @@
-"""gcsfs' file system, all of whose failures are OSErrors: what a disk's are."""
+"""gcsfs' file system as a run needs it: it sees what other machines write, and all of
+its failures are OSErrors, as those of disks."""
 
 from typing import Any
 
@@ -9,6 +10,9 @@ from sra2_jax.errors import one_line
 
 class Bucket(gcsfs.GCSFileSystem):  # type: ignore[misc]
     """gs://. Answers of 408, 429 and 5xx are asked again for half a minute."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named | {"use_listings_cache": False})
 
     async def _call(self, *arguments: Any, **named: Any) -> Any:
         try:

@@ -199,8 +199,8 @@ class Handler(BaseHTTPRequestHandler):
             # As bytes: the parser of mails changes line ends.
             boundary = re.search(r'boundary="?([^";]+)', headers["Content-Type"])[1]
             part = body.split(b"--" + boundary.encode())[2]
-            data = part.split(b"\r\n\r\n" if b"\r\n\r\n" in part else b"\n\n", 1)[1]
-            data = data[: -2 if data.endswith(b"\r\n") else -1]
+            end = b"\r\n" if part.startswith(b"\r\n") else b"\n"  # gcsfs sends these
+            data = part.split(2 * end, 1)[1][: -len(end)]
             return self._write(bucket, name, query, data)
         name = name or json.loads(body or b"{}")["name"]
         session = str(next(COUNTER))

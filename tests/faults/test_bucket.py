@@ -5,7 +5,10 @@ import json
 import signal
 
 import pytest
+from etils import epath
+from etils.epath import backend
 
+from sra2_jax import storage
 from tests.faults.bucket import Bucket
 from tests.test_train import rows, without_speed
 
@@ -104,3 +107,23 @@ def test_a_bucket_that_stumbles(begin, bucket):
     assert run.status() == 2
     assert f"{B}/lost is lost" in run.text
     assert "Traceback" not in run.text
+
+
+def test_files_of_other_machines_are_seen(bucket, monkeypatch):
+    for name, value in bucket.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(backend, "fsspec_backend", type(backend.fsspec_backend)())
+    folder = epath.Path(f"{B}/run")
+    storage.write_whole(folder / "one", "1")
+    assert [path.name for path in folder.iterdir()] == ["one"]
+    bucket.upload("test-bucket", "run/two", b"2")
+    assert (folder / "two").exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
+    bucket.remove("run/one")
+    assert not (folder / "one").exists()
+    file = storage.Appended(folder / "two", pause=60)
+    for text in (b"3", b"4"):
+        file.write(text)
+    assert bucket.read("run/two") == b"23"
+    file.close()
+    assert bucket.read("run/two") == b"234"
