@@ -206,3 +206,43 @@ def test_elementwise_bytes():
         donate_argnums=0,
     )
     assert counts.traffic == {"elementwise": 2 * 40}
+
+
+# As jax 0.11.2 writes for a GPU: cuBLAS's call in a fusion with the slice before it, and
+# the second result of a fusion as %pair#1.
+SLICED = """
+HloModule jit_step, is_scheduled=true
+
+%sliced (p0: bf16[28,16,32], p1: bf16[64,32]) -> (bf16[64,16], s8[4096]) {
+  %p1 = bf16[64,32]{1,0} parameter(1)
+  %p0 = bf16[28,16,32]{2,1,0} parameter(0)
+  %cut = bf16[1,16,32]{2,1,0} slice(%p0), slice={[26:27], [0:16], [0:32]}
+  %flat = bf16[16,32]{1,0} bitcast(%cut)
+  ROOT %call = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%p1, %flat), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
+}
+
+%two (q: f32[8]) -> (f32[8], bf16[64,32]) {
+  %q = f32[8]{0} parameter(0)
+  %wide = bf16[64,32]{1,0} broadcast(%q), dimensions={}
+  ROOT %both = (f32[8]{0}, bf16[64,32]{1,0}) tuple(%q, %wide)
+}
+
+ENTRY %main (a: bf16[28,16,32], b: f32[8]) -> bf16[64,16] {
+  %a = bf16[28,16,32]{2,1,0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %pair = (f32[8]{0}, bf16[64,32]{1,0}) fusion(%b), kind=kLoop, calls=%two
+  %product = (bf16[64,16]{1,0}, s8[4096]{0}) fusion(%a, %pair#1), kind=kCustom, \
+calls=%sliced
+  ROOT %out = bf16[64,16]{1,0} get-tuple-element(%product), index=0
+}
+"""
+
+
+def test_library_calls_with_a_slice_before_them():
+    found = hlo.count(SLICED)
+    assert (found.matmuls, found.matmul_flops) == (1, 2 * 64 * 16 * 32)
+    assert found.custom_calls == {"__cublas$lt$matmul": 1}
+    # Of the 28 matrices one is read; the library's own space is not counted.
+    assert found.traffic["matmul"] == 2 * (16 * 32 + 64 * 32 + 64 * 16)

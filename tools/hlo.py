@@ -133,30 +133,28 @@ class _Counter:
 
     def _one(self, where: Computation, made: Instruction, times: int) -> None:
         """One instruction of the schedule: an operation, or a fusion of several."""
-        target = made.attribute("custom_call_target").strip('"')
         idle = made.opcode in FREE or made.opcode.endswith("-done")
-        if idle or target in NO_WORK:
+        if idle or made.target in NO_WORK:
             return
         inside = [(where, made)]
-        if made.opcode == "fusion":
+        if made.opcode == "fusion":  # of a library's call, too, with a slice before it
             inside = list(self._fused(self._called(made, "calls")))
-        matmuls = [part for part in inside if part[1].opcode in MATMULS]
-        if target.startswith(LIBRARY_PRODUCTS):
-            matmuls = inside
+        library = any(i.target.startswith(LIBRARY_PRODUCTS) for _, i in inside)
+        products = (*MATMULS, "custom-call") if library else MATMULS
+        matmuls = [part for part in inside if part[1].opcode in products]
+        targets = [i.target for _, i in inside if i.target]
         collectives = [part for part in inside if part[1].base in COLLECTIVES]
         for part in collectives:
             self._collective(*part, times)
-        if target:
-            self.counts.custom_calls[target] += times
-        kind = "matmul" if matmuls else "custom" if target else "elementwise"
+        self.counts.custom_calls.update(dict.fromkeys(targets, times))
+        kind = "matmul" if matmuls else "custom" if targets else "elementwise"
         kind = "copy" if made.base in ("copy", "slice") else kind
-        if target.startswith(LIBRARY_PRODUCTS):  # not the library's own space, bytes
-            workspace = sum(x.moved for x in made.leaves if x.dtype in ("s8", "u8"))
-            moved = self._sides(where, made) - workspace
-        elif not collectives:
-            moved = self._moved(where, made)
-        else:  # the fusion's own type holds the collective's buffers, too
+        if collectives:  # the fusion's own type holds the collective's buffers, too
             moved = sum(self._sides(*part) for part in matmuls)
+        else:
+            moved = self._moved(where, made)
+        if library:  # not the library's own space, bytes
+            moved -= sum(x.moved for x in made.leaves if x.dtype in ("s8", "u8"))
         self.counts.traffic[kind] += times * moved
         if matmuls:
             flops = sum(self._matmul(*part, times) for part in matmuls)

@@ -1,7 +1,8 @@
 """The text of an optimised HLO module, read into instructions.
 
 `compiled.as_text()` is XLA's own listing of one device's program: computations, one
-instruction a line, `%name = type opcode(operands), attributes`.
+instruction a line, `%name = type opcode(operands), attributes`. Newer ones have no
+get-tuple-element where they can say `%name#2`.
 """
 
 import itertools
@@ -49,6 +50,11 @@ class Instruction:
         return found.group(1).lstrip("%") if found else ""
 
     @property
+    def target(self) -> str:
+        """Of a custom call, else ""."""
+        return self.attribute("custom_call_target").strip('"')
+
+    @property
     def base(self) -> str:
         """The opcode without -start."""
         return self.opcode.removesuffix("-start")
@@ -78,6 +84,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif line.startswith("}"):
             current = None
         elif current and (made := _instruction(line)):
+            for part in (name for name in made.operands if "#" in name):
+                whole, _, place = part.partition("#")
+                leaf = current.instructions[whole].leaves[int(place)]
+                element = Instruction(part, "get-tuple-element", (leaf,), (whole,), "")
+                current.instructions[part] = element
             current.instructions[made.name] = made
             if line.lstrip().startswith("ROOT"):
                 current.root = made.name
@@ -97,7 +108,7 @@ def _instruction(line: str) -> Instruction | None:
     inside = rest[:end]
     # Of a constant or a parameter the brackets hold its value or number.
     literal = opcode in ("constant", "parameter")
-    operands = () if literal else tuple(re.findall(r"%([\w.\-]+)", inside))
+    operands = () if literal else tuple(re.findall(r"%([\w.\-#]+)", inside))
     text = rest if literal else rest[end + 1 :]
     return Instruction(found.group(1), opcode, _leaves(kind), operands, text)
 
