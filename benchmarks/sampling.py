@@ -94,6 +94,8 @@ def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
             raise UserError(f"{config.name}: samples are not finite")
     speed = mesh.size * matmul_speed(jnp.dtype(config.sampling.dtype))
     chip = of_device(jax.devices()[0].device_kind)
+    own = config.override({"model.dtype": config.sampling.dtype})
+    attention = Program(own, mesh).running.attention
     base, rows = cases["guided everywhere"].seconds, []
     for name, case in cases.items():
         rate = spread(images / np.array(case.seconds))
@@ -104,6 +106,8 @@ def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
             "case": f"{config.name}, {name}",
             "batch_size": images,
             "method": config.sampling.method,
+            "dtype": own.model.dtype,
+            "attention": attention,
             "steps": config.sampling.steps,
             "network_rows": evaluated,
             "images_per_second": rate,

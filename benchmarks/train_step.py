@@ -60,7 +60,7 @@ def describe(run: Timed, matmul: float) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "tokens": config.grid**2,
         "dtype": config.model.dtype,
-        "attention": config.model.attention,
+        "attention": run.program.running.attention,
         "remat": config.model.remat,
         "scan": config.model.scan,
         "mesh": vars(config.mesh),

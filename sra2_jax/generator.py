@@ -86,6 +86,9 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         keys = _keys(config, NOISE, indices)
+        # Once, not in every step, which would convert them alike.
+        cast = lambda path, x: x if path[-1].key == "embedding" else x.astype(s.dtype)  # noqa: E731
+        params = jax.tree_util.tree_map_with_path(cast, params)
 
         def noise(i: Array | int) -> Array:
             draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731

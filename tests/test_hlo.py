@@ -208,7 +208,7 @@ def test_elementwise_bytes():
     assert counts.traffic == {"elementwise": 2 * 40}
 
 
-# As jax 0.11.2 writes for a GPU: cuBLAS's call in a fusion with the slice before it, and
+# As jax 0.11.2 writes for a GPU: cuBLAS's call in a fusion with the slice before it,
 # the second result of a fusion as %pair#1.
 SLICED = """
 HloModule jit_step, is_scheduled=true
