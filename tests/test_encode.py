@@ -224,6 +224,67 @@ def test_tfds_source(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("heavy")
+def test_tfds_datasets_that_are_not_prepared_or_have_other_labels(
+    tmp_path, monkeypatch
+):
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    kinds = {
+        "Good": tfds.features.ClassLabel(names=["x", "y"]),
+        "Scalar": tfds.features.Scalar(np.int64),
+        "Bare": None,
+    }
+
+    class Made(tfds.core.GeneratorBasedBuilder):
+        """Images made on the spot."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        label = None
+
+        def _info(self):
+            features = {"image": tfds.features.Image(encoding_format="png")}
+            if self.label:
+                features["label"] = self.label
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, downloads):
+            if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
+                downloads.manual_dir  # noqa: B018
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                row = {"image": np.full((20, 24, 3), i, np.uint8)}
+                yield i, row | ({"label": i % 2} if self.label else {})
+
+    for name, label in kinds.items():
+        type(f"Made{name}", (Made,), {"label": label, "pkg_dir_path": tmp_path})
+    about = "put it there by hand"
+    manual = {"MANUAL_DOWNLOAD_INSTRUCTIONS": about, "pkg_dir_path": tmp_path}
+    type("MadeByHand", (Made,), manual)
+
+    rows = images.read(images.open_source("tfds:made_good", "train"), SIDE)
+    assert sorted((int(image.mean()), label) for _, _, image, label in rows) == [
+        (0, 0),
+        (1, 1),
+        (2, 0),
+    ]
+    for name in ("scalar", "bare"):
+        with pytest.raises(
+            UserError, match=r"an image and a ClassLabel label; has the"
+        ):
+            images.open_source(f"tfds:made_{name}", "train")
+        assert len(open_images(f"tfds:made_{name}", SIDE)) == 3
+    with pytest.raises(UserError, match=r"made_by_hand cannot be prepared \(Assertion"):
+        images.open_source("tfds:made_by_hand", "train")
+
+
+@pytest.mark.usefixtures("heavy")
 def test_encoded_latents_are_those_of_the_vae(folder, encoded):
     out, info = encoded
     assert info == records.LatentsInfo.read(out)

@@ -67,12 +67,16 @@ class ImageSource:
 
 
 def open_source(
-    spec: str | os.PathLike, split: str, classes: str | os.PathLike = ""
+    spec: str | os.PathLike,
+    split: str,
+    classes: str | os.PathLike = "",
+    labelled: bool = True,
 ) -> ImageSource:
     """List the images of a source, see SPECS.
 
     split: to read of a source that has splits, unless `spec` names one; classes: file
-    with the names of a folder's classes, one a line, in their order.
+    with the names of a folder's classes, one a line, in their order; labelled: whether
+    a dataset must have labels.
 
     Raises UserError: an unknown source, or one without images.
     """
@@ -81,7 +85,7 @@ def open_source(
         return _digits(split)
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")
-        return _tfds(name, own_split or split)
+        return _tfds(name, own_split or split, labelled)
     return _folder(Path(spec), classes)
 
 
@@ -170,7 +174,7 @@ def _digits(split: str) -> ImageSource:
     return ImageSource("digits", count, 10, names, _any_of(entry, count), listing)
 
 
-def _tfds(name: str, split: str) -> ImageSource:
+def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
     tensorflow()
     import tensorflow_datasets as tfds
 
@@ -180,18 +184,27 @@ def _tfds(name: str, split: str) -> ImageSource:
         raise UserError(
             f"tfds:{name}: TFDS has no such dataset; see `tfds.list_builders()`"
         ) from None
-    builder.download_and_prepare()
-    features, splits = builder.info.features or {}, builder.info.splits
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # no network, no manual download, no disk: of any kind
+        raise UserError(
+            f"tfds:{name} cannot be prepared ({one_line(error)}): prepare it with "
+            "TFDS, see its page there; TFDS_DATA_DIR says where prepared ones are"
+        ) from error
+    features = dict((builder.info.features or {}).items())
+    splits = builder.info.splits
+    label = features.get("label")
     if (
-        not {"image", "label"} <= set(features)
+        "image" not in features
+        or (labelled and not isinstance(label, tfds.features.ClassLabel))
         or split not in splits
         or not splits[split].num_examples
     ):
+        kinds = {key: type(feature).__name__ for key, feature in features.items()}
         raise UserError(
-            f"tfds:{name}: needs a split {split!r} of 'image' and 'label'; has the "
-            f"splits {sorted(splits)} of {sorted(features)}; give tfds:{name}:SPLIT"
+            f"tfds:{name}: needs a split {split!r} of an image and a ClassLabel label; "
+            f"has the splits {sorted(splits)} of {kinds}; give tfds:{name}:SPLIT"
         )
-    label = features["label"]
 
     def entries(indices: Collection[int] | None = None) -> Iterator[Entry]:
         # The encoded bytes: Pillow decodes them in our threads, and one image that
@@ -205,13 +218,14 @@ def _tfds(name: str, split: str) -> ImageSource:
         for index, row in enumerate(tfds.as_numpy(dataset)):
             if wanted is None or index in wanted:
                 load = partial(decode_rgb, io.BytesIO(row["image"]))
-                yield Entry(index, f"{name}/{split}/{index}", int(row["label"]), load)
+                number = int(row["label"]) if labelled else 0
+                yield Entry(index, f"{name}/{split}/{index}", number, load)
 
     return ImageSource(
         f"tfds:{name}",
         splits[split].num_examples,
-        label.num_classes,
-        tuple(label.names or ()),
+        label.num_classes if labelled else 1,
+        tuple(label.names or ()) if labelled else (),
         entries,
         f"{builder.info.full_name}:{split}",
         at_once=16,

@@ -73,7 +73,7 @@ def open_images(
         return _npz_images(spec)
     if resolution is None:
         raise UserError(f"{spec}: images of many sizes: give --resolution")
-    source = sources.open_source(spec, split)
+    source = sources.open_source(spec, split, labelled=False)
     return _decoded(spec, source.entries, source.length, resolution)
 
 
