@@ -17,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import center_crop, decode_rgb
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, one_line
 from sra2_jax.runtime import tensorflow
 
 SUFFIXES = (
@@ -193,7 +193,7 @@ def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
         ) from error
     features = dict((builder.info.features or {}).items())
     splits = builder.info.splits
-    label = features.get("label")
+    label: Any = features.get("label")
     if (
         "image" not in features
         or (labelled and not isinstance(label, tfds.features.ClassLabel))
