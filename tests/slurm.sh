@@ -113,7 +113,7 @@ until_row 3
 scancel --signal=TERM "$job"
 ended
 
-submit limited --time=1 --signal=TERM@40
+submit limited --time=2 --signal=TERM@40
 ended
 
 submit node_dies

@@ -189,6 +189,10 @@ def refused(path, config, run, **flags):
             {"model.depth": 3, "data.num_classes": 9, "eval.features": ""},
             "--config.model.depth=2 (now 3), --config.data.num_classes=10 (now 9)",
         ),
+        (
+            {"data.num_classes": 11, "eval.features": ""},
+            "its 11 labels leave none for the null label",
+        ),
         ({"model.mlp_ratio": 2.0}, "--config.model.mlp_ratio=4.0 (now 2.0)"),
         ({"model.heads": 4}, "--config.model.heads=2 (now 4)"),
         ({"align.vae.head_width": 8}, "linear_0/bias is (32,), (8,) expected"),
@@ -272,8 +276,8 @@ def test_nothing_is_overwritten_or_left_half(tiny, tmp_path, monkeypatch):
             export_run(str(run), out, **flags)
         assert sorted(tmp_path.rglob("*")) == before
 
-    for out in (path, tmp_path / "a.pt", tmp_path / "none" / "a.npz"):
-        export_refused(out, "a new .safetensors or .npz in a folder that exists")
+    export_refused(path, "exists already")
+    export_refused(tmp_path / "a.pt", r"must end in \.safetensors or \.npz")
     export_refused(tmp_path / "a.npz", "no checkpoint of step 9", step=9)
     monkeypatch.setattr(files, "save_file", full)
     export_refused(tmp_path / "a.safetensors", "No space left")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import EncodeOptions, encode, main
@@ -45,7 +45,9 @@ def folder(tmp_path_factory):
     rgb = [Image.fromarray(pixels(h, w, 3)) for h, w in [(40, 20), (16, 16), (17, 33)]]
     for i, image in enumerate(rgb):
         image.save(folder / "ant" / f"{i}.JPEG", "jpeg", quality=95)
-    rgb[0].save(folder / "ant" / "a.png")
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("of the camera", "x" * 2**21, zip=True)
+    rgb[0].save(folder / "ant" / "a.png", pnginfo=comment)
     rgb[1].save(folder / "ant" / "b.bmp")
     rgb[2].save(folder / "ant" / "c.webp", lossless=True)
     Image.fromarray(pixels(30, 30)).save(folder / "bee" / "grey.png")

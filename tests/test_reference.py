@@ -58,8 +58,10 @@ def test_other_files_of_the_same_network(tiny):
     weights = random_weights(tiny, 0)
     older = {k.replace("blocks.1.", "decoder_blocks.0."): v for k, v in weights.items()}
     drifted = weights | {"pos_embed": weights["pos_embed"] * np.float32(1 + 2e-4)}
-    for file in (older, drifted, {f"module.{k}": v for k, v in weights.items()}):
-        _, params, heads = from_reference(file, HEAD_NAMES)
+    wrapped = {f"module.{k}": v for k, v in weights.items()}
+    bare = changed(weights, pos_embed=None)  # of trained parameters alone
+    for file in (older, drifted, wrapped, bare):
+        _, params, heads = from_reference(file, HEAD_NAMES, size=4)
         again = to_reference(params, heads, HEAD_NAMES, size=4, patch_size=1)
         assert_same(again, weights)
 

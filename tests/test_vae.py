@@ -36,6 +36,19 @@ def folder(tmp_path):
     return shutil.copytree(GOLDEN, tmp_path / "vae")
 
 
+def test_folders_of_pipelines_and_of_half_precision(folder, golden_vae):
+    weights = load_file(folder / WEIGHTS)
+    half = {name: tensor.astype(np.float16) for name, tensor in weights.items()}
+    save_file(half, folder / WEIGHTS.replace(".safetensors", ".fp16.safetensors"))
+    (folder / WEIGHTS).unlink()
+    _, params = load_vae(str(folder))
+    rounded = jax.tree.map(
+        lambda x: np.asarray(x).astype(np.float16).astype(np.float32), golden_vae[1]
+    )
+    assert_same_tree(params, rounded)
+    refused(load_vae, folder.parent, "a whole pipeline: give ", "/vae")
+
+
 # The network; its golden cases are in test_verify
 
 

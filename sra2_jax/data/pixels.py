@@ -5,8 +5,9 @@ import math
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes of a comment; Pillow refuses 1 MB
 THIN = 64  # times as long as wide
 
 

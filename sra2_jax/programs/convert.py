@@ -101,7 +101,9 @@ def _trees(
     sets = {}
     for name, weights in contents.sets.items():
         try:
-            settings, network, heads = from_reference(weights, HEAD_NAMES)
+            settings, network, heads = from_reference(
+                weights, HEAD_NAMES, config.latents.size
+            )
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
         if contents.heads:
@@ -122,6 +124,11 @@ def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> Non
     # the file has a whole number of hidden channels
     if int(width * ratio + 1e-6) == round(width * settings["mlp_ratio"]):
         settings["mlp_ratio"] = ratio
+    if settings["num_classes"] + 1 == config.data.num_classes:
+        raise UserError(
+            f"{path}: its {config.data.num_classes} labels leave none for the null "
+            "label, which guidance and label dropout need: it cannot be used here"
+        )
     keys = {KEYS.get(name, f"model.{name}"): x for name, x in settings.items()}
     ours = config.flat()
     wrong = [

@@ -71,6 +71,8 @@ def fetch(source: str, weights: str) -> Path:
         return next(ASSETS.glob(f"*/{weights}")).parent
     folder = Path(source).expanduser()
     if folder.is_dir():
+        if not (folder / CONFIG).exists() and (folder / "vae" / CONFIG).exists():
+            raise UserError(f"{source}: is a whole pipeline: give {source}/vae")
         return folder
     hub_id = HUB_ID.fullmatch(source)
     wanted = f"give a folder with {CONFIG} and {weights}"
@@ -96,6 +98,9 @@ def fetch(source: str, weights: str) -> Path:
 
 def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
     """All tensors of a folder by their name. Raises UserError: a damaged file."""
+    if not any((folder / (weights + end)).exists() for end in ("", INDEX)):
+        half = weights.replace(".safetensors", ".fp16.safetensors")
+        weights = half if (folder / half).exists() else weights
     index, names = folder / (weights + INDEX), {weights}
     tensors: dict[str, np.ndarray] = {}
     with _blamed(index):

@@ -48,7 +48,7 @@ POSITION_TOLERANCE = 5e-3
 
 
 def from_reference(
-    weights: Mapping[str, np.ndarray], names: HeadNames
+    weights: Mapping[str, np.ndarray], names: HeadNames, size: int | None = None
 ) -> tuple[dict[str, Any], Params, dict[str, Params]]:
     """Convert the state dict of a SiT, with or without heads.
 
@@ -57,6 +57,7 @@ def from_reference(
         Prefixes of PyTorch's wrappers are dropped, and the `decoder_blocks` of older
         REPA files follow their `blocks`.
       names: of the heads, see `alignment.HEAD_NAMES`.
+      size: of the latent grid, for a file without the fixed table of positions.
 
     Returns:
       (settings, params, heads): the DiT attributes that the shapes determine (all but
@@ -67,8 +68,8 @@ def from_reference(
     another position table than the fixed one.
     """
     weights = _plain_names(weights)
-    settings = _settings(weights)
-    del weights[POSITIONS]
+    settings = _settings(weights, size)
+    weights.pop(POSITIONS, None)
     heads = {}
     for section, (prefix, linear) in names.items():
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
@@ -147,7 +148,7 @@ def _blocks(names: Iterable[str]) -> int:
     return max((int(m[1]) + 1 for m in found if m), default=0)
 
 
-def _settings(weights: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(weights: Mapping[str, Any], size: int | None) -> dict[str, Any]:
     """The DiT attributes that the shapes determine, each from one tensor."""
 
     def shape(name: str, rank: int) -> Shape:
@@ -160,9 +161,11 @@ def _settings(weights: Mapping[str, Any]) -> dict[str, Any]:
     rows, _ = shape("y_embedder.embedding_table.weight", 2)
     (hidden,) = shape("blocks.0.mlp.fc1.bias", 1)
     (outputs,) = shape("final_layer.linear.bias", 1)
-    _, tokens, _ = shape(POSITIONS, 3)
+    if size is None or POSITIONS in weights:
+        _, tokens, _ = shape(POSITIONS, 3)
+        size = _grid(weights[POSITIONS], tokens, width) * p
     return {
-        "size": _grid(weights[POSITIONS], tokens, width) * p,
+        "size": size,
         "channels": channels,
         "patch_size": p,
         "width": width,
