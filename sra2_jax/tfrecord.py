@@ -217,4 +217,4 @@ def integers(varints: np.ndarray) -> np.ndarray:
     """uint8 (N, bytes), varints of one size -> int64 (N,)."""
     shifts = 7 * np.arange(varints.shape[1], dtype=np.uint64)
     parts = (varints & 127).astype(np.uint64) << shifts
-    return np.bitwise_or.reduce(parts, axis=1).view(np.int64)
+    return parts.sum(axis=1, dtype=np.uint64).view(np.int64)  # of other bits each

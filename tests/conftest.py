@@ -33,6 +33,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 ROOT = Path(__file__).parents[1]
+# Digits and compiled figures are recorded with the pinned version.
+pinned = pytest.mark.skipif(
+    f"jax=={version('jax')}\n" not in (ROOT / "requirements.txt").read_text(),
+    reason="recorded with the jax of requirements.txt",
+)
 sys.path.insert(0, str(ROOT))
 
 # Shapes and types named in annotations are checked here and cost nothing elsewhere.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image, ImageOps
 
 from sra2_jax.data import images, records
@@ -91,21 +93,22 @@ class Killed(BaseException):
 @pytest.mark.parametrize("number", [1, 2, 3, *range(8, 16)])
 def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, number):
     out, count = tmp_path / "latents", 0
-    calls = {name: getattr(Path, name) for name in ("rename", "replace", "unlink")}
+    names = ("rename", "replace", "unlink")
+    kinds = Path, type(epath.Path(tmp_path))  # etils' own do not call pathlib's
 
-    def dying(name):
+    def dying(original):
         def call(*arguments, **named):
             nonlocal count
             count += arguments[0].exists()
             if count == number:
                 raise Killed
-            return calls[name](*arguments, **named)
+            return original(*arguments, **named)
 
         return call
 
     with monkeypatch.context() as patch:
-        for name in calls:
-            patch.setattr(Path, name, dying(name))
+        for kind, name in itertools.product(kinds, names):
+            patch.setattr(kind, name, dying(getattr(kind, name)))
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
         try:
             run(source, out)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import pinned
+
 ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixture_run"
 # Those that wrote it; the last two make processors round alike.
@@ -38,6 +40,7 @@ def command(*arguments):
     return done
 
 
+@pinned
 @pytest.mark.timeout(900)  # of a busy machine
 def test_goes_on_to_the_same_numbers(tmp_path):
     run = tmp_path / "run"

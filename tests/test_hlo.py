@@ -205,7 +205,8 @@ def test_elementwise_bytes():
         ((1, 10), ()),
         donate_argnums=0,
     )
-    assert counts.traffic == {"elementwise": 2 * 40}
+    # Newer versions read the place, two numbers, from memory.
+    assert counts.traffic["elementwise"] in (2 * 40, 2 * 40 + 8)
 
 
 # As jax 0.11.2 writes for a GPU: cuBLAS's call in a fusion with the slice before it,
