@@ -203,9 +203,9 @@ def keep_compiled(folder: Any) -> None:
     On accelerators: a CPU's are compiled for the very machine. JAX's own setting
     (JAX_COMPILATION_CACHE_DIR) wins.
     """
-    chosen = jax.config.read("jax_compilation_cache_dir")
-    if jax.default_backend() != "cpu" and not chosen:
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    name = "jax_compilation_cache_dir"
+    if jax.default_backend() != "cpu" and not getattr(jax.config, name):
+        jax.config.update(name, str(folder))
 
 
 @functools.cache
