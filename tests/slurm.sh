@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #
 # launch/slurm.sbatch on a real SLURM: a controller and two node daemons on this machine
-# (Debian: apt install slurm-wlm munge; as root). Not part of the suite: ten minutes.
+# (Debian: apt install slurm-wlm munge; as root). Not part of the suite: a quarter of an hour.
 #
 #   unshare --mount tests/slurm.sh [FOLDER]
 #
@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dir=${1:-$(mktemp -d)} python=${PYTHON:-.venv/bin/python}
-mkdir -p "$dir"/{spool1,spool2,state,munge}
+mkdir -p "$dir"/{state,munge,spool.node1,spool.node2}
 
 # Two nodes of one machine, each a name of the loopback (hence --mount).
 echo "127.0.0.1 localhost node1 node2 $(hostname)" > "$dir/hosts"
@@ -26,7 +26,7 @@ AuthType=auth/munge
 AuthInfo=socket=$dir/munge/socket
 CredType=cred/munge
 StateSaveLocation=$dir/state
-SlurmdSpoolDir=$dir/spool%n
+SlurmdSpoolDir=$dir/spool.%n
 SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmctldLogFile=$dir/slurmctld.log
@@ -46,8 +46,6 @@ NodeName=node1 NodeHostname=localhost Port=17001 CPUs=4 RealMemory=4000 Gres=gpu
 NodeName=node2 NodeHostname=localhost Port=17002 CPUs=4 RealMemory=4000 Gres=gpu:1
 PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 CONF
-sed -i "s|spool%n|spool.%n|" "$dir/slurm.conf"
-mkdir -p "$dir"/spool.node{1,2}
 echo 'Name=gpu File=/dev/zero' > "$dir/gres.conf"  # any device: jax takes the CPU
 export SLURM_CONF=$dir/slurm.conf JAX_PLATFORMS=cpu PYTHON=$python
 unset XLA_FLAGS
@@ -71,7 +69,7 @@ sinfo
 config=(--config=configs/quickstart.py --config.model.depth=2 --config.align.vae.depth=1
   --config.eval.features= --config.run.sample_every=100000 --config.sampling.steps=3
   --config.run.log_every=20 --config.run.checkpoint_every=20 --config.mesh.fsdp=2
-  --config.data.dir="$dir/latents" --config.steps="${STEPS:-400}")
+  --config.data.dir="$dir/latents" --config.steps="${STEPS:-300}")
 [[ -e $dir/latents/latents.json ]] || "$python" -m sra2_jax encode --images=digits \
   --vae=digits --resolution=32 --out="$dir/latents"
 
