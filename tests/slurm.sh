@@ -3,7 +3,7 @@
 # launch/slurm.sbatch on a real SLURM: a controller and two node daemons on this machine
 # (Debian: apt install slurm-wlm munge; as root). Not part of the suite: a quarter of an hour.
 #
-#   unshare --mount tests/slurm.sh [FOLDER]
+#   unshare --mount tests/slurm.sh [FOLDER]     CASES="whole limited" picks
 #
 # A run over two nodes; stopped by SIGTERM; by its time limit; by a node that dies. Each
 # time the job is queued again and its rows are those of the run that nothing stopped.
@@ -103,23 +103,25 @@ sys.exit(first != this)
 PY
 }
 
-submit whole
-ended
-
-submit terminated
-until_row 3
-scancel --signal=TERM "$job"
-ended
-
-submit limited --time=2 --signal=TERM@40
-ended
-
-submit node_dies
-until_row 3
-pkill -KILL -F "$dir/slurmd.node2.pid"
-pkill -KILL -f 'slurmstepd.*node2' || true
-sleep 45
-echo "after a node died: $(state) $(sinfo --noheader --format='%n %t' | paste -s -d,)"
-node node2
-ended
-echo "all four are as they should be"
+for case in ${CASES:-whole terminated limited node_dies}; do
+  case $case in
+  whole) submit "$case" ;;
+  terminated)
+    submit "$case"
+    until_row 3
+    scancel --signal=TERM "$job"
+    ;;
+  limited) submit "$case" --time=3 --signal=TERM@40 ;;  # up to a minute earlier
+  node_dies)
+    submit "$case"
+    until_row 3
+    pkill -KILL -F "$dir/slurmd.node2.pid"
+    pkill -KILL -f 'slurmstepd.*node2' || true
+    sleep 45
+    echo "after a node died: $(state) $(sinfo --noheader --format='%n %t' | paste -s -d,)"
+    node node2
+    ;;
+  esac
+  ended
+done
+echo "all is as it should be"
