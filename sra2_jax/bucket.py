@@ -4,6 +4,7 @@ its failures are OSErrors, as those of disks."""
 from typing import Any
 
 import gcsfs
+from fsspec.asyn import sync_wrapper
 
 from sra2_jax.errors import one_line
 
@@ -21,3 +22,5 @@ class Bucket(gcsfs.GCSFileSystem):  # type: ignore[misc]
             raise
         except Exception as error:  # HttpError, aiohttp's, google.auth's, requests'
             raise OSError(one_line(error)) from error
+
+    call = sync_wrapper(_call)  # what open files use; the parent's would not come here

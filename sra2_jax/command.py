@@ -59,8 +59,7 @@ def run_program(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `| head`
         os._exit(UNHEARD)
     except OSError as error:  # a disk, a folder, a network
-        text = " ".join(str(error).split())
-        leave(f"error: {text}: mend it and run again", MISTAKE)
+        leave(f"error: {error}: mend it and run again", MISTAKE)
     except KeyboardInterrupt:
         leave("interrupted", INTERRUPTED)
     sys.exit(status)

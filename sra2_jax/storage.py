@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +82,10 @@ def stat(path: Any) -> tuple[int, float]:
     return local.st_size, local.st_mtime
 
 
+def _upload(name: str, path: epath.Path) -> None:
+    backend.fsspec_backend.fs(path).put_file(name, str(path))
+
+
 @contextlib.contextmanager
 def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
     """A file to write and to seek in; at the end it has its name, or there is none."""
@@ -90,8 +93,7 @@ def whole_file(path: epath.Path) -> Iterator[IO[bytes]]:
         with tempfile.NamedTemporaryFile() as file:
             yield file
             file.flush()
-            bucket = backend.fsspec_backend.fs(path)
-            patiently(lambda: bucket.put_file(file.name, str(path)))
+            _upload(file.name, path)
         return
     fresh = path.parent / f"{path.name}.tmp"
     try:
@@ -150,16 +152,15 @@ class Appended:
         self._file.write(data)
         self._file.flush()
         if time.monotonic() - self._written >= self._pause:
-            self._upload()
+            self._finish()
 
     def close(self) -> None:
-        self._upload()
+        self._finish()
         self._file.close()
 
-    def _upload(self) -> None:
+    def _finish(self) -> None:
         if is_remote(self._path):
-            with whole_file(self._path) as file, open(self._file.name, "rb") as all_of:
-                shutil.copyfileobj(all_of, file)
+            patiently(lambda: _upload(self._file.name, self._path))
             self._written = time.monotonic()
 
 

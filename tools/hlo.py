@@ -146,7 +146,8 @@ class _Counter:
         collectives = [part for part in inside if part[1].base in COLLECTIVES]
         for part in collectives:
             self._collective(*part, times)
-        self.counts.custom_calls.update(dict.fromkeys(targets, times))
+        for target in targets:
+            self.counts.custom_calls[target] += times
         kind = "matmul" if matmuls else "custom" if targets else "elementwise"
         kind = "copy" if made.base in ("copy", "slice") else kind
         if collectives:  # the fusion's own type holds the collective's buffers, too

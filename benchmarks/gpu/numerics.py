@@ -123,9 +123,8 @@ def main() -> None:
     batch = {
         "mean": draw.standard_normal(shape).astype(np.float16),
         "std": np.full(shape, 0.1, np.float16),
-        "label": draw.integers(config.data.num_classes, size=shape[0]),
+        "label": draw.integers(config.data.num_classes, size=shape[0], dtype=np.int32),
     }
-    batch["label"] = batch["label"].astype(np.int32)
     facts = machine()
     print(facts, flush=True)
     total, exact = evaluate(config, params, batch, ("float32", "xla", "highest"))

@@ -31,7 +31,7 @@ OFF = "align.vae.enabled=false"
 REPA = f"{OFF} align.encoder.enabled=true align.encoder.source=features"
 SRA = f"{OFF} align.teacher.enabled=true"
 PLAIN = "model.scan=false model.remat=none"
-FLAGS = "--config.model.scan=false --config.model.remat=none"
+FLAGS = " ".join(f"--config.{key}" for key in PLAIN.split())
 
 
 @dataclass(frozen=True)

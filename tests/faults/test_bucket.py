@@ -121,6 +121,11 @@ def test_files_of_other_machines_are_seen(bucket, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
     bucket.remove("run/one")
     assert not (folder / "one").exists()
+    posts = itertools.count()  # the second sends what was written to an open file
+    bucket.fault = lambda method: 409 * (method == "POST" and next(posts) > 0)
+    with pytest.raises(OSError, match="409"):
+        (folder / "three").write_text("3")
+    bucket.fault = lambda method: 0
     file = storage.Appended(folder / "two", pause=60)
     for text in (b"3", b"4"):
         file.write(text)
