@@ -1,12 +1,16 @@
 """gcsfs' file system as a run needs it: it sees what other machines write, and all of
 its failures are OSErrors, as those of disks."""
 
+import logging
 from typing import Any
 
 import gcsfs
 from fsspec.asyn import sync_wrapper
 
 from sra2_jax.errors import one_line
+
+for client in ("fsspec", "gcsfs"):  # they log what they raise, with tracebacks
+    logging.getLogger(client).setLevel(logging.CRITICAL)
 
 
 class Bucket(gcsfs.GCSFileSystem):  # type: ignore[misc]

@@ -109,7 +109,7 @@ def test_a_bucket_that_stumbles(begin, bucket):
     assert "Traceback" not in run.text
 
 
-def test_files_of_other_machines_are_seen(bucket, monkeypatch):
+def test_files_of_other_machines_are_seen(bucket, monkeypatch, caplog):
     for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(backend, "fsspec_backend", type(backend.fsspec_backend)())
@@ -126,6 +126,12 @@ def test_files_of_other_machines_are_seen(bucket, monkeypatch):
     with pytest.raises(OSError, match="409"):
         (folder / "three").write_text("3")
     bucket.fault = lambda method: 0
+    with (folder / "two").open("rb") as opened:
+        bucket.fault = lambda method: 404
+        with pytest.raises(OSError, match="two"):
+            opened.read()
+    bucket.fault = lambda method: 0
+    assert not caplog.records
     file = storage.Appended(folder / "two", pause=60)
     for text in (b"3", b"4"):
         file.write(text)
