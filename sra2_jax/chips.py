@@ -47,7 +47,7 @@ class Chip:
     compiler: str = "libtpu"  # the package that compiles for it
 
 
-CUDA = "jax-cuda12-pjrt"
+CUDA = f"jax-cuda{13 if importlib.util.find_spec('jax_cuda13_plugin') else 12}-pjrt"
 CHIPS = {
     chip.name: chip
     for chip in (

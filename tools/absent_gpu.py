@@ -36,12 +36,13 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 9 }
 """
 CAPABILITY, CUDNN = (9, 0), 91000
+TOOLS = {"jax_cuda12_plugin": "nvidia.cuda_nvcc", "jax_cuda13_plugin": "nvidia.cu13"}
 
 
 def find_devices(n: int) -> list[Any]:
     """n devices of one machine. Raises UserError: the packages are missing."""
-    plugin = importlib.util.find_spec("jax_cuda12_plugin")
-    tools = importlib.util.find_spec("nvidia.cuda_nvcc") if plugin else None
+    plugin = next(filter(importlib.util.find_spec, TOOLS), None)
+    tools = importlib.util.find_spec(TOOLS[plugin]) if plugin else None
     if not tools or not tools.submodule_search_locations:
         raise UserError(
             f"--topology=h200:{n} needs XLA's CUDA plugin and ptxas: "
