@@ -1,5 +1,6 @@
 """The training job: open, restore, and the loop, on one screen each."""
 
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
@@ -79,7 +80,7 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
 def batches(
     config: Config, program: Program, start: int = 0, folder: Any = None
 ) -> Generator[dict[str, jax.Array]]:
-    """Batches of steps start + 1, ... on the devices, read ahead.
+    """Batches of steps start + 1 ... config.steps on the devices, read ahead.
 
     folder: of the dataset, config.data.dir by default.
 
@@ -90,6 +91,7 @@ def batches(
     process = jax.process_index()
     folder = folder or config.data.dir
     rows = pipeline.batches(folder, order, start, program.fields, process, processes)
+    rows = itertools.islice(rows, config.steps - start)
     return pipeline.prefetch_to_device(rows, batch_sharding(program.mesh))
 
 

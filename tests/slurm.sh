@@ -89,7 +89,7 @@ until_row() {  # that many rows of metrics
   echo "no $1 rows in $WORKDIR: $(state)"; tail -20 "$dir/${WORKDIR##*/}.log"; exit 1
 }
 ended() {  # how the job ended; its rows are those of the first
-  for _ in {1..600}; do [[ -n $(state) ]] || break; sleep 1; done
+  for _ in {1..1800}; do [[ -n $(state) ]] || break; sleep 1; done
   scontrol show job "$job" | grep --only-matching --extended-regexp \
     'JobState=\w+|Restarts=[0-9]+|ExitCode=[0-9:]+' | paste --serial --delimiters=' '
   grep --no-filename 'launch:\|is saved' "$dir/${WORKDIR##*/}.log" | sort | uniq --count

@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -90,6 +92,20 @@ def test_tensorboard_through_clu(tmp_path):
 
 def without_speed(rows):
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in rows]
+
+
+def test_the_readmes_lines_of_python(finished, as_file, tmp_path):
+    """They end, with the numbers that main.py logs."""
+    config, workdir = finished
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (lines,) = re.findall("```python\n(import sra2_jax.*?)```", text, re.DOTALL)
+    script = tmp_path / "lines.py"
+    script.write_text(re.sub(r"load\(.*\)", f"load({str(as_file(config))!r})", lines))
+    found = runpy.run_path(str(script))
+    assert int(found["state"].step) == 4
+    last = next(r for r in rows(workdir) if r["step"] == 4 and "loss" in r)
+    assert float(found["metrics"]["loss"]) == last["loss"]
+    assert found["images"].shape == (3, 32, 32, 3)
 
 
 def test_what_a_run_leaves_behind(finished):

@@ -160,6 +160,8 @@ def main() -> None:
     cells = dict.fromkeys(cell_of(s, i) for s in a.guidance for i in a.interval)
     for cell in cells:  # fails before anything is loaded
         config.override(guidance_of(cell))
+    out = epath.Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
     runtime.join(a)
     held = open_images(a.reference, a.resolution, a.split)
     generate = generator.open_run(a.workdir, config, a.weights, a.step)
@@ -167,9 +169,7 @@ def main() -> None:
     features = make_features(a.features, a.inception, mesh, batch)
     settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
     settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
-    out = epath.Path(a.out)
     results = read_finished(out / FILE, settings) if (out / FILE).exists() else {}
-    out.mkdir(parents=True, exist_ok=True)
     reference = compare.summarise_reference(features, held, batch, manifold=True)
     for cell in cells:
         if cell not in results:
