@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.command import Parser, run_program
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.errors import UserError
@@ -39,7 +38,7 @@ def train(out: Path, name: str, seed: int, rest: list[str]) -> Path:
         f"--config.data.dir={out / 'latents'}",
         "--config.run.sample_every=1000000",
         "--config.eval.every=100",
-        *(f"--config.align.{s}.enabled={s in METHODS[name]}" for s in ALIGNMENTS),
+        *(f"--config.{key}={value}" for key, value in METHODS[name].items()),
         *rest,
     ]
     if subprocess.run(command).returncode:

@@ -1,9 +1,9 @@
-"""Time the sampler: guided everywhere, guided in the interval, and without guidance.
+"""Time the sampler: guided everywhere, in the interval, by the head, and not at all.
 
     python -m benchmarks.sampling --config=configs/sra2_xl.py --batch_size=256
 
 Latents only, with random weights (decoding is 0.5% of the work at XL/2). Every round
-runs all three. Network rows an image are what the interval leaves: two inside it, one
+runs all. Network rows an image are what the interval leaves: two inside it, one
 outside. Runs without TensorFlow.
 """
 
@@ -27,12 +27,21 @@ from sra2_jax.step import Program
 from sra2_jax.transport import Transport
 from tools.measure import machine, matmul_speed, spread, turns, write
 
-# name -> (guidance scale; None: the config's or 1.8, top of the interval)
-CASES: dict[str, tuple[float | None, float]] = {
-    "no guidance": (1.0, 1.0),
-    "guided in [0, 0.7]": (None, 0.7),
-    "guided everywhere": (None, 1.0),
-}
+
+def guidances(config: Config) -> dict[str, dict[str, float]]:
+    """What each case changes of config.sampling; the scale is the config's, or 1.8."""
+    scale = config.sampling.guidance
+    scale = 1.8 if scale == 1.0 else scale
+    none = dict.fromkeys(("guidance", "guidance_high", "head_guidance"), 1.0)
+    none |= {"guidance_low": 0.0}
+    cases = {
+        "no guidance": none,
+        "guided in [0, 0.7]": none | {"guidance": scale, "guidance_high": 0.7},
+        "guided everywhere": none | {"guidance": scale},
+    }
+    if config.align.vae.enabled:
+        cases["guided by the head"] = none | {"head_guidance": 1.4}
+    return cases
 
 
 @dataclass
@@ -66,22 +75,16 @@ def prepare(program: Program, params: Any, images: int) -> Case:
 
 
 def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
-    """Time the three cases by turns; figures of each, the keys of --json."""
+    """Time the cases by turns; figures of each, the keys of --json."""
     mesh = make_mesh()
     images = -(-config.sampling.batch_size // mesh.size) * mesh.size
-    network, wanted = Program(config, mesh).network, config.sampling.guidance
-    x = jnp.zeros((1, *config.latent_shape))
-    init = jax.jit(network.init, out_shardings=replicated(mesh))
-    zero = jnp.zeros(1), jnp.zeros(1, jnp.int32)
-    params = init(jax.random.key(0), x, *zero)["params"]
+    program = Program(config, mesh)
+    network, place = program.network, replicated(mesh)
+    params = jax.jit(lambda: program.init().params, out_shardings=place)()
     cases = {}
-    for name, (scale, high) in CASES.items():
-        guided = {
-            "sampling.guidance": scale or (1.8 if wanted == 1.0 else wanted),
-            "sampling.guidance_low": 0.0,
-            "sampling.guidance_high": high,
-        }
-        program = Program(config.override(guided), mesh)
+    for name, changes in guidances(config).items():
+        own = config.override({f"sampling.{k}": v for k, v in changes.items()})
+        program = Program(own, mesh)
         cases[name] = prepare(program, params, images)
         seconds = cases[name].compile_seconds
         print(f"{name}: compiled in {seconds:.1f} s", flush=True)

@@ -1,7 +1,7 @@
 """SRA on SiT-B/2, ImageNet 256 px (arXiv 2505.02831).
 
 Command: python main.py --config=configs/sra_b.py --config.data.dir=LATENTS
-Blocks 4 and 8, the defaults of the authors' loss. Not yet reproduced with this code.
+Blocks 3 and 8, as in the authors' script. Not yet reproduced with this code.
 """
 
 from ml_collections import ConfigDict

@@ -7,7 +7,7 @@
     state, step = program.start(), program.compile()
     for batch in sra.batches(config, program):
         state, metrics = step(state, batch)
-    images = sra.generate(program, state.ema["network"], labels=[0, 1], guidance=1.8)
+    images = sra.generate(program, state.ema, labels=[0, 1], guidance=1.8)
 
 Each name is imported from its module, below, when it is first used.
 """

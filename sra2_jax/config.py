@@ -69,9 +69,10 @@ class Transport(Section, where="transport"):
     time: Literal["uniform", "lognormal"] = key("uniform", "density of training times")
     time_mean: float = key(0.0, "of log(sigma / alpha), lognormal only", -100, 100)
     time_std: float = key(1.0, "see time_mean", 1e-6, 100)
+    time_shift: float = key(1.0, "s: all times become s t / (1 + (s - 1) t)", 1e-3, 1e3)
 
 
-Loss = Literal["smooth_l1", "l1", "l2", "cosine"]
+Loss = Literal["smooth_l1", "l1", "l2", "cosine", "cosine_tokens"]
 Schedule = Literal["constant", "linear", "cosine", "exponential"]
 
 
@@ -111,8 +112,8 @@ class AlignVAE(MLPAlignment, where="align.vae"):
 
     enabled: bool = other(Alignment, "enabled", True)
     head_layers: int = other(MLPAlignment, "head_layers", 5)
-    target: Literal["sample", "mean"] = key(
-        "sample", "what x_t is built from, or the mean"
+    target: Literal["sample", "mean", "velocity"] = key(
+        "sample", "the latent x_t is built from, its mean, or dx_t/dt (IG)"
     )
 
 
@@ -196,6 +197,11 @@ class Sampling(Section, where="sampling"):
     guidance_low: float = free(0.0, "guided where low <= t <= high", 0, 1)
     guidance_high: float = free(1.0, "see guidance_low", 0, 1)
     guidance_channels: int = free(0, "guide the first channels; 0 = all", 0, 2**12)
+    head_guidance: float = free(
+        1.0, "scale of guidance by align.vae's head; 1 = off", 0, 1000
+    )
+    head_guidance_low: float = free(0.0, "so guided where low <= t <= high", 0, 1)
+    head_guidance_high: float = free(1.0, "see head_guidance_low", 0, 1)
     rounding: Literal["truncate", "sit"] = free("truncate", "to uint8, as REPA or SiT")
     labels: Literal["random", "balanced"] = free(
         "random", "of scored samples; or i mod classes"
@@ -206,9 +212,10 @@ class Sampling(Section, where="sampling"):
     )
 
     def conflicts(self) -> Iterator[str]:
-        if self.guidance_low > self.guidance_high:
-            low, high = self.given("guidance_low"), self.given("guidance_high")
-            yield f"{low} must not exceed {high}"
+        for name in ("guidance", "head_guidance"):
+            low, high = f"{name}_low", f"{name}_high"
+            if getattr(self, low) > getattr(self, high):
+                yield f"{self.given(low)} must not exceed {self.given(high)}"
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,14 @@ class Config(Section):
         if self.sampling.guidance_channels > self.latents.channels:
             guided = self.given("sampling.guidance_channels")
             yield f"{guided} exceeds {self.given('latents.channels')}"
+        vae = self.align.vae
+        if self.sampling.head_guidance != 1 and (
+            not vae.enabled or vae.zscore or vae.loss.startswith("cosine")
+        ):
+            yield (
+                f"{self.given('sampling.head_guidance')} needs config.align.vae, whose "
+                "head predicts the latent: enabled, zscore off, loss not cosine"
+            )
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
         if self.eval.features == "digits" and not digits:
             yield (

@@ -24,10 +24,19 @@ SIZES = {
 # size -> blocks of align.vae, align.encoder, align.teacher and of the teacher itself.
 # XL and SRA 2 are published; for the others see docs/decisions.md.
 BLOCKS = {
-    "S": (2, 4, 4, 8),
-    "B": (2, 4, 4, 8),
-    "L": (8, 8, 8, 16),
+    "S": (2, 4, 3, 8),
+    "B": (2, 4, 3, 8),
+    "L": (8, 8, 6, 18),
     "XL": (8, 8, 8, 20),
+}
+# keys of align.vae that make it Internal Guidance (arXiv 2512.24176): a final layer on
+# the aligned block predicts the velocity as well
+INTERNAL_GUIDANCE = {
+    "target": "velocity",
+    "loss": "l2",
+    "weight": 0.5,
+    "head_layers": 1,
+    "head_final_layer": True,
 }
 # A model of the Hugging Face hub; no ".." may lead out of the folder of downloads.
 HUB_ID = re.compile(

@@ -50,6 +50,19 @@ def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b 
     return (255 * jnp.clip((images + 1) / 2, 0, 1)).astype(jnp.uint8)
 
 
+def guides(config: Config) -> bool:
+    """Whether samples are guided by the head of config.align.vae."""
+    return config.sampling.head_guidance != 1
+
+
+def needed(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What sampling takes of a state's `params` or `ema`."""
+    found = {"network": params["network"]}
+    if guides(config):
+        found["heads"] = {"vae": params["heads"]["vae"]}
+    return found
+
+
 def _keys(config: Config, purpose: int, indices: Any) -> Array:
     """A key for each image, of its index and the seed alone."""
     base = jax.random.fold_in(jax.random.key(config.seed), purpose)
@@ -71,7 +84,9 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 
 
 def make_sampler(program: Program) -> Callable[..., Array]:
-    """Jitted (network params, indices (B,), labels (B,)) -> scaled latents.
+    """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
+
+    params: {"network": tree}, with head guidance also {"heads": {"vae": tree}}.
 
     The noise of image i depends on (config.seed, i) alone, on no batch or devices.
     """
@@ -83,6 +98,8 @@ def make_sampler(program: Program) -> Callable[..., Array]:
     guidance = sampler.Guidance(
         s.guidance, s.guidance_low, s.guidance_high, s.guidance_channels
     )
+    head = sampler.Guidance(s.head_guidance, s.head_guidance_low, s.head_guidance_high)
+    align: Any = program.alignments["vae"] if guides(config) else None
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         keys = _keys(config, NOISE, indices)
@@ -94,10 +111,16 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
             return jax.vmap(draw)(keys)
 
-        def velocity(x: Array, t: Array, y: Array) -> Array:
+        def velocity(x: Array, t: Array, y: Array) -> Any:
+            network, inputs = program.running, (params["network"], x, t, y)
             with within(mesh):
-                output, _, _ = apply(program.running, params, x, t, y)
-            return transport.velocity(output, x, t)
+                if not align:
+                    return transport.velocity(apply(network, *inputs)[0], x, t)
+                output, kept, c = apply(network, *inputs, (align.depth,))
+                tokens = kept[align.depth]
+                early = apply(program.heads["vae"], params["heads"]["vae"], tokens, c)
+            early = align.velocity(early, x, t, network, transport)
+            return transport.velocity(output, x, t), early
 
         x = jax.lax.with_sharding_constraint(noise(s.steps), batch_sharding(mesh))
         return sampler.sample(
@@ -109,6 +132,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             steps=s.steps,
             transport=transport,
             guidance=guidance,
+            head=head,
             noise=noise,
         )
 
@@ -119,8 +143,8 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
-    vae, vae_params: the decoder; params: the network's, for calls without any;
-    settings: what its samples are, for the file they go to.
+    vae, vae_params: the decoder; params: a state's `params` or `ema`, for calls without
+    any; settings: what its samples are, for the file they go to.
     """
 
     program: Program
@@ -204,6 +228,7 @@ class Generator:
         Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
+        params = needed(self.config, params)
         batch, ahead = self.batch, None
         for start in range(0, len(indices), batch):
             # The last batch is filled up with copies: one shape, one compilation.
@@ -232,8 +257,8 @@ def generate(
 ) -> np.ndarray:
     """uint8 images (N, H, W, 3) of classes, with the program's VAE.
 
-    params: the network's, as state.ema["network"]; sampling: keys of config.sampling
-    to change, guidance=1.8.
+    params: of the network and its heads, as state.ema; sampling: keys of
+    config.sampling to change, guidance=1.8.
 
     Raises UserError: no such key, value or VAE.
     """
@@ -271,13 +296,13 @@ def open_run(
     program = Program(config, make_mesh())
     generator = Generator.of(program)
     key = "params" if weights == "raw" else weights
-    network = getattr(program.abstract, key)["network"]
+    params = needed(config, getattr(program.abstract, key))
     with Checkpoints(Run(workdir)) as checkpoints:
-        wanted = {key: {"network": network}, "step": program.abstract.step}
+        wanted = {key: params, "step": program.abstract.step}
         state = checkpoints.restore(wanted, step)
     facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
     settings = describe(config, **facts, versions=versions())
-    return replace(generator, params=state[key]["network"], settings=settings)
+    return replace(generator, params=state[key], settings=settings)
 
 
 def describe(config: Config, **more: Any) -> dict[str, Any]:

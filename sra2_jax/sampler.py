@@ -1,4 +1,5 @@
-"""Euler, Heun and Euler-Maruyama samplers with classifier-free guidance.
+"""Euler, Heun and Euler-Maruyama samplers with guidance: classifier-free, and by the
+prediction of an early block (Internal Guidance, arXiv 2512.24176).
 
 Each takes a velocity function and runs the whole trajectory in one `lax.scan`.
 Source: the samplers of SiT and REPA (`euler_sampler`, `euler_maruyama_sampler`).
@@ -6,6 +7,7 @@ Source: the samplers of SiT and REPA (`euler_sampler`, `euler_maruyama_sampler`)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from sra2_jax.transport import Transport
 
-Velocity = Callable[[Array, Array, Array], Array]
+Velocity = Callable[[Array, Array, Array], Any]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: v_null + scale (v_cond - v_null), scale 1 = off.
+    """weaker + scale (v - weaker) where low <= t <= high, scale 1 = off.
 
-    Applied where low <= t <= high; elsewhere the network runs once, on the
-    condition alone. `channels` limits it to the first channels (SiT's and DiT's own
-    published numbers guide 3 of 4); 0 means all.
+    Weaker is the velocity without a condition (classifier-free guidance: outside the
+    interval the network runs once, on the condition alone), or that of an early block.
+    `channels` limits it to the first channels (SiT's and DiT's own published numbers
+    guide 3 of 4); 0 means all.
     """
 
     scale: float = 1.0
@@ -33,23 +36,35 @@ class Guidance:
 
 
 def guided(
-    velocity: Velocity, y: Int[Array, " b"], null: int, guidance: Guidance
+    velocity: Velocity,
+    y: Int[Array, " b"],
+    null: int,
+    guidance: Guidance,
+    head: Guidance = Guidance(),
 ) -> Callable[[Array, Array, Array], Array]:
-    """(x, t, on) -> velocity, guided where the scalar `on` is true.
+    """(x, t, on) -> velocity, guided where the two of `on` say: by `guidance`, `head`.
 
-    The score is affine in the velocity, so guiding the velocity equals guiding the
-    drift of the SDE.
+    The head guides each call, with and without condition, before the two are mixed. The
+    score is affine in the velocity, so guiding the velocity equals guiding the drift of
+    the SDE.
     """
 
-    def conditional(x: Array, t: Array) -> Array:
-        return velocity(x, jnp.full(x.shape[:1], t, x.dtype), y)
+    def once(x: Array, t: Array, y: Array, on: Array) -> Array:
+        found = velocity(x, jnp.full(x.shape[:1], t, x.dtype), y)
+        if head.scale == 1.0:
+            return found
+        v, early = found
+        return jnp.where(on[1], early + head.scale * (v - early), v)
 
-    def both(x: Array, t: Array) -> Array:
+    def conditional(x: Array, t: Array, on: Array) -> Array:
+        return once(x, t, y, on)
+
+    def both(x: Array, t: Array, on: Array) -> Array:
         # Pairs side by side, so that a sharded batch stays where it is.
         b = x.shape[0]
         x2 = jnp.repeat(x, 2, axis=0)
         y2 = jnp.stack([y, jnp.full_like(y, null)], axis=1).reshape(2 * b)
-        v = velocity(x2, jnp.full(2 * b, t, x.dtype), y2)
+        v = once(x2, t, y2, on)
         v = v.reshape(b, 2, *x.shape[1:])
         cond, uncond = v[:, 0], v[:, 1]
         mixed = uncond + guidance.scale * (cond - uncond)
@@ -58,8 +73,8 @@ def guided(
 
     def evaluate(x: Array, t: Array, on: Array) -> Array:
         if guidance.scale == 1.0:
-            return conditional(x, t)
-        return jax.lax.cond(on, both, conditional, x, t)
+            return conditional(x, t, on)
+        return jax.lax.cond(on[0], both, conditional, x, t, on)
 
     return evaluate
 
@@ -69,12 +84,15 @@ def time_grid(
 ) -> np.ndarray:
     """The steps + 1 times of a trajectory, descending, float64.
 
-    The SDE ends with one noise-free step of size `last_step` (reference: 0.04).
+    The SDE ends with one noise-free step from `last_step` (reference: 0.04). All times
+    are shifted as those of training.
     """
     end, start = transport.sample_range
     if method == "euler_maruyama":
-        return np.append(linspace(start, last_step, steps), end)
-    return linspace(start, end, steps + 1)
+        times = np.append(linspace(start, last_step, steps), end)
+    else:
+        times = linspace(start, end, steps + 1)
+    return transport.shifted(times)
 
 
 def linspace(start: float, end: float, count: int) -> np.ndarray:
@@ -95,11 +113,13 @@ def sample(
     transport: Transport,
     noise: Callable[[Array], Array],
     guidance: Guidance = Guidance(),
+    head: Guidance = Guidance(),
 ) -> Float[Array, "b h w c"]:
     """Integrate from noise x at t = 1 to a sample at t = 0.
 
     Args:
-      velocity: (x, t (B,), y (B,)) -> dx/dt; guidance doubles B.
+      velocity: (x, t (B,), y (B,)) -> dx/dt, with `head` a pair of it and of an early
+        block's; guidance doubles B.
       x: unit Gaussian noise; its dtype is the dtype of the whole computation.
       y: labels; null: the label that stands for no condition.
       method: "euler" or "heun" (ODE), "euler_maruyama" (SDE with g^2 = 2t).
@@ -108,14 +128,14 @@ def sample(
       noise: step number -> unit Gaussian noise shaped like x; only the SDE calls it.
     """
     times = time_grid(method, steps, transport)
-    inside = (guidance.low <= times) & (times <= guidance.high)
+    inside = [(g.low <= times) & (times <= g.high) for g in (guidance, head)]
     rows = (
         jnp.asarray(times[:-1], x.dtype),
         jnp.asarray(times[1:] - times[:-1], x.dtype),
-        jnp.asarray(inside[:-1]),
+        jnp.asarray(np.stack(inside, axis=1)[:-1]),
         jnp.arange(steps),
     )
-    evaluate = guided(velocity, y, null, guidance)
+    evaluate = guided(velocity, y, null, guidance, head)
 
     def drift(x: Array, t: Array, on: Array) -> Array:
         """The SDE's drift, v - g^2 score / 2 with g^2 = 2t."""

@@ -140,12 +140,12 @@ class Loop:
         try:
             if 0 < self.step < steps:
                 with self.log.paused():
-                    self.observer.observe(self.step, self.ema, resumed=True)
+                    self.observer.observe(self.step, self.state.ema, resumed=True)
             while self.step < steps:
                 with self.watch.interruptible("data"):
                     batch = next(batches)
                 self.advance(batch)
-            self.observer.finish(steps, self.ema)
+            self.observer.finish(steps, self.state.ema)
         except Stop:
             self.stop()
         except jax.errors.JaxRuntimeError as error:
@@ -153,10 +153,6 @@ class Loop:
                 raise
             line = f"another process is lost ({one_line(error)}): {runtime.AGAIN}"
             raise Restart(line) from error
-
-    @property
-    def ema(self) -> Any:
-        return self.state.ema["network"]
 
     def advance(self, batch: dict[str, jax.Array]) -> None:
         """One step, and what is due after it. Raises Stop on all processes at once."""
@@ -178,7 +174,7 @@ class Loop:
                 if saving:  # first: scoring may take long, and be cut off
                     self.save()
                 if observing:
-                    self.observer.observe(self.step, self.ema)
+                    self.observer.observe(self.step, self.state.ema)
                 if saving:
                     self.observer.report()
         if stop:

@@ -4,6 +4,8 @@ Here t = 0 is data and t = 1 noise: x_t = alpha(t) x + sigma(t) eps. The referen
 of SiT runs time the other way. Source: SiT (arXiv 2401.08740) `transport/path.py`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -68,13 +70,23 @@ class Transport(config.Transport):
         """(last, first) time of a sampled trajectory; SiT's `sample_eps`."""
         return (1e-3, 1.0) if self.path == "vp" else self.train_range
 
+    def shifted(self, t: Any) -> Any:
+        """Times moved towards noise for `time_shift` above 1, in training and sampling.
+
+        SD3's (arXiv 2403.03206, eq. 23); RAE takes sqrt(numbers in a latent / 4096).
+        """
+        s = self.time_shift
+        return t if s == 1 else s * t / (1 + (s - 1) * t)
+
     def sample_times(self, key: Array, n: int) -> Float[Array, " n"]:
         """Draw n training times, float32, inside `train_range`."""
         low, high = self.train_range
         if self.time == "uniform":
-            return jax.random.uniform(key, (n,), minval=low, maxval=high)
-        log_ratio = self.time_mean + self.time_std * jax.random.normal(key, (n,))
-        return jnp.clip(_time_of_noise_ratio(self.path, jnp.exp(log_ratio)), low, high)
+            t = jax.random.uniform(key, (n,), minval=low, maxval=high)
+        else:
+            ratio = self.time_mean + self.time_std * jax.random.normal(key, (n,))
+            t = _time_of_noise_ratio(self.path, jnp.exp(ratio))
+        return jnp.clip(self.shifted(t), low, high)
 
     def _at(self, t: Array, x: Array) -> tuple[Array, Array, Array, Array]:
         values = coefficients(self.path, t)
@@ -93,14 +105,23 @@ class Transport(config.Transport):
     def velocity(self, output: Array, x_t: Array, t: Array) -> Array:
         """Velocity dx_t/dt from the network's output.
 
-        Singular at t = 1 for "noise" (linear, gvp) and at t = 0 for "data".
+        Singular at t = 1 for "noise" (linear, gvp).
         """
         if self.prediction == "velocity":
             return output
+        if self.prediction == "data":
+            return self.towards(output, x_t, t)
         alpha, sigma, d_alpha, d_sigma = self._at(t, x_t)
-        if self.prediction == "noise":
-            return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
-        return d_alpha * output + d_sigma * (x_t - alpha * output) / sigma
+        return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
+
+    def towards(self, clean: Array, x_t: Array, t: Array) -> Array:
+        """Velocity dx_t/dt where E[x | x_t] is `clean`, the inverse of `data`.
+
+        The noise is (x_t - alpha clean) / sigma, without bound as t goes to 0: there t
+        counts as 1e-3, where training on "data" begins.
+        """
+        alpha, sigma, d_alpha, d_sigma = self._at(jnp.maximum(t, 1e-3), x_t)
+        return d_alpha * clean + d_sigma * (x_t - alpha * clean) / sigma
 
     def score(self, velocity: Array, x_t: Array, t: Array) -> Array:
         """Score grad log p_t(x_t) from the velocity; finite for t > 0.

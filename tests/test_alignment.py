@@ -18,6 +18,9 @@ def test_cosine_is_over_channels_and_safe_at_zero():
     b = jnp.array([[[3.0, 0.0], [0.0, -1.0], [1.0, 0.0]]])
     ours = elementwise("cosine", a, b, 0.0)
     np.testing.assert_allclose(ours[0], [0, 2, 1 - 0.5**0.5], atol=1e-6)
+    tokens = elementwise("cosine_tokens", a, b, 0.0)  # one for each channel
+    channels = [1 - 4 / 20**0.5, 1 + 2 / 5**0.5]
+    np.testing.assert_allclose(tokens[0], channels, atol=1e-6)
     gradient = jax.grad(lambda x: elementwise("cosine", x, b, 0.0).sum())(a * 0)
     assert jnp.isfinite(gradient).all()
 

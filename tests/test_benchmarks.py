@@ -71,7 +71,7 @@ def test_sizes_of_train_step_are_checked(small):
 def test_sampling(small, tmp_path):
     flags = [f"--config={small}", "--batch_size=8", "--rounds=1"]
     text, rows = benchmark("sampling", tmp_path, *flags)
-    assert [row["network_rows"] for row in rows] == [3, 5, 6]
+    assert [row["network_rows"] for row in rows] == [3, 5, 6, 3]
     assert rows[2]["time_over_guided"] == 1
     assert "guided in [0, 0.7]" in text
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from sra2_jax.config import Config
+from sra2_jax.generator import make_sampler
 from sra2_jax.config_file import default, set_size
 from tools import cost
 from tools.cost import METHODS, counted, describe
@@ -58,6 +59,17 @@ def test_xl_costs_what_the_paper_says():
         assert 0 < row["xla_gflops"] / row["forward_gflops"] - 1 < 0.01, name
 
 
+def test_guidance_by_the_head_costs_one_pass_and_a_twentieth():
+    """XLA's own count of the sampler at XL/2, unrolled: it counts one turn of a loop."""
+    plain = {"model.scan": False, "sampling.method": "euler", "sampling.steps": 2}
+    flops, rows = {}, jax.ShapeDtypeStruct((1,), jnp.int32)
+    for scale in (1.0, 1.4):
+        program = describe(Config().override(plain | {"sampling.head_guidance": scale}))
+        lowered = make_sampler(program).lower(program.abstract.params, rows, rows)
+        flops[scale] = lowered.cost_analysis()["flops"]
+    assert 1.03 < flops[1.4] / flops[1.0] < 1.05
+
+
 def test_stored_features_need_no_encoder():
     config = Config().override({"align.encoder.source": "features"})
     row = counted(config, "REPA")
@@ -68,7 +80,8 @@ def test_stored_features_need_no_encoder():
 def test_program(tiny, as_file, tmp_path, monkeypatch, capsys):
     """Text and JSON, with two methods timed."""
     tiny.model.depth = 1
-    monkeypatch.setattr(cost, "METHODS", {"vanilla": (), "REPA": ("encoder",)})
+    chosen = {title: METHODS[title] for title in ("vanilla", "REPA")}
+    monkeypatch.setattr(cost, "METHODS", chosen)
     flags = [f"--{name}={as_file(tiny)}" for name in ("config", "measure")]
     flags += ["--batch_size=8", "--rounds=1", "--steps=1", f"--out={tmp_path}/cost"]
     monkeypatch.setattr("sys.argv", ["cost", *flags])

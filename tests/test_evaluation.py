@@ -43,7 +43,7 @@ def make(tiny):
     params = jax.device_get(
         jax.tree.map(
             lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)),
-            program_of(tiny).start().params["network"],
+            program_of(tiny).start().params,
         )
     )
 

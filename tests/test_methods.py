@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sra2_jax.config import Config
+from sra2_jax.config_file import INTERNAL_GUIDANCE
 from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
 from sra2_jax.errors import UserError
@@ -19,6 +20,7 @@ from tests.test_step import program_of
 METHODS = {
     "vanilla": (),
     "SRA 2": ("vae",),
+    "Internal Guidance": ("vae",),
     "REPA": ("encoder",),
     "iREPA": ("irepa",),
     "SRA": ("teacher",),
@@ -56,6 +58,8 @@ def test_trains_on_digits(tiny, digits, name):
     """Every loss falls, every head that is on moves, no other head exists."""
     on = METHODS[name]
     config = switch(tiny, on)
+    if name == "Internal Guidance":
+        config.align.vae.update(INTERNAL_GUIDANCE)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
     program = program_of(config)
     state, step = program.start(), program.compile()

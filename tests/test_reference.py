@@ -47,6 +47,8 @@ def test_heads_of_any_shape_round_trip(final, layers, tiny):
     assert settings["mlp_ratio"] == 4
     assert heads.keys() == {"vae", "encoder", "irepa", "teacher"}
     assert_same(to_reference(params, heads, HEAD_NAMES, size=4, patch_size=1), weights)
+    alone = "final_layer_xr.linear.weight" in weights  # as Internal Guidance's code
+    assert alone == (final and layers == 1)
     tokens, c = jnp.ones((1, 16, 16)), jnp.ones((1, 16))
     for name, head in program_of(tiny).heads.items():
         head.apply({"params": heads[name]}, tokens, c)

@@ -5,13 +5,15 @@ import json
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from sra2_jax.errors import UserError
-from sra2_jax.generator import make_sampler, open_run
+from sra2_jax.generator import NOISE, make_sampler, open_run
 from sra2_jax.metrics.sets import open_images
+from sra2_jax.models import apply
 from sra2_jax.programs import evaluate, sample, sweep
 from tests.test_methods import moved_parameters
 from tests.test_step import program_of
@@ -117,13 +119,41 @@ def test_what_is_no_number_is_no_sample(finished):
         next(replace(generate, vae_params=broken)(np.arange(2), np.arange(2)))
 
 
+@pytest.mark.parametrize("target", ["sample", "velocity"])
+def test_guided_by_the_head(tiny, target):
+    """Two steps of Euler against the formula; the first is outside the interval. On the
+    linear path a clean latent x means the velocity (x_t - x) / t."""
+    tiny.sampling.update(method="euler", steps=2, head_guidance=1.6)
+    tiny.sampling.head_guidance_high, tiny.align.vae.target = 0.7, target
+    program = program_of(tiny)
+    params, labels = moved_parameters(program), jnp.arange(8)
+    found = make_sampler(program)(params, labels, labels)
+
+    @jax.jit
+    def predicted(x, t):
+        inputs = x, jnp.full(8, t), labels
+        v, kept, c = apply(program.network, params["network"], *inputs, (1,))
+        early = apply(program.heads["vae"], params["heads"]["vae"], kept[1], c)
+        early = early.reshape(x.shape)  # patches are of one number
+        return v, early if target == "velocity" else (x - early) / t
+
+    key = jax.random.fold_in(jax.random.key(tiny.seed), NOISE)
+    keys = (jax.random.fold_in(jax.random.fold_in(key, i), 2) for i in range(8))
+    x = jnp.stack([jax.random.normal(k, (4, 4, 4)) for k in keys])
+    x = x - 0.5 * predicted(x, 1.0)[0]
+    v, early = predicted(x, 0.5)
+    expected = x - 0.5 * (early + 1.6 * (v - early))
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    assert np.abs(found - (x - 0.5 * v)).max() > 0.1
+
+
 def test_samples_are_of_their_own_dtype(tiny):
     """Whatever the network was trained in."""
     found = {}
     for model, own in itertools.product(("float32", "bfloat16"), repeat=2):
         tiny.model.dtype, tiny.sampling.dtype = model, own
         program = program_of(tiny)
-        params = moved_parameters(program)["network"]
+        params = moved_parameters(program)
         indices = np.arange(8)
         found[model, own] = make_sampler(program)(params, indices, indices)
     for own in ("float32", "bfloat16"):
@@ -249,6 +279,14 @@ def test_sweep(finished, whole, program, tmp_path, monkeypatch, capsys):
     call.remove("--num=80")
     with pytest.raises(UserError, match="num_samples is 80 there, 40 now"):
         program(sweep, *call, "--num=40")
+    call[1] = f"--out={tmp_path / 'head'}"
+    call[-2:] = "--of=head_guidance", "--guidance=1,2", "--interval=0:1", "--num=80"
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    program(sweep, *call)
+    written = json.loads((tmp_path / "head" / "sweep.json").read_text())
+    plain_cell, other = (cell["metrics"] for cell in written["cells"])
+    assert plain_cell == pytest.approx(plain, rel=1e-6)
+    assert other["frechet"] != pytest.approx(plain["frechet"], rel=1e-2)
 
 
 @pytest.mark.parametrize(

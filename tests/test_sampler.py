@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.sampler import Guidance, sample
+from sra2_jax.sampler import Guidance, guided, sample
 from sra2_jax.transport import Transport, coefficients
 from tests.test_transport import PATHS
 
@@ -14,24 +14,57 @@ SPREADS = jnp.array([0.3, 0.5, 0.4])
 WEIGHTS = jnp.array([0.5, 0.3, 0.2])
 
 
+def clean_mean(path, x, t):
+    """E[x | x_t] of a Gaussian mixture, exact."""
+    alpha, sigma, _, _ = (c.reshape(-1, 1, 1) for c in coefficients(path, t))
+    variance = (alpha * SPREADS[:, None]) ** 2 + sigma**2
+    offset = x.reshape(-1, 1, 2) - alpha * MEANS
+    log = jnp.log(WEIGHTS) - jnp.sum(offset**2, -1) / (2 * variance[..., 0])
+    posterior = jax.nn.softmax(log - jnp.log(variance[..., 0]), axis=-1)[..., None]
+    gain = alpha * SPREADS[:, None] ** 2 / variance
+    return jnp.sum(posterior * (MEANS + gain * offset), axis=1).reshape(x.shape)
+
+
 def mixture_velocity(path):
     """The exact velocity E[alpha' x + sigma' eps | x_t] of a Gaussian mixture."""
 
     def velocity(x, t, y):
         alpha, sigma, d_alpha, d_sigma = (
-            c.reshape(-1, 1, 1) for c in coefficients(path, t)
+            c.reshape(-1, 1, 1, 1) for c in coefficients(path, t)
         )
-        z = x.reshape(-1, 1, 2)
-        variance = (alpha * SPREADS[:, None]) ** 2 + sigma**2
-        offset = z - alpha * MEANS
-        log = jnp.log(WEIGHTS) - jnp.sum(offset**2, -1) / (2 * variance[..., 0])
-        posterior = jax.nn.softmax(log - jnp.log(variance[..., 0]), axis=-1)[..., None]
-        gain = alpha * SPREADS[:, None] ** 2 / variance
-        clean = jnp.sum(posterior * (MEANS + gain * offset), axis=1, keepdims=True)
-        noise = (z - alpha * clean) / sigma
-        return (d_alpha * clean + d_sigma * noise).reshape(x.shape)
+        clean = clean_mean(path, x, t)
+        return d_alpha * clean + d_sigma * (x - alpha * clean) / sigma
 
     return velocity
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_guidance_by_a_coarser_model(path):
+    """One that takes the mixture for its component 1, and predicts clean data: the
+    field is its own plus scale times the difference, where it guides."""
+    mean, spread, transport = MEANS[1], SPREADS[1], Transport(path)
+    fine = mixture_velocity(path)
+
+    def both(x, t, y):
+        alpha, sigma, _, _ = (c.reshape(-1, 1, 1, 1) for c in coefficients(path, t))
+        gain = alpha * spread**2 / ((alpha * spread) ** 2 + sigma**2)
+        clean = mean + gain * (x - alpha * mean)
+        return fine(x, t, y), transport.towards(clean, x, t)
+
+    x = jax.random.normal(jax.random.key(0), (50, 1, 1, 2))
+    y = jnp.zeros(50, jnp.int32)
+    field = guided(both, y, 9, Guidance(), Guidance(1.7))
+    for t in (0.02, 0.3, 0.9, 1.0):
+        alpha, sigma, d_alpha, d_sigma = map(float, coefficients(path, jnp.asarray(t)))
+        # x_t is Gaussian: its mean moves, and it is stretched as its deviation is.
+        variance = (alpha * spread) ** 2 + sigma**2
+        stretch = (alpha * d_alpha * spread**2 + sigma * d_sigma) / variance
+        coarse = d_alpha * mean + stretch * (x - alpha * mean)
+        v = fine(x, jnp.full(50, t), y)
+        for on in (True, False):
+            found = field(x, jnp.asarray(t), jnp.array([False, on]))
+            expected = coarse + 1.7 * (v - coarse) if on else v
+            np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -167,7 +167,12 @@ def test_clip_and_weight_decay(tiny, batch):
 
 # Every choice of config.py runs through the jitted step, a few at a time.
 VARIANTS = [
-    {"transport.path": "gvp", "align.vae.loss": "l1", "model.remat": "dots"},
+    {
+        "transport.path": "gvp",
+        "transport.time_shift": 2.0,
+        "align.vae.loss": "l1",
+        "model.remat": "dots",
+    },
     {
         "transport.path": "vp",
         "transport.prediction": "noise",
@@ -189,7 +194,12 @@ VARIANTS = [
         "model.remat": "full",
     },
     {"align.vae.enabled": False, "label_dropout": 1.0},
-    {"align.vae.schedule": "cosine", "align.vae.head_layers": 1, "align.vae.depth": 2},
+    {
+        "align.vae.loss": "cosine_tokens",
+        "align.vae.schedule": "cosine",
+        "align.vae.head_layers": 1,
+        "align.vae.depth": 2,
+    },
 ]
 
 

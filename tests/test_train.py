@@ -194,7 +194,7 @@ class TinyInception:
 def test_fid_while_training(finished, tmp_path, monkeypatch):
     """As on ImageNet: against a reference file; decoded records stand for the real
     images; the distances follow from the moments of the samples, which are those of
-    `sample`."""
+    `sample`. With Internal Guidance."""
     config, _ = finished
     mu, sigma = np.full(8, 2.0), np.eye(8)
     reference = tmp_path / "reference.npz"
@@ -203,8 +203,10 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
         {
             "eval.features": "inception", "eval.reference": str(reference), "steps": 2,
             "eval.every": 1, "eval.num_samples": 24, "sampling.labels": "random",
-            "align.vae.enabled": False, "run.checkpoint_every": 1,
-            "run.keep_checkpoints": 1, "run.sample_every": 1,
+            "run.checkpoint_every": 1, "run.keep_checkpoints": 1,
+            "run.sample_every": 1, "sampling.head_guidance": 1.5,
+            "align.vae.target": "velocity", "align.vae.loss": "l2",
+            "align.vae.head_layers": 1, "align.vae.head_final_layer": True,
         }
     )  # fmt: skip
     monkeypatch.setattr("sra2_jax.observe.make_features", TinyInception)

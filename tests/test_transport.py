@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sra2_jax.sampler import time_grid
 from sra2_jax.transport import Transport, coefficients
 
 PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "data")
@@ -38,6 +39,12 @@ def test_conversions(path, prediction):
     score = transport.score(velocity, x_t, T)
     np.testing.assert_allclose(score, -noise / sigma, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(transport.data(velocity, x_t, T), x, atol=2e-2)
+    towards = transport.towards(x, x_t, T)
+    np.testing.assert_allclose(towards / scale, exact / scale, atol=2e-5)
+    # At data t counts as 1e-3: finite, where the noise would be 0 / 0.
+    at_data, early = (transport.towards(x, x, jnp.full(4, t)) for t in (0.0, 1e-3))
+    np.testing.assert_array_equal(at_data, early)
+    assert jnp.isfinite(at_data).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -57,6 +64,17 @@ def test_times(path):
     log_ratio = jnp.log(sigma / alpha)
     assert abs(log_ratio.mean() + 0.5) < 0.03
     assert abs(log_ratio.std() - 0.8) < 0.03
+
+
+def test_time_shift():
+    """s t / (1 + (s - 1) t): at s = 3 the middle goes to 3/4, the ends stay."""
+    shifted = Transport(time_shift=3.0)
+    expected = [1, 0.9, 0.75, 0.5, 0]
+    np.testing.assert_allclose(time_grid("heun", 4, shifted), expected, atol=1e-12)
+    assert time_grid("euler_maruyama", 9, shifted)[-2] == pytest.approx(0.12 / 1.08)
+    t = shifted.sample_times(jax.random.key(0), 20_000)
+    shares = [float((t < bound).mean()) for bound in (0.5, 0.75, 0.9)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.75], atol=0.01)
 
 
 def test_unknown_path():

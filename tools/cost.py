@@ -6,6 +6,7 @@ the forward pass of one image. Measured by turns in one process, with the config
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,31 @@ from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.alignment.base import head_macs
 from sra2_jax.command import Parser, run_program
 from sra2_jax.config import Config
+from sra2_jax.config_file import INTERNAL_GUIDANCE
 from sra2_jax.errors import UserError
 from sra2_jax.programs.fit import peak_bytes
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, count_parameters
 from tools.measure import by_turns, prepare, ratio
 
-COMBINATIONS = ((), *((name,) for name in ALIGNMENTS), ("encoder", "vae"))
-# title -> sections of config.align that are on: "vanilla", "SRA 2", ..., "REPA + SRA 2"
-METHODS = {
-    " + ".join(ALIGNMENTS[name].title for name in on) or "vanilla": on
-    for on in COMBINATIONS
-}
+
+def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
+    for on in ((), *((name,) for name in ALIGNMENTS), ("encoder", "vae")):
+        title = " + ".join(ALIGNMENTS[name]().title for name in on) or "vanilla"
+        keys: dict[str, Any] = {f"align.{n}.enabled": n in on for n in ALIGNMENTS}
+        yield title, keys
+        if on == ("vae",):
+            other = {f"align.vae.{k}": v for k, v in INTERNAL_GUIDANCE.items()}
+            yield "Internal Guidance", keys | other
+
+
+# title -> the keys that make it: "vanilla", "SRA 2", ..., "REPA + SRA 2"
+METHODS = dict(_methods())
 
 
 def of_method(config: Config, title: str) -> Config:
-    """A copy of `config` with one method's alignments on."""
-    on = METHODS[title]
-    return config.override({f"align.{name}.enabled": name in on for name in ALIGNMENTS})
+    """A copy of `config` that trains by one method."""
+    return config.override(METHODS[title])
 
 
 def describe(config: Config) -> Program:

@@ -22,15 +22,22 @@ class Alignment(config.Alignment):
     """Targets are computed inside the jitted step, without gradient.
 
     Attributes:
-      title: of the method, "REPA"; aim: what a block is aligned with, in words.
       reference: name of the head in the method's published checkpoints;
         reference_linear: of its i-th linear layer, {twice} = 2 i or {next} = i + 1.
     """
 
-    title: ClassVar[str]
-    aim: ClassVar[str]
     reference: ClassVar[str]
     reference_linear: ClassVar[str] = "{twice}"  # in a sequence with SiLU between
+
+    @property
+    def title(self) -> str:
+        """Of the method, "REPA"."""
+        raise NotImplementedError
+
+    @property
+    def aim(self) -> str:
+        """What a block is aligned with, in words."""
+        raise NotImplementedError
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -158,13 +165,15 @@ def zscore(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
 
 
 def elementwise(loss: str, a: Array, b: Array, beta: float) -> Array:
-    """Loss for each element; for "cosine" 1 - cos over the last axis, (B, T).
+    """Loss for each element; for "cosine" 1 - cos over each token's channels, (B, T),
+    for "cosine_tokens" over the tokens, (B, D), as SRA's code has it.
 
-    The last axis holds a token's channels. (SRA's cosine defaults to the token axis.)
     smooth_l1(d; beta) = d^2 / (2 beta) if |d| < beta else |d| - beta / 2.
     """
     if loss == "cosine":
         return 1 - jnp.sum(_unit(a) * _unit(b), axis=-1)
+    if loss == "cosine_tokens":
+        return elementwise("cosine", a.swapaxes(1, 2), b.swapaxes(1, 2), beta)
     d = jnp.abs(a - b)
     if loss == "l1":
         return d

@@ -1,5 +1,6 @@
 """FID over guidance scales and intervals: python -m sra2_jax sweep RUN --reference=REF.
 
+Of classifier-free guidance, or with --of=head_guidance of that by the head of SRA 2.
 Every cell samples the same noise and labels, so that cells differ by their guidance
 alone. Writes OUT/sweep.json, sweep.md (a table) and sweep.png (a heat map) after each
 cell; run again, it goes on with the cells that are missing. Runs without TensorFlow.
@@ -25,7 +26,7 @@ from sra2_jax.programs.sample import add_run_arguments
 from sra2_jax.storage import as_json, read_json, write_whole
 
 FILE = "sweep.json"
-NAMES = ("guidance", "guidance_low", "guidance_high")
+NAMES = ("guidance", "guidance_low", "guidance_high")  # of a cell
 Interval = tuple[float, float]
 Cell = tuple[float, float, float]  # of NAMES
 Results = dict[Cell, dict[str, float]]  # metrics of the finished cells
@@ -47,9 +48,10 @@ def cell_of(scale: float, interval: Interval) -> Cell:
     return (scale, 0.0, 1.0) if scale == 1 else (scale, *interval)
 
 
-def guidance_of(cell: Cell) -> dict[str, float]:
-    """What a cell changes of the config."""
-    return {f"sampling.{n}": value for n, value in zip(NAMES, cell, strict=True)}
+def guidance_of(cell: Cell, kind: str) -> dict[str, float]:
+    """What a cell changes of the config; kind: "guidance" or "head_guidance"."""
+    keys = (name.replace("guidance", f"sampling.{kind}") for name in NAMES)
+    return dict(zip(keys, cell, strict=True))
 
 
 def run_cell(
@@ -60,7 +62,6 @@ def run_cell(
     count: int,
 ) -> dict[str, float]:
     """The metrics of `count` samples with a guidance."""
-    generate = generate.override(guidance_of(cell))
     indices = np.arange(count)
     labels = generator.draw_labels(generate.config, indices)
     name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
@@ -76,9 +77,9 @@ def table(results: Results, settings: dict[str, Any]) -> str:
     names = list(next(iter(results.values())))
     best = min(results, key=lambda cell: results[cell][names[0]])
     lines = [
-        "{num_samples:,} samples a cell, the same noise and labels in each; seed "
-        "{seed}, {method}, {steps} steps, {labels} labels, {weights} weights of step "
-        "{step:,}; {features}.\n".format(**settings),
+        "{num_samples:,} samples a cell of {of}, the same noise and labels in each; "
+        "seed {seed}, {method}, {steps} steps, {labels} labels, {weights} weights of "
+        "step {step:,}; {features}.\n".format(**settings),
         f"| guidance | interval | {' | '.join(METRICS[n][0] for n in names)} |",
         "|" + "---|" * (2 + len(names)),
     ]
@@ -149,6 +150,8 @@ def main() -> None:
     add("--out", required=True, metavar="FOLDER", help="for table, picture and JSON")
     guidance: Any = {"type": scales, "default": "1,1.4,1.8,2.2"}
     add("--guidance", **guidance, help="scales (%(default)s)")
+    kinds: Any = {"choices": ("guidance", "head_guidance"), "default": "guidance"}
+    add("--of", **kinds, help="what to sweep (%(default)s)")
     interval: Any = {"type": intervals, "default": "0:1,0:0.7"}
     add("--interval", **interval, help="low:high, t = 0 is data (%(default)s)")
     add("--num", type=int, default=5000, help="samples a cell (%(default)s)")
@@ -159,7 +162,8 @@ def main() -> None:
     config = generator.read_settings(a.workdir, a.overrides)
     cells = dict.fromkeys(cell_of(s, i) for s in a.guidance for i in a.interval)
     for cell in cells:  # fails before anything is loaded
-        config.override(guidance_of(cell))
+        config.override(guidance_of(cell, a.of))
+    config = config.override(guidance_of(max(cells), a.of))  # loads what all need
     out = epath.Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     runtime.join(a)
@@ -167,13 +171,20 @@ def main() -> None:
     generate = generator.open_run(a.workdir, config, a.weights, a.step)
     batch, mesh = generate.batch, generate.program.mesh
     features = make_features(a.features, a.inception, mesh, batch)
-    settings = {k: v for k, v in generate.settings.items() if k not in NAMES}
-    settings |= {"num_samples": a.num, "reference": a.reference, **features.facts}
+    swept = [name.replace("guidance", a.of) for name in NAMES]
+    settings = {k: v for k, v in generate.settings.items() if k not in swept}
+    settings |= {
+        "of": a.of,
+        "num_samples": a.num,
+        "reference": a.reference,
+        **features.facts,
+    }
     results = read_finished(out / FILE, settings) if (out / FILE).exists() else {}
     reference = compare.summarise_reference(features, held, batch, manifold=True)
     for cell in cells:
         if cell not in results:
-            results[cell] = run_cell(generate, features, reference, cell, a.num)
+            guided = generate.override(guidance_of(cell, a.of))
+            results[cell] = run_cell(guided, features, reference, cell, a.num)
         if jax.process_index() == 0:
             write(out, results, settings)
             draw(out / "sweep.png", results, a.guidance, a.interval, a.num)

@@ -138,21 +138,27 @@ def dinov2(path: Path, data: Arrays) -> Cases:
 
 
 def samplers(path: Path, data: Arrays) -> Cases:
-    """Trajectories on the analytic field of the golden README, in both precisions."""
+    """Trajectories on the analytic fields of the golden README, in both precisions."""
 
     def field(x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
         k = jnp.where(y == 1000, -1, y).reshape(-1, 1, 1, 1).astype(x.dtype)
         t = t.reshape(-1, 1, 1, 1)
         return 0.5 * x * jnp.cos(2 * t) + 0.1 * (k + 1) * jnp.sin(3 * x) + t
 
+    def both(x: jax.Array, t: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        v = field(x, t, y)
+        return v, 0.8 * v + 0.05 * jnp.cos(x) + 0.1 * t.reshape(-1, 1, 1, 1)
+
     paths: dict[str, Any] = {"linear": "linear", "cosine": "gvp", "vp": "vp"}
     for dtype, tolerance in (("float32", TRAJECTORY32), ("float64", FLOAT64)):
         with jax.enable_x64(dtype == "float64"):
             for case in (k for k in data if "|" in k):
                 method, path_name, *numbers = case.split("|")
-                scale, low, high = map(float, numbers)
+                scale, low, high = (float(x.strip("cfg")) for x in numbers[:3])
+                by_head: Any = (float(x.strip("ig")) for x in numbers[3:])
+                head = sampler.Guidance(*by_head)
                 out = sampler.sample(
-                    field,
+                    field if head.scale == 1 else both,
                     jnp.asarray(data["latents"], dtype),
                     jnp.asarray(data["y"], "int32"),
                     null=1000,
@@ -160,6 +166,7 @@ def samplers(path: Path, data: Arrays) -> Cases:
                     steps=int(data["steps"]),
                     transport=Transport(paths[path_name]),
                     guidance=sampler.Guidance(scale, low, high),
+                    head=head,
                     noise=jnp.asarray(data["noise"], dtype).__getitem__,
                 )
                 yield case, out, tolerance

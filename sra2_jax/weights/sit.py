@@ -2,7 +2,8 @@
 
 Names and layouts are those of the `SiT` network (willisma/SiT) and of the heads that
 REPA (sihyun-yu/REPA) and SRA (vvvvvjdy/SRA) add to it. SRA 2's head and heads that end
-in a final layer have no published names and get names in the same style.
+in a final layer have no published names and get names in the same style; one that is a
+final layer alone is Internal Guidance's `final_layer_xr`.
 """
 
 import math
@@ -26,6 +27,7 @@ FINAL = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
 }
+EARLY = "final_layer_xr"  # Internal Guidance's head (CVL-UESTC/Internal-Guidance)
 # our modules -> theirs
 NAMES = FINAL | {
     "patch": "x_embedder.proj",
@@ -75,6 +77,8 @@ def from_reference(
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
         if own:
             heads[section] = _head(own, prefix, _head_name(prefix, linear))
+    if own := {k: weights.pop(k) for k in list(weights) if k.startswith(f"{EARLY}.")}:
+        heads["vae"] = _head(own, EARLY, _early_name)
     network = DiT(heads=1, **settings)
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
@@ -97,7 +101,9 @@ def to_reference(
     weights = {POSITIONS: sincos_positions(width, size // patch_size)[None]}
     weights |= tree.write(params, NAMES.__getitem__, patch_size)
     for section, head in heads.items():
-        weights |= tree.write(head, _head_name(*names[section]))
+        alone = section == "vae" and head.keys() == {"final"}
+        name = _early_name if alone else _head_name(*names[section])
+        weights |= tree.write(head, name)
     return {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
 
 
@@ -196,6 +202,10 @@ def _head_name(prefix: str, linear: str) -> Name:
         return f"{prefix}.{FINAL.get(module, module)}"
 
     return name
+
+
+def _early_name(module: str) -> str:
+    return FINAL.get(module, module).replace("final_layer", EARLY)
 
 
 def _head(own: Mapping[str, np.ndarray], prefix: str, name: Name) -> Params:
