@@ -41,6 +41,13 @@ class Model(Section, where="model"):
     heads: int = key(16, "attention heads", 1, 2**12)
     patch_size: int = key(2, "side of a token's patch of the latent", 1, 2**12)
     mlp_ratio: float = key(4.0, "hidden channels over width", 0.1, 100)
+    norm: Literal["layer", "rms"] = key("layer", "of blocks; rms has a weight")
+    qk_norm: Literal["none", "rms", "layer"] = key(
+        "none", "of each head's queries and keys"
+    )
+    mlp: Literal["gelu", "swiglu"] = key("gelu", "swiglu: of 2/3 the hidden channels")
+    rope: bool = key(False, "rotate queries and keys by row and column")
+    shift: bool = key(True, "adaLN shifts, too")
     time_scale: float = key(1.0, "factor on t in [0, 1] before its features", 1e-6, 1e6)
     learn_sigma: bool = key(False, "a second half of the output that nothing uses")
     scan: bool = free(True, "blocks as a loop, or unrolled")
@@ -56,6 +63,9 @@ class Model(Section, where="model"):
         if self.width % self.heads or self.width % 4:
             width, heads = self.given("width"), self.given("heads")
             yield f"{width} must be divisible by 4 and by {heads}"
+        if self.rope and self.width // self.heads % 4:
+            width, heads = self.given("width"), self.given("heads")
+            yield f"{width} / {heads} must be divisible by 4 for config.model.rope"
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             yield f"{self.given('attention')} needs config.model.dtype='bfloat16'"
 

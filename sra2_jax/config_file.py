@@ -57,6 +57,15 @@ def set_size(config: ConfigDict, size: str) -> None:
     align.teacher.teacher_depth = teacher
 
 
+def set_lightning(config: ConfigDict) -> None:
+    """LightningDiT's block, latents and recipe (arXiv 2501.01423) for any size."""
+    config.latents.size, config.latents.channels = 16, 32
+    model, optim = config.model, config.optim
+    model.patch_size, model.norm, model.mlp, model.rope = 1, "rms", "swiglu", True
+    config.transport.time = "lognormal"
+    config.batch_size, optim.learning_rate, optim.b2 = 1024, 2e-4, 0.95
+
+
 def load(config: str | Path, *overrides: str) -> Config:
     """The config of a file, with overrides "section.key=value".
 

@@ -34,9 +34,9 @@ MIN_SHARDED_SIZE = 2**16
 # dimension is their number. What no rule names is split over fsdp along its largest
 # dimension. Optimizer moments and EMA have their parameter's name and so its place.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"blocks/(qkv|mlp_in|modulation)/kernel$", (None, "fsdp", "tensor")),
-    (r"blocks/(qkv|mlp_in|modulation)/bias$", (None, "tensor")),
-    (r"blocks/(attention_out|mlp_out)/kernel$", (None, "tensor", "fsdp")),
+    (r"blocks/(qkv|mlp_in|gated_in|modulation)/kernel$", (None, "fsdp", "tensor")),
+    (r"blocks/(qkv|mlp_in|gated_in|modulation)/bias$", (None, "tensor")),
+    (r"blocks/(attention_out|mlp_out|gated_out)/kernel$", (None, "tensor", "fsdp")),
     # Small; a lookup in a split table would cost an exchange of the whole batch.
     (r"label/embedding$", (None, None)),
 )

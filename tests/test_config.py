@@ -30,6 +30,7 @@ NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 # config -> the sections of config.align that it switches on
 METHODS = {name: {"vae"} for name in NAMES} | {
     "sit_xl": set(), "sit_b_lognormal": set(), "sra_xl_512": {"teacher"},
+    "lightning_b": set(), "lightning_xl": set(),
     "irepa_b": {"irepa"}, "repa_b": {"encoder"}, "repa_xl": {"encoder"},
     "sra_b": {"teacher"}, "sra_xl": {"teacher"},
     "repa_sra2_b": {"encoder", "vae"}, "repa_sra2_xl": {"encoder", "vae"},

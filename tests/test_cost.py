@@ -4,11 +4,12 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sra2_jax.config import Config
-from sra2_jax.generator import make_sampler
 from sra2_jax.config_file import default, set_size
+from sra2_jax.generator import make_sampler
 from tools import cost
 from tools.cost import METHODS, counted, describe
 
@@ -60,7 +61,7 @@ def test_xl_costs_what_the_paper_says():
 
 
 def test_guidance_by_the_head_costs_one_pass_and_a_twentieth():
-    """XLA's own count of the sampler at XL/2, unrolled: it counts one turn of a loop."""
+    """XLA's count of the sampler at XL/2, unrolled: of a loop it counts one turn."""
     plain = {"model.scan": False, "sampling.method": "euler", "sampling.steps": 2}
     flops, rows = {}, jax.ShapeDtypeStruct((1,), jnp.int32)
     for scale in (1.0, 1.4):

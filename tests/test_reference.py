@@ -54,6 +54,25 @@ def test_heads_of_any_shape_round_trip(final, layers, tiny):
         head.apply({"params": heads[name]}, tokens, c)
 
 
+@pytest.mark.parametrize("name", ["full", "wo_shift", "qknorm_layernorm", "rope_only"])
+def test_lightning_round_trip(golden, name):
+    """Out again as it came in; its output and gradients are test_verify's."""
+    weights = golden_weights(golden, f"lightning_{name}")
+    settings, params, _ = from_reference(weights, HEAD_NAMES)
+    rope = 3 if settings["rope"] else 0
+    sizes = {"size": 4, "patch_size": 1, "rope": rope}
+    again = to_reference(params, {}, HEAD_NAMES, **sizes)
+    for table in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        if table in weights:
+            np.testing.assert_allclose(again.pop(table), weights.pop(table), atol=1e-6)
+    assert_same(again, weights)
+    if rope:
+        other = golden_weights(golden, f"lightning_{name}")
+        other["feat_rope.freqs_cos"] = other["feat_rope.freqs_cos"] ** 2
+        with pytest.raises(UserError, match="not the fixed table of rotations"):
+            from_reference(other, HEAD_NAMES)
+
+
 def test_other_files_of_the_same_network(tiny):
     """REPA's decoder_blocks are the blocks after the aligned one; EMAs of the reference
     code hold a position table off by rounding."""

@@ -193,7 +193,17 @@ VARIANTS = [
         "model.scan": False,
         "model.remat": "full",
     },
-    {"align.vae.enabled": False, "label_dropout": 1.0},
+    {"align.vae.enabled": False, "label_dropout": 1.0, "model.qk_norm": "layer"},
+    {
+        "model.norm": "rms",
+        "model.qk_norm": "rms",
+        "model.mlp": "swiglu",
+        "model.rope": True,
+        "model.shift": False,
+        "model.remat": "attention",
+        "model.dtype": "bfloat16",
+        "align.vae.head_final_layer": True,
+    },
     {
         "align.vae.loss": "cosine_tokens",
         "align.vae.schedule": "cosine",

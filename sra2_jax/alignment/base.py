@@ -5,7 +5,7 @@ what it reads of a record, draws and aims at; docs/extending.md shows how.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sra2_jax import config
-from sra2_jax.models.dit import XAVIER, DiT, FinalLayer
+from sra2_jax.models.block import XAVIER, FinalLayer
+from sra2_jax.models.dit import DiT
 
 Arrays = Mapping[str, Array]
 
@@ -117,7 +118,8 @@ class MLPAlignment(config.MLPAlignment, Alignment):
         if self.head_final_layer and sizes:
             sizes[-1] = network.width
         features = self.features(network)
-        return MLPHead(tuple(sizes), features, self.head_final_layer, network.dtype)
+        final = network.norm if self.head_final_layer else None
+        return MLPHead(tuple(sizes), features, final, network.dtype)
 
 
 class MLPHead(nn.Module):
@@ -125,14 +127,14 @@ class MLPHead(nn.Module):
 
     Attributes:
       widths: of the hidden layers; features: of the output of each token.
-      final_layer: end in a layer like DiT's final one (LayerNorm and adaLN by the
+      final_layer: end in a layer like DiT's final one (this norm and adaLN by the
         condition) in place of a plain linear one.
       dtype: compute type of the matrix products.
     """
 
     widths: tuple[int, ...]
     features: int
-    final_layer: bool = False
+    final_layer: Literal["layer", "rms"] | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -145,7 +147,9 @@ class MLPHead(nn.Module):
             name = f"linear_{i}"
             x = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER, name=name)(x)
         if self.final_layer:
-            x = FinalLayer(self.features, self.dtype, name="final")(x, c)
+            x = FinalLayer(self.features, self.dtype, self.final_layer, name="final")(
+                x, c
+            )
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, UInt8
 
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply, shapes
-from sra2_jax.models.dit import block_macs, dense, patchify
+from sra2_jax.models.block import block_macs, dense
+from sra2_jax.models.dit import patchify
 
 # Means and standard deviations of red, green and blue in [0, 1].
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

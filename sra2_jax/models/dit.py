@@ -1,8 +1,7 @@
 """The diffusion transformer of SiT and DiT, channels last, one stacked block tree.
 
 Source: the reference `SiT` network (willisma/SiT), whose checkpoints
-`sra2_jax.weights.sit` reads. Norms, softmax and the residual stream are float32; matrix
-products run in `dtype`; parameters are float32.
+`sra2_jax.weights.sit` reads.
 """
 
 from typing import Any, Literal
@@ -11,15 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from sra2_jax.models.block import Block, FinalLayer, block_macs, dense, hidden_width
 from sra2_jax.sharding import BATCH, constrain
 
-XAVIER = nn.initializers.xavier_uniform()
 NORMAL = nn.initializers.normal(0.02)
-ZEROS = nn.initializers.zeros_init()
 TIME_FEATURES = 256
+OF_BLOCKS = (
+    "heads", "mlp_ratio", "attention", "dtype",
+    "norm", "qk_norm", "mlp", "rope", "shift",
+)  # fmt: skip
 
 
 def _keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -82,107 +83,6 @@ def unpatchify(tokens: Float[Array, "b t d"], p: int) -> Float[Array, "b h w c"]
     return x.reshape(b, n * p, n * p, c)
 
 
-def layer_norm(x: Array) -> Array:
-    """LayerNorm without affine parameters, eps 1e-6, in float32 (or wider)."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """Apply adaLN's shift and scale, (B, D), to normalised tokens, (B, T, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def dense(
-    module: Any, size: int, name: str, init: Any = XAVIER, bias: bool = True
-) -> nn.Dense:
-    """A linear layer in the compute type of the module that it belongs to."""
-    return nn.Dense(size, bias, dtype=module.dtype, kernel_init=init, name=name)
-
-
-def block_macs(tokens: int, width: int, hidden: int) -> int:
-    """Multiply-accumulates of a transformer block for one image."""
-    return tokens * width * (4 * width + 2 * hidden + 2 * tokens)
-
-
-class HeadsDense(nn.Module):
-    """Queries, keys and values of all heads, (B, T, H, D / H) each.
-
-    One (D, 3D) matrix: xavier on separate q, k and v would start too large. It is
-    viewed as (D, 3, H, D / H), so that a mesh can split it by heads.
-    """
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Array, Array, Array]:
-        d = x.shape[-1]
-        shape = (3, self.heads, d // self.heads)
-        kernel = self.param("kernel", XAVIER, (d, 3 * d))
-        bias = self.param("bias", ZEROS, (3 * d,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        kernel = constrain(kernel.reshape(d, *shape), None, None, "tensor", None)
-        b, t, _ = x.shape
-
-        # Three products: one of (D, 3D) would be cut and put together again by copies.
-        # Of matrices, with the bias a vector: cuBLAS adds it in the same kernel.
-        def product(i: int) -> Array:
-            out = x @ kernel[:, i].reshape(d, d) + bias[i * d : (i + 1) * d]
-            out = out.reshape(b, t, *shape[1:])
-            return constrain(out, BATCH, None, "tensor", None)
-
-        return product(0), product(1), product(2)
-
-
-class Block(nn.Module):
-    """Transformer block with adaLN-Zero conditioning (DiT)."""
-
-    heads: int
-    mlp_ratio: float
-    attention: Literal["xla", "cudnn"]
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        b, t, d = x.shape
-        # In x's type: 1 + scale would lose half of scale's digits in bf16.
-        modulation = dense(self, 6 * d, "modulation", ZEROS)(nn.silu(c))
-        modulation = constrain(modulation.astype(x.dtype), BATCH, None)
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
-
-        qkv = HeadsDense(self.heads, self.dtype, name="qkv")
-        q, k, v = qkv(modulate(layer_norm(x), shift1, scale1))
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
-        mixed = checkpoint_name(mixed, "attention")
-        mixed = dense(self, d, "attention_out")(mixed.reshape(b, t, d))
-        x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
-
-        # The ratio may come from hidden / d of a checkpoint, off by rounding.
-        widen = dense(self, int(d * self.mlp_ratio + 1e-6), "mlp_in")
-        hidden = widen(modulate(layer_norm(x), shift2, scale2))
-        hidden = constrain(hidden, BATCH, None, "tensor")
-        # Saved for the backward pass is its input alone, the tanh is computed again.
-        hidden = dense(self, d, "mlp_out")(jax.checkpoint(nn.gelu)(hidden))
-        return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
-
-
-class FinalLayer(nn.Module):
-    """LayerNorm, shift and scale from the condition, zero-initialised projection."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        modulation = dense(self, 2 * x.shape[-1], "modulation", ZEROS)(nn.silu(c))
-        modulation = constrain(modulation.astype(c.dtype), BATCH, None)
-        shift, scale = jnp.split(modulation, 2, axis=-1)
-        linear = dense(self, self.features, "linear", ZEROS)
-        return linear(modulate(layer_norm(x), shift, scale))
-
-
 class DiT(nn.Module):
     """SiT/DiT backbone on latents of any square size and channel number.
 
@@ -190,6 +90,11 @@ class DiT(nn.Module):
       size: side of the latent grid; channels: latent channels.
       patch_size, width, depth, heads, mlp_ratio: as in DiT.
       num_classes: labels run over [0, num_classes); num_classes is the null label.
+      norm: "layer", LayerNorm without weights, or "rms", RMSNorm with a weight.
+      qk_norm: of each head's queries and keys: "none", "rms", or "layer" with weights.
+      mlp: "gelu", or "swiglu" with 2/3 of the hidden channels.
+      rope: queries and keys turn with their token's place (beside the fixed table).
+      shift: adaLN of the blocks shifts besides scaling and gating.
       time_scale: factor on t before its sinusoidal features (reference: 1).
       learn_sigma: predict 2 * channels and drop the second half, as published SiT and
         DiT weights do.
@@ -208,6 +113,11 @@ class DiT(nn.Module):
     heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: Literal["none", "rms", "layer"] = "none"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    rope: bool = False
+    shift: bool = True
     time_scale: float = 1.0
     learn_sigma: bool = False
     scan: bool = True
@@ -223,8 +133,9 @@ class DiT(nn.Module):
     def macs(self, depth: int, final: bool = True) -> int:
         """Multiply-accumulates of the first `depth` blocks for one image."""
         d, patch = self.width, self.patch_size**2 * self.channels
-        tokens, hidden = self.grid**2, int(d * self.mlp_ratio + 1e-6)
-        block = block_macs(tokens, d, hidden) + d * 6 * d
+        tokens, hidden = self.grid**2, hidden_width(d, self.mlp_ratio, self.mlp)
+        block = block_macs(tokens, d, hidden, 3 if self.mlp == "swiglu" else 2)
+        block += d * (6 if self.shift else 4) * d
         ends = tokens * patch * d + TIME_FEATURES * d + d * d
         if final:
             out = patch * (2 if self.learn_sigma else 1)
@@ -258,7 +169,8 @@ class DiT(nn.Module):
         c = constrain(self._condition(t, y), BATCH, None)
         tokens, kept = self._blocks(tokens, c, features)
         channels = self.channels * (2 if self.learn_sigma else 1)
-        out = FinalLayer(p * p * channels, self.dtype, name="final")(tokens, c)
+        final = FinalLayer(p * p * channels, self.dtype, self.norm, name="final")
+        out = final(tokens, c)
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return unpatchify(out, p)[..., : self.channels], kept, c
 
@@ -293,8 +205,7 @@ class DiT(nn.Module):
             length=self.depth,
             unroll=1 if self.scan else self.depth,
         )
-        shape = self.heads, self.mlp_ratio, self.attention, self.dtype
-        block = block_type(*shape, name="blocks")
+        block = block_type(**{n: getattr(self, n) for n in OF_BLOCKS}, name="blocks")
         kept = {n: jnp.zeros_like(tokens) for n in features}
         # NumPy's, a constant: unrolled, the compiler knows which blocks are kept.
         numbers = np.arange(1, self.depth + 1)

@@ -24,6 +24,7 @@ from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
+from sra2_jax.models.block import hidden_width
 from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
@@ -120,20 +121,19 @@ def _turned(network: tree.Params, config: Config) -> tree.Params:
 
 def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> None:
     """Refuse a config of another network than the file's."""
-    ratio, width = config.model.mlp_ratio, settings["width"]
     # the file has a whole number of hidden channels
-    if int(width * ratio + 1e-6) == round(width * settings["mlp_ratio"]):
-        settings["mlp_ratio"] = ratio
+    ratios, width = (config.model.mlp_ratio, settings["mlp_ratio"]), settings["width"]
+    ours, theirs = (hidden_width(width, ratio, settings["mlp"]) for ratio in ratios)
+    if ours == theirs:
+        settings["mlp_ratio"] = config.model.mlp_ratio
     if settings["num_classes"] + 1 == config.data.num_classes:
         raise UserError(
             f"{path}: its {config.data.num_classes} labels leave none for the null "
             "label, which guidance and label dropout need: it cannot be used here"
         )
     keys = {KEYS.get(name, f"model.{name}"): x for name, x in settings.items()}
-    ours = config.flat()
-    wrong = [
-        f"--config.{k}={x} (now {ours[k]})" for k, x in keys.items() if x != ours[k]
-    ]
+    now = config.flat()
+    wrong = [f"--config.{k}={x} (now {now[k]})" for k, x in keys.items() if x != now[k]]
     if wrong:
         raise UserError(f"{path} does not fit the config: it needs {', '.join(wrong)}")
 
@@ -209,6 +209,7 @@ def export_run(
         HEAD_NAMES,
         size=config.latents.size,
         patch_size=config.model.patch_size,
+        rope=config.model.heads if config.model.rope else 0,
     )
     notes = {
         "format": "pt",

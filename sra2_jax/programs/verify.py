@@ -15,6 +15,7 @@ from zipfile import BadZipFile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 from sra2_jax import sampler
@@ -92,7 +93,8 @@ def nchw(x: Any) -> jax.Array:
 
 
 def sit(path: Path, data: Arrays) -> Cases:
-    """The backbone with reference weights, and REPA's or SRA's head on its block."""
+    """The backbone with reference weights, and REPA's or SRA's head on its block; or
+    LightningDiT's, with the gradient of its mean square."""
     config = json.loads(str(data["config"]))
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     settings, params, heads = from_reference(weights, HEAD_NAMES)
@@ -109,7 +111,19 @@ def sit(path: Path, data: Arrays) -> Cases:
     if "target" in data:
         losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
-    for name in ("out", "hidden", "projected", "projection_loss", "z"):
+    if "grad_x" in data:
+
+        def square(params: Any, x: jax.Array) -> jax.Array:
+            return jnp.mean(jnp.square(apply(model, params, x, *inputs[1:])[0]))
+
+        gradient = jax.jit(jax.value_and_grad(square, (0, 1)))
+        results["loss"], found = gradient(params, inputs[0])
+        results["grad_norm"], results["grad_x"] = optax.global_norm(found[0]), found[1]
+        results["grad_x"] = nchw(results["grad_x"])
+    for name in (
+        "out", "hidden", "projected", "projection_loss", "z",
+        "loss", "grad_x", "grad_norm",
+    ):  # fmt: skip
         if name in data:
             yield name, results[name], FLOAT32
 

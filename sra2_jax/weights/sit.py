@@ -1,6 +1,7 @@
 """State dicts of the reference PyTorch code, to and from our trees, bit for bit.
 
-Names and layouts are those of the `SiT` network (willisma/SiT) and of the heads that
+Names and layouts are those of the `SiT` network (willisma/SiT), of LightningDiT
+(hustvl/LightningDiT), which changes its blocks, and of the heads that
 REPA (sihyun-yu/REPA) and SRA (vvvvvjdy/SRA) add to it. SRA 2's head and heads that end
 in a final layer have no published names and get names in the same style; one that is a
 final layer alone is Internal Guidance's `final_layer_xr`.
@@ -17,15 +18,19 @@ from flax import traverse_util
 
 from sra2_jax.errors import UserError
 from sra2_jax.models import shapes
+from sra2_jax.models.block import rotations
 from sra2_jax.models.dit import TIME_FEATURES, DiT, sincos_positions
 from sra2_jax.weights import tree
 from sra2_jax.weights.tree import Name, Params, Shape
 
 POSITIONS = "pos_embed"
+LABELS = "y_embedder.embedding_table.weight"
+ROTATIONS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 FOREIGN = "not a SiT checkpoint"
 FINAL = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
+    "final.norm_final": "final_layer.norm_final",
 }
 EARLY = "final_layer_xr"  # Internal Guidance's head (CVL-UESTC/Internal-Guidance)
 # our modules -> theirs
@@ -36,8 +41,14 @@ NAMES = FINAL | {
     "time_out": "t_embedder.mlp.2",
     "blocks.qkv": "blocks.{i}.attn.qkv",
     "blocks.attention_out": "blocks.{i}.attn.proj",
+    "blocks.q_norm": "blocks.{i}.attn.q_norm",
+    "blocks.k_norm": "blocks.{i}.attn.k_norm",
+    "blocks.norm1": "blocks.{i}.norm1",
+    "blocks.norm2": "blocks.{i}.norm2",
     "blocks.mlp_in": "blocks.{i}.mlp.fc1",
     "blocks.mlp_out": "blocks.{i}.mlp.fc2",
+    "blocks.gated_in": "blocks.{i}.mlp.w12",
+    "blocks.gated_out": "blocks.{i}.mlp.w3",
     "blocks.modulation": "blocks.{i}.adaLN_modulation.1",
 }
 # section of config.align -> the name of its head, and of the head's i-th linear layer
@@ -72,6 +83,11 @@ def from_reference(
     weights = _plain_names(weights)
     settings = _settings(weights, size)
     weights.pop(POSITIONS, None)
+    if settings["rope"]:
+        _check_rotations(
+            [weights.pop(name) for name in ROTATIONS if name in weights],
+            settings["size"] // settings["patch_size"],
+        )
     heads = {}
     for section, (prefix, linear) in names.items():
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
@@ -79,7 +95,9 @@ def from_reference(
             heads[section] = _head(own, prefix, _head_name(prefix, linear))
     if own := {k: weights.pop(k) for k in list(weights) if k.startswith(f"{EARLY}.")}:
         heads["vae"] = _head(own, EARLY, _early_name)
-    network = DiT(heads=1, **settings)
+    # What is normalised shows the size of a head.
+    of_head = np.size(weights.get("blocks.0.attn.q_norm.weight", weights[LABELS][0]))
+    network = DiT(heads=max(settings["width"] // of_head, 1), **settings)
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
     wanted = shapes(network, x, t, t.astype(int))
@@ -94,11 +112,15 @@ def to_reference(
     *,
     size: int,
     patch_size: int,
+    rope: int = 0,
 ) -> dict[str, np.ndarray]:
     """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names;
-    size: side of the latent grid."""
-    width = params["patch"]["bias"].size
-    weights = {POSITIONS: sincos_positions(width, size // patch_size)[None]}
+    size: side of the latent grid; rope: attention heads of a network that has it."""
+    width, grid = params["patch"]["bias"].size, size // patch_size
+    weights = {POSITIONS: sincos_positions(width, grid)[None]}
+    if rope:
+        tables = rotations(width // rope, grid)
+        weights |= dict(zip(ROTATIONS, tables, strict=True))
     weights |= tree.write(params, NAMES.__getitem__, patch_size)
     for section, head in heads.items():
         alone = section == "vae" and head.keys() == {"final"}
@@ -164,8 +186,15 @@ def _settings(weights: Mapping[str, Any], size: int | None) -> dict[str, Any]:
         return found
 
     width, channels, p, _ = shape("x_embedder.proj.weight", 4)
-    rows, _ = shape("y_embedder.embedding_table.weight", 2)
-    (hidden,) = shape("blocks.0.mlp.fc1.bias", 1)
+    rows, _ = shape(LABELS, 2)
+    swiglu = "blocks.0.mlp.w3.weight" in weights
+    if swiglu:
+        _, hidden = shape("blocks.0.mlp.w3.weight", 2)
+        hidden = math.ceil(1.5 * hidden)  # of which SwiGLU has 2/3
+    else:
+        (hidden,) = shape("blocks.0.mlp.fc1.bias", 1)
+    (modulation,) = shape("blocks.0.adaLN_modulation.1.bias", 1)
+    of_head = [f"blocks.0.attn.q_norm.{leaf}" in weights for leaf in ("weight", "bias")]
     (outputs,) = shape("final_layer.linear.bias", 1)
     if size is None or POSITIONS in weights:
         _, tokens, _ = shape(POSITIONS, 3)
@@ -178,6 +207,11 @@ def _settings(weights: Mapping[str, Any], size: int | None) -> dict[str, Any]:
         "depth": min(_blocks(weights), len(weights)),
         "num_classes": rows - 1,
         "mlp_ratio": hidden / width,
+        "norm": "rms" if "blocks.0.norm1.weight" in weights else "layer",
+        "qk_norm": ("none", "rms", "layer")[sum(of_head)],
+        "mlp": "swiglu" if swiglu else "gelu",
+        "rope": ROTATIONS[0] in weights,
+        "shift": modulation != 4 * width,
         "learn_sigma": outputs == 2 * p * p * channels,
     }
 
@@ -190,6 +224,18 @@ def _grid(positions: np.ndarray, tokens: int, width: int) -> int:
         if error <= POSITION_TOLERANCE:
             return grid
     raise UserError(f"{POSITIONS} is not the fixed sine-cosine table: unsupported")
+
+
+def _check_rotations(tables: list[np.ndarray], grid: int) -> None:
+    """Raise UserError where a file's RoPE is not the fixed one."""
+    width = tables[0].shape[-1]
+    ours = rotations(width, grid) if width % 4 == 0 else ()
+    if [t.shape for t in tables] == [t.shape for t in ours] and all(
+        np.abs(a - b).max() <= POSITION_TOLERANCE
+        for a, b in zip(tables, ours, strict=True)
+    ):
+        return
+    raise UserError(f"{ROTATIONS[0]} is not the fixed table of rotations: unsupported")
 
 
 def _head_name(prefix: str, linear: str) -> Name:
