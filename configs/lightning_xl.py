@@ -2,7 +2,7 @@
 
 Command: python main.py --config=configs/lightning_xl.py --config.data.dir=LATENTS
 LATENTS: 16x16x32 latents of VA-VAE, standardised by channel (docs/data.md).
-Published: FID-50K 5.14 after 64 epochs and 2.17 after 800 without guidance, 1.35 with it.
+Published: FID-50K 5.14 after 64 epochs, 2.17 after 800 without guidance, 1.35 with it.
 Left out: its loss on the velocity's direction. Not yet reproduced with this code.
 """
 
