@@ -8,6 +8,7 @@ Ctrl-C. 134 is JAX's own: a process that lost another one, as good as 42.
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
@@ -29,6 +30,23 @@ def one_line(error: BaseException, most: int = 200) -> str:
     while error.__cause__:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
+@contextlib.contextmanager
+def explained(
+    what: object,
+    advice: str = "",
+    kinds: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+) -> Iterator[None]:
+    """An error of these kinds inside becomes the UserError "WHAT (ERROR): ADVICE"; what
+    is one already stays as it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        end = f": {advice}" if advice else ""
+        raise UserError(f"{what} ({one_line(error)}){end}") from error
 
 
 def leave(line: str, status: int) -> NoReturn:
