@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
 from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -78,19 +77,14 @@ def batches(
 
     def read(parts: Sequence[Part]) -> dict[str, np.ndarray]:
         places = [(opened, *row) for opened, own in parts for row in own.tolist()]
-        rows, shard = [], 0
         try:
-            for opened, shard, number in places:
-                rows.append((opened[shard].result(), number))
-            try:
-                return records.read(rows, info, fields)
-            except Damaged as error:
-                _, shard, number = places[error.number]
-                raise Damaged(number, error.reason) from None
+            rows = [(opened[s].result(), number) for opened, s, number in places]
+            return records.read(rows, info, fields)
         except (Damaged, OSError) as error:
+            name = error.path.name if isinstance(error, Damaged) else "a shard"
             raise UserError(
-                f"{folder}: {paths[shard].name} cannot be read ({one_line(error)}): "
-                "copy that shard again or encode again"
+                f"{folder}: {name} cannot be read ({one_line(error)}): copy that shard "
+                "again or encode again"
             ) from error
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
@@ -149,24 +143,14 @@ def prefetch_to_device(
 
     Yields dicts of global jax.Array. Raises what `iterator` raises.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch_to_device")
 
-    def place() -> dict[str, jax.Array]:
+    def place(rows: Iterator[Mapping[str, np.ndarray]]) -> dict[str, jax.Array]:
         return {
             name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in next(iterator).items()
+            for name, value in next(rows, {}).items()
         }
 
-    waiting = collections.deque(pool.submit(place) for _ in range(size))
-    try:
-        while True:
-            try:
-                batch = waiting.popleft().result()
-            except StopIteration:
-                return
-            waiting.append(pool.submit(place))
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        # Not without end: a read may hang (network disks).
-        wait([future for future in waiting if not future.cancelled()], timeout=10)
+    for _, batch in in_threads(place, itertools.repeat(iterator), 1, size):
+        if not batch:  # the end of `iterator`
+            return
+        yield batch
