@@ -25,11 +25,11 @@ class Restart(Exception):
     """The program was stopped and is worth starting again, as it was."""
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def one_line(error: BaseException) -> str:
     """The kind of an error and what was said at its root, in one line."""
     while error.__cause__:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager

@@ -172,15 +172,18 @@ def read(
     are, {name: uint8 (len(which), bytes)}, good until the next group.
 
     Records that are alike but for their values are cut as one array: a batch in a few
-    operations. Raises OSError; Damaged: a record that has another checksum, is no
-    Example, or lacks a name.
+    operations. Raises Damaged: a record that cannot be read, is no Example, or lacks a
+    name.
     """
     sizes = np.array([shard.size(number) for shard, number in rows])
     order = np.argsort(sizes, kind="stable")
     buffer = _buffer(len(rows), int(sizes.max()))
     for place, i in enumerate(order.tolist()):
         shard, number = rows[i]
-        shard.read(number, buffer[place, : sizes[i]])
+        try:
+            shard.read(number, buffer[place, : sizes[i]])
+        except OSError as error:
+            raise Damaged(rows[i], f"cannot be read: {error}") from error
     stops = np.flatnonzero(np.diff(sizes[order], append=-1)) + 1
     for start, stop in itertools.pairwise([0, *stops.tolist()]):
         which = order[start:stop]

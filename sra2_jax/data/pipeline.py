@@ -77,14 +77,16 @@ def batches(
 
     def read(parts: Sequence[Part]) -> dict[str, np.ndarray]:
         places = [(opened, *row) for opened, own in parts for row in own.tolist()]
+        rows, shard = [], 0
         try:
-            rows = [(opened[s].result(), number) for opened, s, number in places]
+            for opened, shard, number in places:
+                rows.append((opened[shard].result(), number))
             return records.read(rows, info, fields)
         except (Damaged, OSError) as error:
-            name = error.path.name if isinstance(error, Damaged) else "a shard"
+            path = error.path if isinstance(error, Damaged) else paths[shard]
             raise UserError(
-                f"{folder}: {name} cannot be read ({one_line(error)}): copy that shard "
-                "again or encode again"
+                f"{folder}: {path.name} cannot be read ({one_line(error)}): copy that "
+                "shard again or encode again"
             ) from error
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
@@ -134,12 +136,12 @@ def _regrouped(blocks: Iterable[Part], size: int) -> Iterator[list[Part]]:
 
 
 def prefetch_to_device(
-    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int = 2
+    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any
 ) -> Generator[dict[str, jax.Array]]:
     """Batches placed on the devices ahead of time, in a thread that ends with this.
 
     iterator: local rows of global batches, as `batches` yields them; sharding: splits
-    the leading axis of every array; size: batches that wait on the devices.
+    the leading axis of every array.
 
     Yields dicts of global jax.Array. Raises what `iterator` raises.
     """
@@ -150,7 +152,7 @@ def prefetch_to_device(
             for name, value in next(rows, {}).items()
         }
 
-    for _, batch in in_threads(place, itertools.repeat(iterator), 1, size):
+    for _, batch in in_threads(place, itertools.repeat(iterator), 1, 2):
         if not batch:  # the end of `iterator`
             return
         yield batch

@@ -234,7 +234,7 @@ def read(
     Returns `label` (B,) int32, `index` (B,) int64, `mean`, `std` (B, h, w, c) float16,
     `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8.
 
-    Raises OSError; Damaged: a record that cannot be read, or is of another schema.
+    Raises Damaged: a record that cannot be read, or is of another schema.
     """
     count, side = len(rows), info.resolution
     shapes = {k: v for k, v in info.arrays().items() if k in (*MOMENTS, *fields)}
