@@ -125,11 +125,11 @@ def encode(
             png = to_png if options.store_images else lambda image: None
             size = options.batch_size
             for batch, arrays in encoded(rows, encoder, size, writer.shard):
-                indices, pixels, labels = zip(*batch, strict=True)
-                stored = zip(labels, indices, pool.map(png, pixels), strict=True)
+                numbers, pixels, labels = zip(*batch, strict=True)
+                stored = zip(labels, numbers, pool.map(png, pixels), strict=True)
                 for i, row in enumerate(stored):
                     writer.write(*row, **{name: x[i] for name, x in arrays.items()})
-                count = sum(index < source.length for index in indices)
+                count = sum(number < source.length for number in numbers)
                 progress(count)
                 yield count
 

@@ -152,7 +152,8 @@ def prefetch_to_device(
             for name, value in next(rows, {}).items()
         }
 
-    for _, batch in in_threads(place, itertools.repeat(iterator), 1, 2):
+    # Of three, one is in use and two wait on the devices.
+    for _, batch in in_threads(place, itertools.repeat(iterator), 1, 3):
         if not batch:  # the end of `iterator`
             return
         yield batch
