@@ -134,8 +134,6 @@ def test_float16_survives_exactly(tmp_path):
     "text",
     [
         *(None, "{", "[]", '{"format": 2}'),
-        {"latent_shape": [2, 2]},
-        {"num_examples": 5},
         {"splits": {"train": {}}},
         {"splits": {"../train": {"records": [103], "bytes": [1]}}},
     ],
