@@ -115,7 +115,7 @@ def new_file(text: str, *suffixes: str) -> epath.Path:
         raise UserError(f"{text}: must end in {' or '.join(suffixes)}")
     if path.exists():
         raise UserError(f"{text}: exists already: remove it or use another")
-    with explained(text, "use another", OSError):
+    with explained(f"{text}: its folder cannot be made", "use another", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
