@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra2_jax.chips import of_device
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
@@ -25,7 +24,7 @@ from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated
 from sra2_jax.step import Program
 from sra2_jax.transport import Transport
-from tools.measure import machine, matmul_speed, spread, turns, write
+from tools.measure import chip_of, machine, matmul_speed, spread, turns, write
 
 
 def guidances(config: Config) -> dict[str, dict[str, float]]:
@@ -96,7 +95,7 @@ def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
         elif not bool(jnp.isfinite(latents).all()):
             raise UserError(f"{config.name}: samples are not finite")
     speed = mesh.size * matmul_speed(jnp.dtype(config.sampling.dtype))
-    chip = of_device(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices()[0].device_kind)
     own = config.override({"model.dtype": config.sampling.dtype})
     attention = Program(own, mesh).running.attention
     base, rows = cases["guided everywhere"].seconds, []

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra2_jax.chips import of_device
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.config_file import SIZES, default, set_size
@@ -24,6 +23,7 @@ from sra2_jax.programs.fit import peak_bytes
 from tools.measure import (
     Timed,
     by_turns,
+    chip_of,
     machine,
     matmul_speed,
     prepare,
@@ -52,7 +52,7 @@ def describe(run: Timed, matmul: float) -> dict[str, Any]:
     speed = spread(config.batch_size / np.array(run.seconds))
     devices = jax.device_count()
     tflops = speed["p50"] * flops / config.batch_size / 1e12
-    chip = of_device(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices()[0].device_kind)
     statistics = jax.local_devices()[0].memory_stats()  # None on a CPU
     return {
         "case": config.name,

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from sra2_jax import config
-from sra2_jax.errors import Restart, UserError, one_line
+from sra2_jax.errors import Restart, UserError, explained, one_line
 from sra2_jax.fingerprint import fingerprints, kinds
 from sra2_jax.run import ASIDE, Run, digest
 from sra2_jax.runtime import AGAIN, agree
@@ -208,11 +208,9 @@ class Checkpoints:
         step = steps[-1] if step is None and steps else step
         if step is None or step not in steps:
             raise UserError(f"no checkpoint of step {step or 'any'}: {there}")
-        try:
+        line = f"checkpoint {self.folder / str(step)} is damaged"
+        with explained(line, f"take another: {there}", Damaged):
             return self._verified(step, abstract, isinstance(abstract, dict))[0]
-        except Damaged as error:
-            line = f"checkpoint {self.folder / str(step)} is damaged ({error})"
-            raise UserError(f"{line}: take another: {there}") from error
 
     def _verified(
         self, step: int, abstract: Any, partial: bool

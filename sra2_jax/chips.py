@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 
 GIB = 2**30
 KNOWN = (
@@ -62,13 +62,6 @@ CHIPS = {
 }
 
 
-def of_device(kind: str) -> Chip | None:
-    """The chip that a device calls itself, as "TPU v5 lite"; None of others."""
-    name = kind.lower().replace(" lite", "e").replace("tpu v5p", "v5p")
-    name = "v5p" if name == "tpu v5" else name
-    return next((chip for chip in CHIPS.values() if chip.name in name), None)
-
-
 def compile_only() -> None:
     """Use no device of this machine: of TPUs and GPUs only the compilers are needed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # "no GPU found", of the plugin
@@ -101,10 +94,8 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     options: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
+    with explained(unknown, f"known are {KNOWN}", jax.errors.JaxRuntimeError):
         made = topologies.get_topology_desc(topology, "tpu", **options)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"{unknown} ({one_line(error)}): known are {KNOWN}") from error
     return list(made.devices), chip
 
 

@@ -48,7 +48,8 @@ def run_program(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     set_xla_flags()
     logging.set_verbosity(logging.ERROR)  # of libraries' notes
-    signal.signal(signal.SIGTERM, _terminated)
+    line = "stopped by SIGTERM: run the same command again"
+    signal.signal(signal.SIGTERM, lambda *_: leave(line, RESTART))
     try:
         status = main()
         sys.stdout.flush()
@@ -63,10 +64,6 @@ def run_program(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         leave("interrupted", INTERRUPTED)
     sys.exit(status)
-
-
-def _terminated(*_: object) -> NoReturn:
-    leave("stopped by SIGTERM: run the same command again", RESTART)
 
 
 def set_xla_flags() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sra2_jax.config import Config
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.section import fields, flatten, parse, shown
 from sra2_jax.storage import expand, is_remote
 
@@ -81,13 +81,11 @@ def override(config: str | Path, texts: Mapping[str, str]) -> Config:
     What the file says alone need not go together.
     """
     path = _find(str(config))
-    try:
+    kinds = Exception, SystemExit  # a mistake in the file, of any kind
+    with explained(f"--config={config} is no config file", kinds=kinds):
         file = runpy.run_path(str(path))["get_config"]()
         if not isinstance(file, ConfigDict):
             raise TypeError("its get_config() returns no ConfigDict")
-    except (Exception, SystemExit) as error:  # a mistake in the file, of any kind
-        reason = one_line(error, 500)
-        raise UserError(f"--config={config} is no config file ({reason})") from error
     values = dict(flatten(file, Config)) | parse(Config, texts)
     for name, value in values.items():
         if isinstance(value, str):

@@ -8,6 +8,7 @@ Ctrl-C. 134 is JAX's own: a process that lost another one, as good as 42.
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 MISTAKE, RESTART, INTERRUPTED = 2, 42, 130
@@ -24,11 +25,28 @@ class Restart(Exception):
     """The program was stopped and is worth starting again, as it was."""
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
+def one_line(error: BaseException) -> str:
     """The kind of an error and what was said at its root, in one line."""
     while error.__cause__:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@contextlib.contextmanager
+def explained(
+    what: object,
+    advice: str = "",
+    kinds: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+) -> Iterator[None]:
+    """An error of these kinds inside becomes the UserError "WHAT (ERROR): ADVICE"; what
+    is one already stays as it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        end = f": {advice}" if advice else ""
+        raise UserError(f"{what} ({one_line(error)}){end}") from error
 
 
 def leave(line: str, status: int) -> NoReturn:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
 from sra2_jax.config import Config
@@ -99,10 +98,10 @@ class Log:
         if not self._bar.disable:
             losses = {k: f"{v:.4f}" for k, v in row.items() if k.startswith("loss")}
             self._bar.set_postfix(losses | {"images/s": f"{speed:.0f}"})
-        elif self._run.writes:
+        else:
             shown = row | {"seconds_left": left}
             texts = (f"{name}={shown[name]:.6g}" for name in sorted(shown))
-            logging.info("[%d] %s", step, ", ".join(texts))
+            self.message(f"{time.strftime('%H:%M:%S')} [{step}] {', '.join(texts)}")
         self.scalars(step, row)
 
     def scalars(self, step: int, row: dict[str, float]) -> None:

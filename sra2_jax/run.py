@@ -1,4 +1,5 @@
-"""A run's folder: every name and format in it, and what a resumed run may change.
+"""A run's folder: every name and format in it, what a resumed run may change, and the
+lock that keeps a second run out.
 
 Readers of a run that still trains, or was cut off, get what is there; nothing missing
 or half written is fatal to them. No jax here: `status` and the report open runs copied
@@ -6,21 +7,28 @@ from elsewhere at once.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from etils import epath
 
 from sra2_jax.config import Config
 from sra2_jax.config_file import changes
-from sra2_jax.errors import UserError
-from sra2_jax.storage import as_json, is_remote, read_json, write_whole
+from sra2_jax.errors import MISTAKE, Restart, UserError, explained, leave
+from sra2_jax.storage import is_remote, patiently, read_json, stat, write_json
 
+# Without a beat of lock.json until a run counts as dead: it gives one every ten.
+STALE_SECONDS, BEAT_SECONDS = 60.0, 10.0
 ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 
 
@@ -75,7 +83,7 @@ class Run:
     def write(self, name: str, facts: Mapping[str, Any]) -> None:
         """Write NAME.json, all of it or nothing."""
         if self.writes:
-            write_whole(self.folder / f"{name}.json", as_json(facts))
+            write_json(self.folder / f"{name}.json", facts)
 
     def config(self) -> Config:
         """The config that it was started with. Raises UserError: no config.json, or
@@ -165,6 +173,110 @@ class Run:
                 f"its latents.json: {str(before)[:12]} -> {sha256[:12]}): give that "
                 "one or use another --workdir"
             )
+
+
+class Lock:
+    """Context manager that holds a run's folder, and says so in its lock.json.
+
+    Where the file system has locks the kernel keeps this one and drops it with the
+    process, however it ends. Elsewhere (gs://, other machines) the file's beat, written
+    every 10 seconds, tells a living run from a dead one. Losing the folder (gone,
+    read-only, or taken over) ends the process: status 2.
+
+    Raises:
+      UserError: another process of this machine holds it, or it cannot be made.
+      Restart: a process of another machine held it less than a minute ago.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        }
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._run.writes:
+            what, advice = f"{self._run} cannot be written", "use another --workdir"
+            with explained(what, advice, OSError):
+                self._run.folder.mkdir(parents=True, exist_ok=True)
+                self._claim()
+                self._write(self._mine | {"beat": time.time()})
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._run.writes:
+            return
+        self._done.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):  # the run's own end matters more
+            # Not removed: another process may have it open and be about to lock it.
+            self._write({})
+        if self._file is not None:
+            self._file.close()
+
+    def _claim(self) -> None:
+        """The kernel's lock, where there is one; no living run of another machine."""
+        self._file: Any = None
+        if not is_remote(self._run):
+            self._run.lock.touch()
+            self._file = open(self._run.lock, "r+")  # noqa: SIM115
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self._run} is in use by {self._holder()}: wait for it, stop it, "
+                    "or use another --workdir"
+                ) from None
+            except OSError:  # a file system without locks
+                self._file.close()
+                self._file = None
+        held = self._run.read("lock")
+        age = time.time() - (number(held, "beat") or 0.0)
+        local = held.get("host") == self._mine["host"] and self._file is not None
+        if not local and age < STALE_SECONDS:
+            raise Restart(
+                f"{self._run} was in use {age:.0f} s ago by {self._holder()}: if that "
+                f"run is dead, start again in {STALE_SECONDS - age:.0f} s"
+            )
+
+    def _holder(self) -> str:
+        return "process {pid} on {host}, started {started}".format_map(
+            dict.fromkeys(self._mine, None) | self._run.read("lock")
+        )
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        """In place, which a full disk does not prevent."""
+        text = json.dumps(facts) + "\n"
+        if self._file is None:
+            self._run.lock.write_text(text)
+            return
+        self._file.seek(0)
+        self._file.write(text)
+        self._file.truncate()
+        self._file.flush()
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            try:
+                patiently(self._renew)
+            except OSError as error:
+                leave(
+                    f"error: {self._run} is lost ({error}): mend it and run the same "
+                    "command again to go on from the last checkpoint",
+                    MISTAKE,
+                )
+
+    def _renew(self) -> None:
+        stat(self._run.lock)  # it is there
+        held = self._run.read("lock")
+        if held and {k: held.get(k) for k in self._mine} != self._mine:
+            raise OSError(f"taken over by {self._holder()}")
+        self._write(self._mine | {"beat": time.time()})
 
 
 def digest(facts: Mapping[str, Any]) -> str:

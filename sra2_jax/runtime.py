@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sra2_jax
-from sra2_jax.errors import RESTART, UserError, leave, one_line
+from sra2_jax.errors import RESTART, UserError, explained, leave
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-cpu")
 # Phases in which a run has nothing that its last checkpoint has not.
@@ -55,20 +55,20 @@ def join(arguments: argparse.Namespace) -> None:
     late.daemon = True
     late.start()
     terminated = signal.getsignal(signal.SIGTERM)
+    advice = (
+        "outside of a TPU pod, SLURM and Open MPI give --coordinator=HOST:PORT, "
+        "--num_processes=N and --process_id=I"
+    )
+    kinds = ValueError, RuntimeError
     try:
-        jax.distributed.initialize(
-            *by_hand,
-            initialization_timeout=seconds + 60,
-            heartbeat_timeout_seconds=arguments.heartbeat_seconds,
-        )
+        with explained("the processes did not come together", advice, kinds):
+            jax.distributed.initialize(
+                *by_hand,
+                initialization_timeout=seconds + 60,
+                heartbeat_timeout_seconds=arguments.heartbeat_seconds,
+            )
         # JAX's own handler, for its preemption service, would swallow the signal.
         signal.signal(signal.SIGTERM, terminated)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"the processes did not come together ({one_line(error)}): outside of a "
-            "TPU pod, SLURM and Open MPI give --coordinator=HOST:PORT, "
-            "--num_processes=N and --process_id=I"
-        ) from error
     finally:
         late.cancel()
 

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sra2_jax import config
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -51,13 +51,9 @@ def make_mesh(
     """
     for name, value in PINNED.items():
         jax.config.update(name, value)
-    try:
+    advice = "see JAX_PLATFORMS, or install the extra of your accelerator"
+    with explained("JAX finds no device", advice, RuntimeError):
         devices = devices or jax.devices()
-    except RuntimeError as error:
-        raise UserError(
-            f"JAX finds no device ({one_line(error)}): see JAX_PLATFORMS, or install "
-            "the extra of your accelerator"
-        ) from error
     data, fsdp, tensor = section.data, section.fsdp, section.tensor
     if data == -1:
         data = max(len(devices) // (fsdp * tensor), 1)

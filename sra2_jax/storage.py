@@ -5,6 +5,7 @@ to, and there are no folders. No jax here.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import fsspec
 from etils import epath
 from etils.epath import backend
 
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 
 TRIES = (0.5, 1, 2)  # seconds between them
 CLIENTS = ("gcsfs", "google.cloud.storage")  # ours and Orbax's
@@ -44,16 +45,10 @@ def expand(text: str) -> str:
         return os.path.expanduser(text)
     if scheme[1] != "gs":
         raise UserError(f"{text}: a local path or gs://BUCKET/... is wanted")
-    if not all(map(_installed, CLIENTS)):
-        raise UserError(f"{text}: buckets need more packages: pip install -e '.[gcs]'")
-    return text
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
+    with contextlib.suppress(ModuleNotFoundError):  # of google.cloud
+        if all(map(importlib.util.find_spec, CLIENTS)):
+            return text
+    raise UserError(f"{text}: buckets need more packages: pip install -e '.[gcs]'")
 
 
 def absolute(path: epath.Path) -> epath.Path:
@@ -80,6 +75,12 @@ def stat(path: Any) -> tuple[int, float]:
         return found.length or 0, found.mtime or 0.0
     local = os.stat(path)
     return local.st_size, local.st_mtime
+
+
+def sha256(path: Any) -> str:
+    """Digest of a file, hexadecimal."""
+    with epath.Path(path).expanduser().open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _upload(name: str, path: epath.Path) -> None:
@@ -114,10 +115,8 @@ def new_file(text: str, *suffixes: str) -> epath.Path:
         raise UserError(f"{text}: must end in {' or '.join(suffixes)}")
     if path.exists():
         raise UserError(f"{text}: exists already: remove it or use another")
-    try:
+    with explained(f"{text}: its folder cannot be made", "use another", OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{text}: {error.strerror or error}: use another") from error
     return path
 
 
@@ -164,16 +163,15 @@ class Appended:
             self._written = time.monotonic()
 
 
-def as_json(facts: Mapping[str, Any]) -> str:
-    return json.dumps(facts, indent=2) + "\n"
+def write_json(path: Any, facts: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
 def read_json(path: Any) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where there is none to be read."""
-    try:
-        found = json.loads(path.read_bytes())
+    kinds = OSError, ValueError, RecursionError
+    with explained(f"{path} cannot be read", kinds=kinds):
+        found: dict[str, Any] = json.loads(path.read_bytes())
         if not isinstance(found, dict):
             raise ValueError("no JSON object")
         return found
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error, 100)})") from error

@@ -28,11 +28,15 @@ _THREAD = threading.local()
 
 
 class Damaged(Exception):
-    """A record that no writer wrote: its number, and what is wrong with it."""
+    """A record that no writer wrote: its shard and number, and what is wrong with it.
 
-    def __init__(self, number: int, reason: str) -> None:
+    path: of the shard's file.
+    """
+
+    def __init__(self, row: tuple[Shard, int], reason: str) -> None:
+        shard, number = row
         super().__init__(f"record {number} {reason}")
-        self.number, self.reason = number, reason
+        self.path = shard.path
 
 
 def _masked(data: Any) -> int:
@@ -59,7 +63,7 @@ class Shard:
     """
 
     def __init__(self, path: epath.Path, starts: array[int] | None = None) -> None:
-        self._remote, self._file = b"", -1
+        self.path, self._remote, self._file = path, b"", -1
         if is_remote(path):
             self._remote = patiently(path.read_bytes)
         else:
@@ -81,7 +85,7 @@ class Shard:
             start += 16 + length
             if _masked(header[:8]) != crc or start > end:
                 reason = "is cut off, or its length is damaged"
-                raise Damaged(len(starts) - 1, reason)
+                raise Damaged((self, len(starts) - 1), reason)
             starts.append(start)
         return starts
 
@@ -100,7 +104,7 @@ class Shard:
         else:
             into[:] = np.frombuffer(self._remote, np.uint8, count, start)
         if count < len(into) or _CRC.unpack(into[-4:])[0] != _masked(into[:-4]):
-            raise Damaged(number, "has another checksum")
+            raise Damaged((self, number), "has another checksum")
 
 
 def varint(value: int) -> bytes:
@@ -168,8 +172,8 @@ def read(
     are, {name: uint8 (len(which), bytes)}, good until the next group.
 
     Records that are alike but for their values are cut as one array: a batch in a few
-    operations. Raises Damaged, with the number of the row: a record that cannot be
-    read, is no Example, or lacks a name.
+    operations. Raises Damaged: a record that cannot be read, is no Example, or lacks a
+    name.
     """
     sizes = np.array([shard.size(number) for shard, number in rows])
     order = np.argsort(sizes, kind="stable")
@@ -178,10 +182,8 @@ def read(
         shard, number = rows[i]
         try:
             shard.read(number, buffer[place, : sizes[i]])
-        except Damaged as error:
-            raise Damaged(i, error.reason) from None
         except OSError as error:
-            raise Damaged(i, f"cannot be read: {error}") from error
+            raise Damaged(rows[i], f"cannot be read: {error}") from error
     stops = np.flatnonzero(np.diff(sizes[order], append=-1)) + 1
     for start, stop in itertools.pairwise([0, *stops.tolist()]):
         which = order[start:stop]
@@ -191,9 +193,9 @@ def read(
                 spans = _spans(examples[0].tobytes())
             except (IndexError, ValueError):
                 what = "is no tf.train.Example of single values"
-                raise Damaged(which[0], what) from None
+                raise Damaged(rows[which[0]], what) from None
             if missing := [name for name in names if name not in spans]:
-                raise Damaged(which[0], f"has no {missing[0]}")
+                raise Damaged(rows[which[0]], f"has no {missing[0]}")
             between = np.ones(examples.shape[1], bool)
             for span in spans.values():
                 between[slice(*span)] = False

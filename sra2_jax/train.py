@@ -42,8 +42,9 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     run = Run(workdir, jax.process_index() == 0)
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
-    dataset = prepare(config, run.latents(config), program.fields, watch)
-    run.claim_dataset(dataset.folder, dataset.sha256)
+    folder = run.latents(config)
+    dataset = prepare(config, folder, program.fields, watch)
+    run.claim_dataset(folder, dataset["sha256"])
     with ExitStack() as stack:
         log = stack.enter_context(Log(run, config))
         checkpoints = Checkpoints(run, config.run, log.score, log.report)
@@ -64,14 +65,14 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
             log.event(start, "restored", instead_of=latest)
         watch.progress("compile")
         with log.paused():
-            observer = Observer(program, run, log, dataset.folder, watch)
+            observer = Observer(program, run, log, folder, watch)
             frozen = program.load_frozen()
             began = time.perf_counter()
             step = program.compile(frozen)
             seconds = time.perf_counter() - began
-        run.write("run", facts(program, seconds) | {"latents": dataset.facts()})
+        run.write("run", facts(program, seconds) | {"latents": dataset})
         log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
-        with closing(batches(config, program, start, dataset.folder)) as ready:
+        with closing(batches(config, program, start, folder)) as ready:
             loop = Loop(program, step, state, log, checkpoints, observer, watch)
             loop.run(ready)
         log.message(f"done: {run.report}")

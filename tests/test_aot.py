@@ -17,6 +17,7 @@ from sra2_jax.programs import fit
 from sra2_jax.step import Program
 from tests.conftest import pinned
 from tools import absent_gpu, aot, gates, hlo, roofline
+from tools.measure import chip_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,7 +130,7 @@ def test_absent_gpu_runs_attention_of_cudnn():
 
 def test_names_that_devices_give_themselves():
     kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H200", "cpu")
-    found = [chips.of_device(kind) for kind in kinds]
+    found = [chip_of(kind) for kind in kinds]
     names = [chip and chip.name for chip in found]
     assert names == ["v4", "v5e", "v5p", "v6e", "h200", None]
 

@@ -182,7 +182,7 @@ def test_digits_and_unknown_sources(tmp_path):
         images.open_source("digits", "val")
     with pytest.raises(UserError, match="no such folder"):
         images.open_source(tmp_path / "missing", "train")
-    with pytest.raises(UserError, match="TFDS has no such dataset"):
+    with pytest.raises(UserError, match="DatasetNotFoundError"):
         images.open_source("tfds:no_such_dataset_at_all", "train")
 
 

@@ -16,11 +16,12 @@ from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.programs.verify import relative_error
-from sra2_jax.weights import load_vae, save_vae
+from sra2_jax.weights import load_vae
 from sra2_jax.weights.files import CONFIG, INDEX, fetch
 from sra2_jax.weights.vae import NEWER_KEYS, WEIGHTS
 from tests.conftest import ROOT
 from tests.test_weights import assert_same_tree, edit_config, refused
+from tools.folders import save_vae
 
 GOLDEN = ROOT / "tests" / "golden" / "vae"
 

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sra2_jax.errors import UserError
-from sra2_jax.weights import dinov2, files, load_dinov2, load_vae, save_vae, vae
+from sra2_jax.weights import dinov2, files, load_dinov2, load_vae, vae
+from tools.folders import save_dinov2, save_vae
 
 KINDS = {
     "vae": SimpleNamespace(
@@ -23,7 +24,7 @@ KINDS = {
     ),
     "dinov2": SimpleNamespace(
         load=load_dinov2,
-        save=dinov2.save_dinov2,
+        save=save_dinov2,
         file=dinov2.WEIGHTS,
         key="num_attention_heads",
         tensor="encoder.layer.1.mlp.fc1.weight",

@@ -20,7 +20,7 @@ from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import MARKED, Series, read_series, smooth
 from sra2_jax.report.page import titles
 from sra2_jax.run import number
-from sra2_jax.storage import as_json, write_whole
+from sra2_jax.storage import write_json
 from tools import plots, probes
 
 RECORDS = 512  # that `probe` reads where nothing is said
@@ -125,7 +125,7 @@ def probe(arguments: argparse.Namespace) -> None:
         "ridge": probes.PENALTY,
         "runs": facts,
     }
-    write_whole(out.with_suffix(".json"), as_json(result))
+    write_json(out.with_suffix(".json"), result)
 
 
 def training_seconds(series: dict[str, Series], batch_size: int) -> Series:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra2_jax.chips import of_device
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.errors import one_line
@@ -32,6 +31,7 @@ from tools.measure import (
     Timed,
     begin,
     by_turns,
+    chip_of,
     compiled,
     machine,
     matmul_speed,
@@ -42,7 +42,7 @@ from tools.measure import (
 def describe(name: str, run: Timed, loss: float, matmul: float) -> dict[str, Any]:
     """Figures of a variant, a line of --json."""
     config = run.program.config
-    chip = of_device(jax.devices()[0].device_kind)
+    chip = chip_of(jax.devices()[0].device_kind)
     rate = spread(config.batch_size / np.array(run.seconds))
     flops = rate["p50"] * run.program.flops() / config.batch_size
     return {

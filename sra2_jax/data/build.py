@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -27,9 +26,9 @@ import sra2_jax
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
 from sra2_jax.data.order import permutation
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import VAEConfig
-from sra2_jax.storage import write_whole
+from sra2_jax.storage import sha256, write_whole
 from sra2_jax.tfrecord import frame
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
@@ -68,7 +67,6 @@ class ShardWriter:
     def __init__(self, shard_of: np.ndarray, files: Mapping[int, Any]) -> None:
         self._shard_of, self._files, self.skipped = shard_of, files, 0
         self.facts = {shard: Facts() for shard in files}
-        self._digests = {shard: hashlib.sha256() for shard in files}
 
     def shard(self, index: int) -> int:
         """The shard of an image, and of its mirrored one (index + length)."""
@@ -91,30 +89,19 @@ class ShardWriter:
                 )
         shard = self.shard(index)
         record = records.serialize(label=label, index=index, image=image, **halves)
-        data = frame(record)
-        self._files[shard].write(data)
-        self._digests[shard].update(data)
+        self._files[shard].write(frame(record))
         mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
         sums, facts = np.stack([mean, mean**2 + std**2]).sum((1, 2)), self.facts[shard]
         if facts.records:
             sums += [facts.mean, facts.square]
         facts.mean, facts.square = sums.tolist()
         facts.records += 1
-        facts.bytes += len(data)
 
     def skip(self, index: int, line: str) -> int:
         """Note an image that leaves no record; returns how many there are."""
         self.facts[self.shard(index)].unreadable.append((index, line))
         self.skipped += 1
         return self.skipped
-
-    def commit(self, shard: int, temporary: Path, path: Path) -> None:
-        """The shard is whole: on the disk, under its name."""
-        file, facts = self._files[shard], self.facts[shard]
-        file.flush()
-        os.fsync(file.fileno())
-        temporary.rename(path)
-        facts.sha256 = self._digests[shard].hexdigest()
 
 
 @contextlib.contextmanager
@@ -126,29 +113,33 @@ def writing(
     shard_of: int (images,), the shard of each.
 
     They have temporary names; once the context ends without an error, they are flushed
-    to the disk and get their own.
+    to the disk, hashed, and get their own.
 
     Raises UserError: the disk is full, or another process writes the same shard.
     """
-    paths, files, shards = {}, {}, int(shard_of.max()) + 1
-    try:
-        with contextlib.ExitStack() as stack:
-            for shard in own:
-                path = Path(records.shard_path(folder, split, shard, shards))
-                # Should two processes write the same shard, each writes its own file.
-                temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-                paths[shard] = temporary, path
-                stack.callback(temporary.unlink, missing_ok=True)
-                files[shard] = stack.enter_context(temporary.open("wb"))
-            writer = ShardWriter(shard_of, files)
-            yield writer
-            for shard, names in paths.items():
-                writer.commit(shard, *names)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: not finished ({one_line(error)}): is the disk full, or another "
-            "process at work there? Mend that and run the same command again"
-        ) from error
+    files, shards = {}, int(shard_of.max()) + 1
+    # Should two processes write the same shard, each writes its own file.
+    mark = f".{secrets.token_hex(4)}.tmp"
+    advice = (
+        "is the disk full, or another process at work there? Mend that and run the "
+        "same command again"
+    )
+    with (
+        explained(f"{folder}: not finished", advice, OSError),
+        contextlib.ExitStack() as stack,
+    ):
+        for shard in own:
+            path = Path(f"{records.shard_path(folder, split, shard, shards)}{mark}")
+            stack.callback(path.unlink, missing_ok=True)
+            files[shard] = stack.enter_context(path.open("wb"))
+        writer = ShardWriter(shard_of, files)
+        yield writer
+        for shard, file in files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            facts, path = writer.facts[shard], Path(file.name)
+            facts.bytes, facts.sha256 = file.tell(), sha256(path)
+            path.rename(path.with_name(path.name.removesuffix(mark)))
 
 
 # Writes the records of these positions of a listing; yields how many it has done.

@@ -3,7 +3,6 @@
 Every byte is hashed and compared with the manifest.
 """
 
-import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from sra2_jax.data import records
-from sra2_jax.storage import stat
+from sra2_jax.storage import sha256, stat
 from sra2_jax.tfrecord import Damaged, Shard
 
 
@@ -44,7 +43,7 @@ def faults(
         for number in range(len(of.records))
     }
     with ThreadPoolExecutor() as pool:
-        reasons = pool.map(_fault, shards, *zip(*shards.values(), strict=True))
+        reasons = pool.map(lambda path: _fault(path, *shards[path]), shards)
     found = [(p.name, why) for p, why in zip(shards, reasons, strict=True) if why]
     strays = sorted({*epath.Path(folder).glob("*.tfrecord*")} - shards.keys())
     return found + [(p.name, f"not in {records.FILE}: remove it") for p in strays]
@@ -57,13 +56,8 @@ def _fault(path: epath.Path, shards: records.Shards, number: int) -> str:
     size, wanted = stat(path)[0], shards.bytes[number]
     if size != wanted:
         return f"{size} bytes, {wanted} when it was encoded"
-    if shards.sha256:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        if digest.hexdigest() == shards.sha256[number]:
-            return ""
+    if shards.sha256 and sha256(path) == shards.sha256[number]:
+        return ""
     try:
         shard = Shard(path)
         count = len(shard)

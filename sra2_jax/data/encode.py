@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +122,14 @@ def encode(
             mirror_offset=mirror_offset,
         )
         with ThreadPoolExecutor(16) as pool:
-            size, pngs = options.batch_size, pool if options.store_images else None
+            png = to_png if options.store_images else lambda image: None
+            size = options.batch_size
             for batch, arrays in encoded(rows, encoder, size, writer.shard):
-                _write(writer, batch, arrays, pngs)
-                count = sum(index < source.length for index, _, _ in batch)
+                numbers, pixels, labels = zip(*batch, strict=True)
+                stored = zip(labels, numbers, pool.map(png, pixels), strict=True)
+                for i, row in enumerate(stored):
+                    writer.write(*row, **{name: x[i] for name, x in arrays.items()})
+                count = sum(number < source.length for number in numbers)
                 progress(count)
                 yield count
 
@@ -154,17 +158,6 @@ def _resolved(options: EncodeOptions, length: int, encoder: Encoder) -> EncodeOp
         grid=features.grid if features else 0,
         batch_size=rounded(options.batch_size, jax.local_device_count()),
     )
-
-
-def _write(
-    writer: ShardWriter, rows: Sequence[Row], arrays: Arrays, pool: Executor | None
-) -> None:
-    """Write a batch, and its images as PNG, made in a pool, where one is given."""
-    pngs = (
-        pool.map(to_png, (row[1] for row in rows)) if pool else itertools.repeat(None)
-    )
-    for i, ((index, _, label), png) in enumerate(zip(rows, pngs, strict=False)):
-        writer.write(label, index, png, **{name: x[i] for name, x in arrays.items()})
 
 
 class Encoder:

@@ -23,7 +23,7 @@ import numpy as np
 
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import center_crop, decode_rgb
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.runtime import tensorflow
 
 SUFFIXES = (
@@ -178,19 +178,14 @@ def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
     tensorflow()
     import tensorflow_datasets as tfds
 
-    try:
+    advice = (
+        "prepare it with TFDS, see its page there; TFDS_DATA_DIR says where prepared "
+        "ones are"
+    )
+    # No such dataset, no network, no manual download, no disk: errors of any kind.
+    with explained(f"tfds:{name} cannot be prepared", advice):
         builder = tfds.builder(name)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"tfds:{name}: TFDS has no such dataset; see `tfds.list_builders()`"
-        ) from None
-    try:
         builder.download_and_prepare()
-    except Exception as error:  # no network, no manual download, no disk: of any kind
-        raise UserError(
-            f"tfds:{name} cannot be prepared ({one_line(error)}): prepare it with "
-            "TFDS, see its page there; TFDS_DATA_DIR says where prepared ones are"
-        ) from error
     features = dict((builder.info.features or {}).items())
     splits = builder.info.splits
     label: Any = features.get("label")

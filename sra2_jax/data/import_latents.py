@@ -10,7 +10,6 @@ read whole. Channels are first or last. Killed, the same command goes on.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,10 +26,11 @@ from sra2_jax.command import Parser
 from sra2_jax.data import records
 from sra2_jax.data.build import WAITING, Build, ShardWriter
 from sra2_jax.data.options import Options, option
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.weights import load_vae
 
 Shape = tuple[int, int, int]
+HELP = "see sra2 import-latents --help"
 LISTING = "dataset.json"
 ARRAYS = ("moments", "mean", "std", "labels")
 MADE_WITH = (
@@ -80,7 +80,7 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     """
     vae, source = load_vae(options.vae)[0].config, options.source
     shape = options.latent_shape(vae)
-    with _explained(source):
+    with explained(f"{source}: cannot be imported", HELP):
         latents = open_latents(Path(source))
     labels = latents.labels
     classes = options.num_classes or int(labels.max()) + 1
@@ -92,7 +92,7 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     facts = vars(options) | {"imported": source, "listing": listing}
 
     def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
-        with _explained(latents.where(index)):
+        with explained(f"{latents.where(index)}: cannot be imported", HELP):
             parts = latents.load(index)
             channels = latents.channels or options.channels
             return index, *_mean_and_std(parts, shape, channels, options.logvar)
@@ -107,18 +107,6 @@ def import_latents(options: ImportOptions) -> records.LatentsInfo | None:
     return build.run(
         len(labels), write, num_classes=classes, class_names=(), crop="imported"
     )
-
-
-@contextlib.contextmanager
-def _explained(where: Any) -> Iterator[None]:
-    """What is wrong with a source becomes a UserError."""
-    try:
-        yield
-    except Exception as error:  # numpy, zipfile and zlib raise many kinds
-        raise UserError(
-            f"{where}: cannot be imported ({one_line(error)}); see "
-            "sra2 import-latents --help"
-        ) from error
 
 
 def open_latents(source: Path) -> Latents:

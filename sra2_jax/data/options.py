@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from typing import Any, Self
 
 from sra2_jax.data import records
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import VAEConfig
 
 # Shards of 64 to 128 MB: large enough to stream well, small enough to move.
@@ -40,10 +40,8 @@ class Options:
     def __post_init__(self) -> None:
         if "://" in str(self.out):
             raise UserError(f"{self.out}: give a local folder, and copy it there")
-        try:
+        with explained("--split", "choose another", ValueError):
             records.check_split(self.split)
-        except ValueError as error:
-            raise UserError(f"--split: {error}; choose another") from None
         if not 0 <= self.process_index < self.process_count:
             raise UserError("--process_index: count from 0, below --process_count")
 

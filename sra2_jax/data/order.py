@@ -74,5 +74,6 @@ class Order:
             blocks[-1].append(shard)
             held += int(sizes[shard])
         if len(blocks) > 1 and held < self.shuffle_buffer:
-            blocks[-2] += blocks.pop()
+            small = blocks.pop()
+            blocks[-1] += small
         return blocks

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
 from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -82,15 +81,12 @@ def batches(
         try:
             for opened, shard, number in places:
                 rows.append((opened[shard].result(), number))
-            try:
-                return records.read(rows, info, fields)
-            except Damaged as error:
-                _, shard, number = places[error.number]
-                raise Damaged(number, error.reason) from None
+            return records.read(rows, info, fields)
         except (Damaged, OSError) as error:
+            path = error.path if isinstance(error, Damaged) else paths[shard]
             raise UserError(
-                f"{folder}: {paths[shard].name} cannot be read ({one_line(error)}): "
-                "copy that shard again or encode again"
+                f"{folder}: {path.name} cannot be read ({one_line(error)}): copy that "
+                "shard again or encode again"
             ) from error
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
@@ -140,33 +136,24 @@ def _regrouped(blocks: Iterable[Part], size: int) -> Iterator[list[Part]]:
 
 
 def prefetch_to_device(
-    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any, size: int = 2
+    iterator: Iterator[Mapping[str, np.ndarray]], sharding: Any
 ) -> Generator[dict[str, jax.Array]]:
     """Batches placed on the devices ahead of time, in a thread that ends with this.
 
     iterator: local rows of global batches, as `batches` yields them; sharding: splits
-    the leading axis of every array; size: batches that wait on the devices.
+    the leading axis of every array.
 
     Yields dicts of global jax.Array. Raises what `iterator` raises.
     """
-    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch_to_device")
 
-    def place() -> dict[str, jax.Array]:
+    def place(rows: Iterator[Mapping[str, np.ndarray]]) -> dict[str, jax.Array]:
         return {
             name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in next(iterator).items()
+            for name, value in next(rows, {}).items()
         }
 
-    waiting = collections.deque(pool.submit(place) for _ in range(size))
-    try:
-        while True:
-            try:
-                batch = waiting.popleft().result()
-            except StopIteration:
-                return
-            waiting.append(pool.submit(place))
-            yield batch
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        # Not without end: a read may hang (network disks).
-        wait([future for future in waiting if not future.cancelled()], timeout=10)
+    # Of three, one is in use and two wait on the devices.
+    for _, batch in in_threads(place, itertools.repeat(iterator), 1, 3):
+        if not batch:  # the end of `iterator`
+            return
+        yield batch

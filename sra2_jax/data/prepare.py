@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,35 +14,19 @@ from sra2_jax.data import records
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.errors import UserError
 from sra2_jax.runtime import Watch
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset of latents: its folder, its description, the SHA-256 of that."""
-
-    folder: epath.Path
-    info: records.LatentsInfo
-    sha256: str
-
-    def facts(self) -> dict[str, Any]:
-        """What a run's run.json says of it."""
-        return {
-            "folder": str(self.folder),
-            "sha256": self.sha256,
-            "num_examples": self.info.num_examples,
-            "scaling_factor": self.info.scaling_factor,
-            "mean": self.info.latent_mean,
-            "std": self.info.latent_std,
-        }
+from sra2_jax.storage import sha256
 
 
 def prepare(
     config: Config, folder: epath.Path, fields: Sequence[str], watch: Watch
-) -> Dataset:
-    """A run's dataset; encodes config.data.images into `folder` where it is missing.
+) -> dict[str, Any]:
+    """See that a run's dataset is in `folder`: encodes config.data.images where it is
+    missing.
 
     fields: what the run reads besides latents and labels, see `batches`; watch: is told
     of progress.
+
+    Returns what the run's run.json says of it.
 
     Raises UserError: no dataset and no images, or one that contradicts the config.
     """
@@ -69,5 +51,11 @@ def prepare(
         encode(options, lambda count: watch.progress("start"))
     info = records.LatentsInfo.read(folder)
     records.check(info, folder, config, fields)
-    digest = hashlib.sha256((folder / records.FILE).read_bytes()).hexdigest()
-    return Dataset(folder, info, digest)
+    return {
+        "folder": str(folder),
+        "sha256": sha256(folder / records.FILE),
+        "num_examples": info.num_examples,
+        "scaling_factor": info.scaling_factor,
+        "mean": info.latent_mean,
+        "std": info.latent_std,
+    }

@@ -23,7 +23,7 @@ from etils import epath
 
 from sra2_jax import tfrecord
 from sra2_jax.data.pixels import decode_rgb
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained, one_line
 from sra2_jax.storage import write_whole
 from sra2_jax.tfrecord import Damaged, Shard
 
@@ -45,12 +45,6 @@ class Shards:
     records: tuple[int, ...]
     bytes: tuple[int, ...]
     sha256: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        count = len(self.records)
-        lengths = len(self.bytes), len(self.sha256) or count
-        if not count or lengths != (count, count):
-            raise ValueError("the lists of a split must have one entry per shard")
 
     @classmethod
     def of(cls, lists: Mapping[str, Sequence[Any]]) -> Shards:
@@ -97,14 +91,6 @@ class LatentsInfo:
     mirror_offset: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if len(self.latent_shape) != 3:
-            raise ValueError("latent_shape must be (h, w, c)")
-        for split in self.splits:
-            check_split(split)
-        if self.num_examples != sum(sum(s.records) for s in self.splits.values()):
-            raise ValueError("num_examples is not the number of records in the shards")
-
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what a record holds as raw float16 bytes, by name."""
         found: dict[str, tuple[int, ...]] = dict.fromkeys(MOMENTS, self.latent_shape)
@@ -122,18 +108,18 @@ class LatentsInfo:
         make = f"make the dataset with `{ENCODE} --images=SOURCE --out={folder}`"
         if not path.exists():
             raise UserError(f"{folder}: no {FILE} in this folder; {make}")
-        try:
+        with explained(f"{path}: does not describe a latents dataset", make):
             fields = json.loads(path.read_text())
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             splits = {k: Shards.of(v) for k, v in fields.pop("splits").items()}
+            for split in splits:
+                check_split(split)
             stored = fields.pop("features", None)
             features = Features(**stored) if stored else None
-            return cls(splits=splits, features=features, **_tuples(fields))
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
-            raise UserError(
-                f"{path}: does not describe a latents dataset ({one_line(e)}); {make}"
-            ) from None
+            for key, value in fields.items():
+                fields[key] = tuple(value) if isinstance(value, list) else value
+            return cls(splits=splits, features=features, **fields)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `latents.json` into `folder`, all of it or nothing."""
@@ -145,11 +131,6 @@ def check_split(name: str) -> None:
     """Raises ValueError for a split whose files could lie in another folder."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"split {name!r} is no name of letters and digits")
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With tuples for lists, which JSON has instead."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def check_fields(
@@ -241,8 +222,7 @@ def read(
     Returns `label` (B,) int32, `index` (B,) int64, `mean`, `std` (B, h, w, c) float16,
     `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8.
 
-    Raises Damaged, with the place in the batch: a record that cannot be read, or is of
-    another schema.
+    Raises Damaged: a record that cannot be read, or is of another schema.
     """
     count, side = len(rows), info.resolution
     shapes = {k: v for k, v in info.arrays().items() if k in (*MOMENTS, *fields)}
@@ -255,7 +235,7 @@ def read(
         for name in shapes:
             flat = found[name].reshape(count, -1).view(np.uint8)
             if values[name].shape[1] != flat.shape[1]:
-                raise Damaged(which[0], f"has {name} not of {shapes[name]}")
+                raise Damaged(rows[which[0]], f"has {name} not of {shapes[name]}")
             flat[which] = values[name]
         for name in ("label", "index"):
             found[name][which] = tfrecord.integers(values[name])
@@ -263,7 +243,8 @@ def read(
             try:
                 found["image"][i] = decode_rgb(io.BytesIO(png.tobytes()))
             except Exception as error:  # broken files raise nearly anything
-                raise Damaged(i, f"has a broken image ({one_line(error)})") from None
+                reason = f"has a broken image ({one_line(error)})"
+                raise Damaged(rows[i], reason) from None
     return found
 
 

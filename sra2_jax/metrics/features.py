@@ -16,8 +16,8 @@ from jaxtyping import Array, UInt8
 
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.sharding import replicated, spread
+from sra2_jax.storage import sha256
 from sra2_jax.weights import load_inception
-from sra2_jax.weights.inception import sha256
 
 KINDS = ("inception", "digits")
 Outputs = dict[str, np.ndarray]

@@ -21,7 +21,7 @@ from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
 from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh, rounded
-from sra2_jax.storage import as_json, new_file, write_whole
+from sra2_jax.storage import new_file, write_json
 
 
 def note_if_few(summary: compare.Summary) -> list[str]:
@@ -71,7 +71,7 @@ def evaluate(
         "sampling": samples.settings or "unknown: the samples do not say",
         "versions": versions(),
     }
-    write_whole(out, as_json(results))
+    write_json(out, results)
     lines = [f"{METRICS[name][0]}: {value:.6g}" for name, value in metrics.items()]
     lines += [f"note: {note}" for note in notes]
     print("\n".join([*lines, f"wrote {out}"]))

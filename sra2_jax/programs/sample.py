@@ -21,7 +21,7 @@ from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
-from sra2_jax.storage import as_json, new_file, read_json, whole_file, write_whole
+from sra2_jax.storage import new_file, read_json, whole_file, write_json
 
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
@@ -95,7 +95,7 @@ def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
         generator.refuse_others(parts.folder, read_json(file), settings)
     elif first:
         parts.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, as_json(settings))
+        write_json(file, settings)
     multihost_utils.sync_global_devices("settings of the samples")
     fill(parts, generate)
     multihost_utils.sync_global_devices("samples")

@@ -14,8 +14,7 @@ from typing import Any
 
 from sra2_jax.command import Parser
 from sra2_jax.errors import MISTAKE, UserError
-from sra2_jax.lock import STALE_SECONDS
-from sra2_jax.run import ASIDE, Run, number
+from sra2_jax.run import ASIDE, STALE_SECONDS, Run, number
 from sra2_jax.storage import stat
 
 ROWS = 20  # of which the speed is the median

@@ -23,7 +23,7 @@ from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.programs.evaluate import add_feature_arguments
 from sra2_jax.programs.sample import add_run_arguments
-from sra2_jax.storage import as_json, read_json, write_whole
+from sra2_jax.storage import read_json, write_json
 
 FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")  # of a cell
@@ -99,7 +99,7 @@ def write(out: epath.Path, results: Results, settings: dict[str, Any]) -> None:
         dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
         for cell, metrics in results.items()
     ]
-    write_whole(out / FILE, as_json({"settings": settings, "cells": cells}))
+    write_json(out / FILE, {"settings": settings, "cells": cells})
     (out / "sweep.md").write_text(table(results, settings))
 
 

@@ -1,5 +1,7 @@
 """Train a config, from the newest checkpoint in its workdir on."""
 
+import logging
+
 from sra2_jax import config_file
 from sra2_jax.command import Parser, add_distributed
 from sra2_jax.errors import UserError
@@ -20,24 +22,12 @@ def main() -> None:
 
     # Only now what takes seconds to import: mistakes in the config are found before.
     import jax
-    from absl import flags, logging
 
     from sra2_jax import runtime
-    from sra2_jax.lock import Lock
-    from sra2_jax.run import Run
+    from sra2_jax.run import Lock, Run
     from sra2_jax.sharding import check_batch, make_mesh
 
-    flags.FLAGS.mark_as_parsed()  # absl warns before its first line otherwise
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    # Our own rows of metrics and errors; not the progress notes of the libraries, nor
-    # what Orbax says of a failed save: that is reported, in a line.
-    logging.get_absl_handler().addFilter(
-        lambda r: (
-            r.filename == "log.py"
-            or (r.levelname == "ERROR" and "orbax" not in r.pathname)
-        )
-    )
+    logging.disable()  # libraries' notes: what they raise is reported, in a line
     runtime.join(arguments)
     # Refuses a mesh that does not fit the devices, before the workdir is made.
     check_batch(config, make_mesh(config.mesh))

@@ -144,11 +144,8 @@ def dinov2(path: Path, data: Arrays) -> Cases:
     module, params = load_dinov2(str(path.parent))
     # As transformers does, should the input have another size than the table.
     module = module.clone(antialias=False)
-    yield (
-        "last_hidden_state",
-        apply(module, params, nhwc(data["pixel_values"])),
-        FLOAT32,
-    )
+    states = apply(module, params, nhwc(data["pixel_values"]))
+    yield "last_hidden_state", states, FLOAT32
 
 
 def samplers(path: Path, data: Arrays) -> Cases:

@@ -5,10 +5,13 @@ PNG, curves as SVG, nothing fetched. Whatever a young run lacks, the page names 
 place. Needs neither jax nor TensorFlow, so it opens runs copied from elsewhere.
 """
 
+import base64
+import io
+import json
 import os
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -16,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from sra2_jax.command import Parser
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, read_series, short, smooth
-from sra2_jax.report.parts import figure, flat, missing, pairs, text
 from sra2_jax.run import Run, lookup, number
 from sra2_jax.storage import write_whole
 
@@ -62,6 +65,50 @@ def titles(alignments: Iterable[Any]) -> dict[str, str]:
         for key, title in CURVES.items()
         for name in (names if "{}" in key else [""])
     }
+
+
+def text(value: Any) -> str:
+    """Any value of a JSON file, escaped; no thousands separators, it may be an id."""
+    return escape(value if isinstance(value, str) else json.dumps(value)) or "(empty)"
+
+
+def missing(what: str) -> str:
+    return f'<p class="missing">{escape(what)}</p>'
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Those of nested sections with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """A table of keys and values."""
+    row = "<div><dt>{}</dt><dd>{}</dd></div>"
+    rows = (row.format(text(key), text(value)) for key, value in flat(values).items())
+    return f'<dl class="pairs">{"".join(rows)}</dl>'
+
+
+def figure(path: epath.Path, label: str, what: str, side: int) -> str:
+    """The picture in a file, at most `side` pixels wide; "" where none can be read."""
+    try:
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+    except (OSError, SyntaxError, ValueError):  # Pillow's for a half-written PNG
+        return ""
+    # small pictures are enlarged by the page: show their pixels, do not blur them
+    look = ' class="pixels"' if image.width <= 400 else ""
+    source = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure><img{look} width="{image.width}" height="{image.height}" '
+        f'alt="{label} {what}" src="data:image/png;base64,{source}">'
+        f"<figcaption><b>{label}</b> {what}</figcaption></figure>"
+    )
 
 
 class Fields(Template):

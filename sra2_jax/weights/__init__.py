@@ -1,7 +1,7 @@
-"""Published weights, read and written."""
+"""Published weights, read."""
 
 from sra2_jax.weights.dinov2 import describe_dinov2, load_dinov2
 from sra2_jax.weights.inception import load_inception
-from sra2_jax.weights.vae import load_vae, save_vae
+from sra2_jax.weights.vae import load_vae
 
-__all__ = ["describe_dinov2", "load_dinov2", "load_inception", "load_vae", "save_vae"]
+__all__ = ["describe_dinov2", "load_dinov2", "load_inception", "load_vae"]

@@ -1,6 +1,4 @@
-"""Published DINOv2 weights: read and written in the folder format of transformers."""
-
-from pathlib import Path
+"""Published DINOv2 weights, read in the folder format of transformers."""
 
 import numpy as np
 
@@ -42,8 +40,6 @@ PREFIX, CLASSIFIER = "dinov2.", ("classifier.weight", "classifier.bias")
 
 def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Those of an image classifier without its prefix and its last layer."""
-    if not any(name.startswith(PREFIX) for name in tensors):
-        return tensors
     kept = {k: v for k, v in tensors.items() if k not in CLASSIFIER}
     return {k.removeprefix(PREFIX): v for k, v in kept.items()}
 
@@ -63,9 +59,9 @@ def load_dinov2(source: str) -> tuple[DINOv2, Params]:
     """Read a DINOv2 encoder from a folder or from the Hugging Face hub.
 
     source: a folder as `save_pretrained` of transformers' Dinov2Model (or
-    Dinov2ForImageClassification, whose classifier is left out) or `save_dinov2` writes
-    it, a hub id, such as facebook/dinov2-base, optionally with @revision, or "digits",
-    see `files.fetch`.
+    Dinov2ForImageClassification, whose classifier is left out) writes it, a hub id,
+    such as facebook/dinov2-base, optionally with @revision, or "digits", see
+    `files.fetch`.
 
     Returns the module (float32 compute, positions resized as REPA does; `clone` it for
     others) and its parameters: nested dict of float32 numpy arrays, the value of
@@ -82,28 +78,3 @@ def describe_dinov2(source: str) -> DINOv2:
     if source == "facebook/dinov2-base":
         return DINOv2(DINOv2Config())
     return FORMAT.describe(source)[1]
-
-
-def save_dinov2(folder: str | Path, config: DINOv2Config, params: Params) -> None:
-    """Write an encoder as transformers 5 does, for `load_dinov2` and for transformers.
-
-    folder: made where missing; files of the same name are replaced. params: as
-    `load_dinov2` returns them; each tensor is stored in its own dtype.
-    """
-    depth = config.num_hidden_layers
-    more = {
-        "apply_layernorm": True,
-        "architectures": ["Dinov2Model"],
-        "attention_probs_dropout_prob": 0.0,
-        "drop_path_rate": 0.0,
-        "dtype": str(np.asarray(params["norm"]["scale"]).dtype),
-        "hidden_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "layerscale_value": 1.0,
-        "out_features": [f"stage{depth}"],
-        "out_indices": [depth],
-        "reshape_hidden_states": True,
-        "stage_names": ["stem", *(f"stage{i + 1}" for i in range(depth))],
-        "transformers_version": "5.23.0",
-    }
-    FORMAT.save(Path(folder), config, params, **more)

@@ -6,13 +6,12 @@ PyTorch's. No code that a file brings is run.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
+import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -23,7 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sra2_jax.config_file import HUB_ID
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.storage import read_json, whole_file
 from sra2_jax.weights import tree
 
@@ -40,19 +39,6 @@ AGAIN = (
     "fetch it again, or save a dict of plain tensors as .safetensors; PyTorch's files "
     "need it: pip install -e '.[torch]'"
 )
-
-
-@contextlib.contextmanager
-def _blamed(name: Any, advice: str = AGAIN) -> Iterator[None]:
-    """Whatever the libraries find wrong becomes one line about a file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of numpy, zipfile, safetensors, torch, the hub
-        # Torch's comes after advice to load the file without any protection.
-        reason = one_line(error, 10_000).split("WeightsUnpickler error: ")[-1][:200]
-        raise UserError(f"{name}: {reason}: {advice}") from error
 
 
 # Folders
@@ -86,7 +72,7 @@ def fetch(source: str, weights: str) -> Path:
 
     shards = weights.replace(".safetensors", "-*.safetensors")
     advice = f"check the name, the network and HF_HUB_OFFLINE, or {wanted}"
-    with _blamed(f"{source}: not from the hub", advice):
+    with explained(f"{source}: not from the hub", advice):
         return Path(
             snapshot_download(
                 hub_id["repo"],
@@ -103,7 +89,7 @@ def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
         weights = half if (folder / half).exists() else weights
     index, names = folder / (weights + INDEX), {weights}
     tensors: dict[str, np.ndarray] = {}
-    with _blamed(index):
+    with explained(f"{index}: cannot be read", AGAIN):
         if index.is_file():
             names = set(read_json(index)["weight_map"].values())
         for name in sorted(names):
@@ -164,18 +150,6 @@ class Format:
         patch = getattr(module.config, "patch_size", 1)
         return module, tree.read(tensors, module.shapes(), self.name, complaint, patch)
 
-    def save(self, folder: Path, config: Any, params: tree.Params, **more: Any) -> None:
-        """Write what `save_pretrained` of the library does; more: for config.json."""
-        patch = getattr(config, "patch_size", 1)
-        tensors = tree.write(params, self.name, patch)
-        folder.mkdir(parents=True, exist_ok=True)
-        # A stale index would win over the new file, here and in the libraries.
-        (folder / (self.weights + INDEX)).unlink(missing_ok=True)
-        save_file(tensors, folder / self.weights, metadata={"format": "pt"})
-        fields = dataclasses.asdict(config) | self.only(config) | more
-        text = json.dumps(fields, indent=2, sort_keys=True)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
 
 def _is(value: Any, kind: Any) -> bool:
     if kind == tuple[int, ...]:
@@ -217,7 +191,7 @@ def read_file(path: Path) -> Contents:
     """
     found = {re.sub(r"^(state_dict\.)+", "", k): v for k, v in _read(path).items()}
     notes: Mapping[str, str] = {}
-    with _blamed(path):
+    with explained(f"{path}: cannot be read", AGAIN):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="numpy") as file:
                 notes = file.metadata() or {}
@@ -248,7 +222,7 @@ def _read(path: Path) -> dict[str, Any]:
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
     if path.suffix not in readers or not path.is_file():
         raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
-    with _blamed(path):
+    with explained(f"{path}: cannot be read", AGAIN):
         return readers[path.suffix](path)
 
 
@@ -267,12 +241,16 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
     allowed = torch.serialization.safe_globals([argparse.Namespace])
     with allowed, warnings.catch_warnings(action="ignore"):
-        tree = torch.load(
-            path,
-            map_location="cpu",
-            weights_only=True,
-            mmap=zipfile.is_zipfile(path),  # older files are pickles throughout
-        )
+        try:
+            tree = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(path),  # older files are pickles throughout
+            )
+        except pickle.UnpicklingError as error:
+            # It comes after advice to load the file without any protection.
+            raise ValueError(str(error).split("Unpickler error: ")[-1]) from None
     flat = traverse_util.flatten_dict(tree).items()
     return {".".join(map(str, k)): _array(v) for k, v in flat if "opt" not in k}
 
@@ -294,7 +272,8 @@ def write_file(
     Raises UserError: it cannot be written.
     """
     arrays = dict[str, Any](tensors)
-    with _blamed(path, "it cannot be written"), whole_file(path) as file:
+    advice = "give another file"
+    with explained(f"{path}: cannot be written", advice), whole_file(path) as file:
         if path.suffix == ".npz":
             np.savez(file, **arrays)
         else:

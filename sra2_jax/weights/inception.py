@@ -1,16 +1,15 @@
 """Published weights of the Inception network, in torch-fidelity's names."""
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, explained
 from sra2_jax.models import shapes
 from sra2_jax.models.inception import Inception
-from sra2_jax.storage import new_file
+from sra2_jax.storage import new_file, sha256
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.tree import Params
 
@@ -54,12 +53,6 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return files.read_file(path).sets.get("unnamed", {})
 
 
-def sha256(path: str | Path) -> str:
-    """Digest of a file, hexadecimal."""
-    with Path(path).expanduser().open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def convert_inception(file: Path, out: str) -> None:
     """Write the weights as .safetensors or .npz, which need no PyTorch.
 
@@ -80,7 +73,7 @@ def from_torch_fidelity(
     complaint = f"{source}: not the Inception network of FID ({HOW})"
     # Without PyTorch's counters, and the bias, which no metric uses.
     rest = {k: v for k, v in weights.items() if np.ndim(v) and k != "fc.bias"}
-    try:
+    with explained(complaint, kinds=(KeyError, TypeError, ValueError)):
         for name in [key for key in rest if key.endswith(".conv.weight")]:
             layer = name.removesuffix(".conv.weight")
             gamma, beta, mean, variance = (
@@ -89,8 +82,6 @@ def from_torch_fidelity(
             scale = gamma / np.sqrt(variance + EPSILON)
             rest[f"{layer}.weight"] = rest.pop(name) * scale[:, None, None, None]
             rest[f"{layer}.bias"] = beta - mean * scale
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{complaint}: {error}") from error
     network = Inception()
     wanted = shapes(network, np.zeros((1, 8, 8, 3), np.uint8))
     return network, tree.read(rest, wanted, str, complaint)

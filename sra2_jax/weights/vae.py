@@ -1,7 +1,6 @@
-"""Published autoencoder weights: read and written in the folder format of diffusers."""
+"""Published autoencoder weights, read in the folder format of diffusers."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ FORMAT = Format(
 def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     """Read an AutoencoderKL from a folder or from the Hugging Face hub.
 
-    source: a folder as `save_pretrained` of diffusers or `save_vae` writes it, a hub id
+    source: a folder as `save_pretrained` of diffusers writes it, a hub id
     `owner/name[@revision]`, or "digits", see `files.fetch`.
 
     Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
@@ -77,19 +76,3 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     another kind of model, or tensors that do not fit the config.
     """
     return FORMAT.load(source)
-
-
-def save_vae(folder: str | Path, config: VAEConfig, params: Params) -> None:
-    """Write an AutoencoderKL as diffusers 0.42 does, for `load_vae` and for diffusers.
-
-    folder: made where missing; files of the same name are replaced. params: as
-    `load_vae` returns them; each tensor is stored in its own dtype.
-    """
-    more = {
-        "_diffusers_version": "0.42.1",
-        "force_upcast": True,
-        # Read by diffusers' tiled decoding only.
-        "sample_size": 32 * config.downsample,
-        "shift_factor": config.shift_factor or None,
-    }
-    FORMAT.save(Path(folder), config, params, **more)

@@ -100,9 +100,9 @@ def _slowly(finalize, seconds):
 
 def fast_beat(seconds):
     """Of the lock, so that a test need not wait."""
-    from sra2_jax import lock, storage
+    from sra2_jax import run, storage
 
-    lock.BEAT_SECONDS, storage.TRIES = seconds, (0.1, 0.1, 0.1)
+    run.BEAT_SECONDS, storage.TRIES = seconds, (0.1, 0.1, 0.1)
 
 
 def no_tensorboard(_):
