@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sra2_jax.chips import chip_of
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
@@ -24,7 +25,7 @@ from sra2_jax.sampler import time_grid
 from sra2_jax.sharding import make_mesh, replicated
 from sra2_jax.step import Program
 from sra2_jax.transport import Transport
-from tools.measure import chip_of, machine, matmul_speed, spread, turns, write
+from tools.measure import machine, matmul_speed, spread, turns, write
 
 
 def guidances(config: Config) -> dict[str, dict[str, float]]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sra2_jax.chips import chip_of
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.config_file import SIZES, default, set_size
@@ -23,7 +24,6 @@ from sra2_jax.programs.fit import peak_bytes
 from tools.measure import (
     Timed,
     by_turns,
-    chip_of,
     machine,
     matmul_speed,
     prepare,

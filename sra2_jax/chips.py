@@ -62,6 +62,13 @@ CHIPS = {
 }
 
 
+def chip_of(kind: str) -> Chip | None:
+    """The chip that a device calls itself, as "TPU v5 lite"; None of others."""
+    name = kind.lower().replace(" lite", "e").replace("tpu v5p", "v5p")
+    name = "v5p" if name == "tpu v5" else name
+    return next((chip for chip in CHIPS.values() if chip.name in name), None)
+
+
 def compile_only() -> None:
     """Use no device of this machine: of TPUs and GPUs only the compilers are needed."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # "no GPU found", of the plugin

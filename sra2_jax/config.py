@@ -240,6 +240,11 @@ class Run(Section, where="run"):
     stall_seconds: int = free(1800, "without progress until it ends itself", 1, STEPS)
     grid_classes: int = free(8, "rows of a sample grid, spread over classes", 1, 1000)
     grid_columns: int = free(8, "images of a class in a sample grid", 1, 1000)
+    profile_steps: str = free(
+        "",
+        'write a trace of these steps, as "100:110", into profile/',
+        pattern=(r"([1-9]\d{0,9}:[1-9]\d{0,9})?", 'must be "" or FIRST:LAST'),
+    )
     clu: bool = free(False, "TensorBoard through clu, which imports TensorFlow")
 
     def conflicts(self) -> Iterator[str]:

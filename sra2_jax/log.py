@@ -7,12 +7,15 @@ import os
 import socket
 import struct
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -39,13 +42,15 @@ class Log:
     What cannot be written is said once and stops nothing. A context manager; `restart`
     comes before all else.
 
+    mfu: of one image a second, the share of the devices' peak; 0: it is not known.
+
     Attributes:
       unlogged: metrics of the steps that no row has yet.
       scores: rows of what was evaluated, by step.
     """
 
-    def __init__(self, run: Run, config: Config) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: Run, config: Config, mfu: float = 0.0) -> None:
+        self._run, self._config, self._mfu = run, config, mfu
         self._step, self._count, self._clock = 0, 0, 0.0
         self._failed: set[str] = set()  # writers
         self._tensorboard: Any = None
@@ -93,6 +98,8 @@ class Log:
         now = time.perf_counter()
         speed = self._count * config.batch_size / (now - self._clock)
         row = mean(self.unlogged) | {"images_per_second": speed}
+        if self._mfu:
+            row["mfu"] = self._mfu * speed
         left = round((config.steps - step) * config.batch_size / speed)
         self.unlogged, self._count, self._clock = [], 0, now
         if not self._bar.disable:
@@ -236,6 +243,33 @@ class EventWriter:
 
     def _write(self, event: bytes) -> None:
         self._file.write(frame(b"\x09" + struct.pack("<d", time.time()) + event))
+
+
+class Profile:
+    """A trace by jax.profiler of the steps that config.run.profile_steps names, in
+    RUN/profile; each process writes its own. TensorBoard and Perfetto read it."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        first, _, last = config.run.profile_steps.partition(":")
+        self._run, self._first, self._last = run, int(first or 0), int(last or 0)
+        self._folder: Any = None
+
+    def before(self, step: int) -> None:
+        """Begin where `step` is the first, or the first of a resumed run."""
+        if not self._folder and self._first <= step <= self._last:
+            self._folder = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._folder.name)
+
+    def after(self, step: int, results: Any) -> None:
+        """End where `step` is the last; results: what it computes."""
+        if self._folder and step == self._last:
+            jax.block_until_ready(results)
+            jax.profiler.stop_trace()
+            for path in Path(self._folder.name).rglob("*.*"):
+                there = self._run.profile / path.relative_to(self._folder.name)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                there.write_bytes(path.read_bytes())
+            self._folder.cleanup()
 
 
 class Guard:

@@ -44,6 +44,7 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
         self.events = self.folder / "events.jsonl"
         self.tensorboard = self.folder / "tensorboard"
+        self.profile = self.folder / "profile"
         self.checkpoints = self.folder / "checkpoints"
         self.images = self.folder / "images"
         self.report = self.folder / "report.html"

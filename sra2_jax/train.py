@@ -12,12 +12,13 @@ from jax.experimental import multihost_utils
 
 from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.chips import chip_of
 from sra2_jax.config import Config
 from sra2_jax.data import pipeline
 from sra2_jax.data.order import Order
 from sra2_jax.data.prepare import prepare
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
-from sra2_jax.log import Guard, Log
+from sra2_jax.log import Guard, Log, Profile
 from sra2_jax.observe import Observer
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch
@@ -46,7 +47,7 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     dataset = prepare(config, folder, program.fields, watch)
     run.claim_dataset(folder, dataset["sha256"])
     with ExitStack() as stack:
-        log = stack.enter_context(Log(run, config))
+        log = stack.enter_context(Log(run, config, mfu(program)))
         checkpoints = Checkpoints(run, config.run, log.score, log.report)
         stack.enter_context(checkpoints)
         latest = checkpoints.latest() or 0
@@ -96,6 +97,14 @@ def batches(
     return pipeline.prefetch_to_device(rows, batch_sharding(program.mesh))
 
 
+def mfu(program: Program) -> float:
+    """Of one image a second: its FLOPs by formula over the devices' nominal peak; 0
+    where that is not known."""
+    chip = chip_of(program.mesh.devices.flat[0].device_kind)
+    peak = program.mesh.size * chip.flops if chip else float("inf")
+    return program.flops() / program.config.batch_size / peak
+
+
 def facts(program: Program, seconds: float) -> dict[str, Any]:
     """What the report says of the run besides its config."""
     parts = program.abstract.params | {"encoder": program.frozen}
@@ -132,6 +141,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.config, self.step = self.program.config, int(self.state.step)
         self.guard = Guard(self.config.run.most_skipped, self.log)
+        self.profile = Profile(self.observer.run, self.config)
         self.anywhere = runtime.anywhere(self.program.mesh)
         self.pending: Any = None  # step, metrics and record ids not read yet
 
@@ -158,8 +168,10 @@ class Loop:
     def advance(self, batch: dict[str, jax.Array]) -> None:
         """One step, and what is due after it. Raises Stop on all processes at once."""
         self.watch.progress("step")
+        self.profile.before(self.step + 1)
         self.state, metrics = self.update(self.state, batch)
         self.step += 1
+        self.profile.after(self.step, metrics)
         metrics["stop"] = self.anywhere(bool(self.watch.stopping))
         stop = self.read()
         self.pending = self.step, metrics, batch["index"]

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pytest
 
 from sra2_jax import chips
+from sra2_jax.chips import chip_of
 from sra2_jax.config import Config, Model
 from sra2_jax.errors import UserError
 from sra2_jax.programs import fit
 from sra2_jax.step import Program
 from tests.conftest import pinned
 from tools import absent_gpu, aot, gates, hlo, roofline
-from tools.measure import chip_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sra2_jax.checkpoint import Checkpoints
+from sra2_jax.chips import Chip
 from sra2_jax.config import Config
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
@@ -29,7 +30,7 @@ from sra2_jax.run import Run
 from sra2_jax.runtime import keep_compiled
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
-from sra2_jax.train import train
+from sra2_jax.train import mfu, train
 from tests.test_checkpoint import flip
 
 
@@ -65,6 +66,22 @@ def logged(workdir, clu):
             log.scalars(step, {"loss": 1 / step, "eval/fid": 7.0})
         log.image(2, "samples", PICTURE)
     return EventAccumulator(str(workdir / "tensorboard")).Reload()
+
+
+def test_mfu(tmp_path, monkeypatch):
+    """FLOPs of a second over what the devices could do, where that is known."""
+    program = Program(Config(), make_mesh())
+    assert mfu(program) == 0.0  # of CPUs
+    chip = Chip("made up", flops=1e12, bandwidth=1, links=1, memory=1)
+    monkeypatch.setattr("sra2_jax.train.chip_of", lambda kind: chip)
+    whole = mfu(program)
+    assert whole == pytest.approx(program.flops() / 256 / 8e12)
+    config = Config().override({"run.log_every": 1})
+    with Log(Run(tmp_path), config, whole) as log:
+        log.restart(0)
+        log.step(1, {"loss": 1.0, "skipped": 0.0})
+    (row,) = rows(tmp_path)
+    assert row["mfu"] == pytest.approx(whole * row["images_per_second"])
 
 
 def test_tensorboard_reads_the_rows(tmp_path):
@@ -204,7 +221,8 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
             "eval.features": "inception", "eval.reference": str(reference), "steps": 2,
             "eval.every": 1, "eval.num_samples": 24, "sampling.labels": "random",
             "run.checkpoint_every": 1, "run.keep_checkpoints": 1,
-            "run.sample_every": 1, "sampling.head_guidance": 1.5,
+            "run.sample_every": 1, "run.profile_steps": "2:2",
+            "sampling.head_guidance": 1.5,
             "align.vae.target": "velocity", "align.vae.loss": "l2",
             "align.vae.head_layers": 1, "align.vae.head_final_layer": True,
         }
@@ -219,6 +237,7 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
         k.removeprefix("eval/"): v for k, v in scored[1].items() if k != "step"
     }
     assert "FID" in (workdir / "report.html").read_text()
+    assert next((workdir / "profile").rglob("*.xplane.pb")).stat().st_size > 1000
     names = {p.name for p in workdir.rglob("*.png")}
     assert names == {"reconstruction.png", "step_00000001.png", "step_00000002.png"}
     kept = {p.name for p in (workdir / "checkpoints").glob("[0-9]*")}

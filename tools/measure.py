@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sra2_jax.chips import CHIPS, Chip
 from sra2_jax.config import Config
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
@@ -45,13 +44,6 @@ class Timed:
         batch = self.batch if batch is None else batch
         self.state, metrics = self.step(self.state, batch, self.frozen)
         return metrics
-
-
-def chip_of(kind: str) -> Chip | None:
-    """The chip that a device calls itself, as "TPU v5 lite"; None of others."""
-    name = kind.lower().replace(" lite", "e").replace("tpu v5p", "v5p")
-    name = "v5p" if name == "tpu v5" else name
-    return next((chip for chip in CHIPS.values() if chip.name in name), None)
 
 
 def made_up(shape: jax.ShapeDtypeStruct, draw: np.random.Generator) -> jax.Array:

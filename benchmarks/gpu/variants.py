@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sra2_jax.chips import chip_of
 from sra2_jax.command import Parser, run_program, writable
 from sra2_jax.config import Config
 from sra2_jax.errors import one_line
@@ -31,7 +32,6 @@ from tools.measure import (
     Timed,
     begin,
     by_turns,
-    chip_of,
     compiled,
     machine,
     matmul_speed,

@@ -101,7 +101,7 @@ def sit(path: Path, data: Arrays) -> Cases:
     model = DiT(heads=config["num_heads"], **settings)
     depth = config.get("encoder_depth", config.get("align_depth", 1))
     run: Any = jax.jit(model.apply, static_argnums=4)
-    inputs = nhwc(data["x"]), data["t"], data["y"]
+    inputs = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"])
     out, kept, c = run({"params": params}, *inputs, (depth,))
     results = {"out": nchw(out), "hidden": kept[depth]}
     for tree in heads.values():
