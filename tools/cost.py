@@ -122,7 +122,7 @@ def short(value: float) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     head = (
-        f"{'method':14}{'network':>9}{'heads':>8}{'external':>9}{'GMAC':>8}"
+        f"{'method':18}{'network':>9}{'heads':>8}{'external':>9}{'GMAC':>8}"
         f"{'GFLOPs':>8}{'extra':>8}{'XLA GF':>8}"
     )
     timed = "step_seconds" in rows[0]
@@ -134,7 +134,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             for kind in ("network", "head", "external")
         )
         line = (
-            f"{row['method']:14}{a:>9}{b:>8}{c:>9}{short(row['forward_gmacs'])}"
+            f"{row['method']:18}{a:>9}{b:>8}{c:>9}{short(row['forward_gmacs'])}"
             f"{short(row['forward_gflops'])}{row['extra_percent']:>+7.1f}%"
             f"{short(row['xla_gflops'])}"
         )

@@ -118,7 +118,7 @@ def sit(path: Path, data: Arrays) -> Cases:
 
         gradient = jax.jit(jax.value_and_grad(square, (0, 1)))
         results["loss"], found = gradient(params, inputs[0])
-        results["grad_norm"], results["grad_x"] = optax.global_norm(found[0]), found[1]
+        results["grad_norm"], results["grad_x"] = optax.tree.norm(found[0]), found[1]
         results["grad_x"] = nchw(results["grad_x"])
     for name in (
         "out", "hidden", "projected", "projection_loss", "z",
