@@ -174,13 +174,6 @@ def test_unusable_images(tmp_path, array):
     refused(path, "arr_0", *words)
 
 
-def test_missing_files_and_keys(tmp_path):
-    path = tmp_path / "samples.npz"
-    refused(path, "No such file", "give one")
-    np.savez(path, images=IMAGES, y=LABELS)
-    refused(path, "'arr_0.npy'")
-
-
 def cut_to(share):
     return lambda data: data[: int(share * len(data))]
 

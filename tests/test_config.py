@@ -11,7 +11,7 @@ from etils import epath
 
 from sra2_jax import command, config_file, storage
 from sra2_jax.alignment import ALIGNMENTS
-from sra2_jax.config import Align, AlignTeacher, Config, Transport
+from sra2_jax.config import Align, Config
 from sra2_jax.errors import UserError
 from sra2_jax.run import Run
 from sra2_jax.section import fields, fits, parse
@@ -124,20 +124,6 @@ def test_overrides_make_a_copy():
     assert parse(Config, {"latents.shift_factor": "-.5"}) == {
         "latents.shift_factor": -0.5
     }
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Transport(path="cubic"), "config.transport.path='cubic': must be one"),
-        (lambda: AlignTeacher(weight=-1), "config.align.teacher.weight=-1.0: must lie"),
-        (lambda: Config().override({"model.depth": True}), "config.model.depth=True"),
-    ],
-)
-def test_a_section_checks_itself(make, message):
-    with pytest.raises(UserError) as error:
-        make()
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

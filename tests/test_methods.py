@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from sra2_jax.config import Config
+from sra2_jax.data.digits import load_digits
 from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.train import train
 from sra2_jax.weights import load_dinov2
 from tests.test_step import program_of
 
+# The encoder runs in REPA's step; the others that need it read stored features.
 METHODS = {
     "vanilla": (),
     "SRA 2": ("vae",),
@@ -57,12 +60,14 @@ def test_trains_on_digits(tiny, digits, name):
     on = METHODS[name]
     config = switch(tiny, on)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
+    for section in (config.align.encoder, config.align.irepa):
+        section.source = "images" if name == "REPA" else "features"
     program = program_of(config)
     state, step = program.start(), program.compile()
     first = jax.device_get(state.params["heads"])
     assert set(first) == set(on)
     rows = []
-    for number in range(60):
+    for number in range(40):
         batch = {k: digits[number % len(digits)][k] for k in program.batch}
         state, metrics = step(state, batch)
         rows.append({k: float(v) for k, v in metrics.items()})
@@ -234,7 +239,12 @@ def test_what_is_off_costs_nothing(tiny, batch):
 def test_whole_job_with_an_encoder(tiny, tmp_path):
     """The job encodes what the method needs by itself, and trains on it."""
     switch(tiny, ("encoder", "vae"))
-    tiny.steps, tiny.eval.features = 2, ""
+    tiny.steps, tiny.eval.features, tiny.data.num_classes = 2, "", 2
+    tiny.data.images = str(tmp_path / "images")
+    for i, image in enumerate(load_digits("test")[0][:16]):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(to_png(image))
     train(Config.of(tiny), str(tmp_path / "run"))
     assert '"loss_align_encoder"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "REPA + SRA 2" in (tmp_path / "run" / "report.html").read_text()

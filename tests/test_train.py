@@ -296,13 +296,7 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
     ("changes", "message"),
     [
         ({"data.dir": "/nowhere", "data.images": ""}, "no latents dataset in /nowhere"),
-        ({"latents.scaling_factor": 1.0}, "config says latents.scaling_factor=1.0"),
-        ({"latents.shift_factor": 0.5}, "config says latents.shift_factor=0.5"),
         ({"latents.size": 8}, "config says latents.size=8, dataset was encoded with 4"),
-        (
-            {"data.num_classes": 9, "eval.features": ""},
-            "config says data.num_classes=9, dataset was encoded with 10",
-        ),
         ({"vae": "/nowhere"}, "/nowhere"),
         ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices"),
     ],
@@ -334,8 +328,9 @@ def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", place)
 
 
-def test_a_finished_run_is_left_alone(finished, capsys):
+def test_a_finished_run_is_left_alone(finished, tmp_path, capsys):
     config, workdir = finished
+    workdir = shutil.copytree(workdir, tmp_path / "run")
     before = snapshot(workdir)
     train(config, str(workdir))
     assert "finished at step 4 already" in capsys.readouterr().out
