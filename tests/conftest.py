@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ sys.path.insert(0, str(ROOT))
 # Shapes and types named in annotations are checked here and cost nothing elsewhere.
 TYPED = ("models", "transport", "alignment", "sampler", "generator")
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
+
+
+@contextmanager
+def one_line(*words: str, match: str | None = None) -> Iterator[Any]:
+    """A UserError of one line, with these words and what fits a pattern."""
+    from sra2_jax.errors import UserError
+
+    with pytest.raises(UserError, match=match) as error:
+        yield error
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "diffusers")
@@ -120,6 +133,14 @@ def as_file(tmp_path: Path) -> Callable[[ConfigDict], Path]:
         return file
 
     return write
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training makes neither pictures nor a report: half the time."""
+    from tests.faults.driver import Blind
+
+    monkeypatch.setattr("sra2_jax.train.Observer", Blind)
 
 
 @pytest.fixture

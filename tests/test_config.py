@@ -17,7 +17,7 @@ from sra2_jax.run import Run
 from sra2_jax.section import fields, fits, parse
 from sra2_jax.sharding import check_batch, make_mesh
 from sra2_jax.step import Program
-from tests.conftest import ROOT
+from tests.conftest import ROOT, one_line
 
 FILE = """
 from sra2_jax.config_file import default
@@ -142,10 +142,8 @@ def test_overrides_make_a_copy():
 def test_config_files_that_are_none(text, message, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(text)
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         config_file.load(file)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +188,8 @@ def test_malformed_saved_configs(text, message, tiny, tmp_path):
         saved = tiny.to_dict() | {key: "VALUE"}
         text = json.dumps(saved).replace('"VALUE"', value)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError) as error:
+    with one_line(message, str(tmp_path / "config.json")) as error:
         Run(tmp_path).config()
-    assert message in str(error.value)
-    assert str(tmp_path / "config.json") in str(error.value)
-    assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
 
@@ -254,12 +249,9 @@ def test_a_resumed_run_says_what_changed(tiny, resumable, capsys):
 def test_a_resumed_run_refuses_what_makes_it_another(changes, tiny, resumable):
     before = (resumable.folder / "config.json").read_text()
     config = Config.of(tiny).override(changes)
-    with pytest.raises(UserError) as error:
-        resumable.claim(config, {})
     key, value = next(iter(changes.items()))
-    assert "\n" not in str(error.value)
-    assert f"config.{key}: " in str(error.value)
-    assert f" -> {value!r}" in str(error.value)
+    with one_line(f"config.{key}: ", f" -> {value!r}"):
+        resumable.claim(config, {})
     assert (resumable.folder / "config.json").read_text() == before
     (resumable.checkpoints / "2").rmdir()  # nothing was trained
     resumable.claim(config, {})

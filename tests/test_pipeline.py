@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from sra2_jax.data.order import Order, permutation
 from sra2_jax.data.pipeline import batches, prefetch_to_device
 from sra2_jax.errors import UserError
 from sra2_jax.tfrecord import Shard
+from tests.conftest import one_line
 
 EXAMPLES, SHARDS, BATCH = 103, 8, 8
 PERMUTATION = [1, 7, 0, 3, 5, 4, 6, 2]  # as it was when the order was chosen
@@ -62,14 +63,6 @@ def dataset(tmp_path_factory):
 
 
 ORDER = Order(BATCH, seed=0, shuffle_buffer=40)
-
-
-@contextmanager
-def one_line(match):
-    """A UserError that says this, in one line."""
-    with pytest.raises(UserError, match=match) as error:
-        yield error
-    assert "\n" not in str(error.value)
 
 
 def take(folder, steps, start=0, fields=(), process=(0, 1), **changes):
@@ -128,7 +121,7 @@ def test_missing_or_garbled_description(dataset, tmp_path, text):
         text = json.dumps(json.loads((dataset / records.FILE).read_text()) | text)
     if text is not None:
         (tmp_path / records.FILE).write_text(text)
-    with one_line(f"{tmp_path}.*sra2_jax encode --images=SOURCE"):
+    with one_line(match=f"{tmp_path}.*sra2_jax encode --images=SOURCE"):
         records.LatentsInfo.read(tmp_path)
 
 
@@ -152,7 +145,7 @@ def fitting():
 
 
 def contradictions(info, config, fields=()):
-    with one_line(r"^folder: .*encode again.*\(python") as error:
+    with one_line(match=r"^folder: .*encode again.*\(python") as error:
         records.check(info, "folder", config, fields)
     return re.findall(
         r"config says (\S+), dataset was encoded with (.*?):", str(error.value)
@@ -191,9 +184,9 @@ def test_check_compares_features(dataset, fitting):
         ("model.patch_size=1", "2"),
     ]
     for name, flag in (("features", "--encoder=MODEL"), ("image", "--store_images")):
-        with one_line(f"no {name}; encode again with {flag}"):
+        with one_line(match=f"no {name}; encode again with {flag}"):
             records.check(plain, "folder", fitting, (name,))
-        with one_line(f"no {name}; encode again with {flag}"):
+        with one_line(match=f"no {name}; encode again with {flag}"):
             batches(dataset, ORDER, fields=(name,))
 
 
@@ -299,7 +292,7 @@ def test_a_dataset_smaller_than_the_batch_repeats(tmp_path):
 
 
 def test_a_split_that_is_not_there(dataset):
-    with one_line("no split 'test'"):
+    with one_line(match="no split 'test'"):
         take(dataset, 1, split="test")
 
 
@@ -308,7 +301,7 @@ def test_an_image_is_decoded_only_when_asked_for(tmp_path):
     info = write_dataset(folder, image=b"not a PNG")
     dataclasses.replace(info, images=True).write(folder)
     assert take(folder, 1)["index"].size == BATCH
-    with one_line("cannot be read"):
+    with one_line(match="cannot be read"):
         take(folder, 1, fields=("image",))
 
 
@@ -347,7 +340,7 @@ def test_damage_is_one_line(tmp_path, how, match):
     damage(folder / "latents-train.tfrecord-00005-of-00008", how)
     if how == "schema":
         dataclasses.replace(info, latent_shape=(3, 3, 1)).write(folder)
-    with one_line(f"^{folder}: {match}"):
+    with one_line(match=f"^{folder}: {match}"):
         take(folder, 20)
 
 

@@ -28,6 +28,7 @@ from sra2_jax.runtime import keep_compiled
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
 from sra2_jax.train import train
+from tests.conftest import one_line
 from tests.test_checkpoint import flip
 
 
@@ -270,7 +271,7 @@ def test_lost_config_and_foreign_checkpoint(run):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.usefixtures("litter")
+@pytest.mark.usefixtures("litter", "blind")
 def test_a_damaged_checkpoint_is_set_aside(run, capfd):
     """A bit of each file: the run goes on from the one before, to the same end."""
     config, workdir = run
@@ -304,10 +305,8 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
 def test_refusals(finished, tmp_path, changes, message):
     config, _ = finished
     config = config.override(changes)
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         train(config, str(tmp_path / "run"))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):

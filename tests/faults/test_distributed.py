@@ -19,6 +19,7 @@ def together(pair, *words):
     return [process.text for process in both]
 
 
+@pytest.mark.timeout(600)  # of a busy machine
 def test_two_processes_train_checkpoint_and_sample_as_one(
     start, pair, finished, as_file, tmp_path
 ):

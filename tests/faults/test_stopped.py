@@ -4,6 +4,7 @@ import signal
 
 import jax
 import numpy as np
+import pytest
 
 from tests.test_train import final_state, rows, without_speed
 
@@ -14,6 +15,7 @@ def saved(workdir):
     return sorted(int(name) for name in names if name.isdigit())
 
 
+@pytest.mark.timeout(600)  # of a busy machine
 def test_a_run_stopped_everywhere_is_the_run_never_stopped(
     start, command, whole, tiny, tmp_path
 ):
