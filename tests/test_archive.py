@@ -12,6 +12,7 @@ from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images, write_npz
+from tests.conftest import one_line
 
 DRAW = np.random.default_rng(0)
 IMAGES = DRAW.integers(0, 256, (23, 8, 12, 3), dtype=np.uint8)
@@ -21,12 +22,8 @@ MU, SIGMA = np.arange(4.0), np.eye(4)
 
 def refused(path, *words):
     """Opening, or a pass over its images, must fail with a line that names the file."""
-    with pytest.raises(UserError) as caught:
+    with one_line(path.name, *words):
         list(open_images(str(path)).batches(5))
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in (path.name, *words):
-        assert word in message
 
 
 # Reading
@@ -172,13 +169,6 @@ def test_unusable_images(tmp_path, array):
     np.savez(path, array)
     words = str(array.dtype), str(array.shape), "not uint8 (N, H, W, 3) in C"
     refused(path, "arr_0", *words)
-
-
-def test_missing_files_and_keys(tmp_path):
-    path = tmp_path / "samples.npz"
-    refused(path, "No such file", "give one")
-    np.savez(path, images=IMAGES, y=LABELS)
-    refused(path, "'arr_0.npy'")
 
 
 def cut_to(share):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +14,6 @@ from sra2_jax import command, config_file
 from sra2_jax.config import Config
 from sra2_jax.section import parse
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
 def small(tiny, as_file):
@@ -24,30 +21,36 @@ def small(tiny, as_file):
     return as_file(tiny)
 
 
-def benchmark_process(name, *flags):
-    """Run one on one device."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
-    one = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
-    environment = os.environ | {"XLA_FLAGS": one}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def benchmark(start, tmp_path):
+    """benchmark(name, *flags): its text and what it wrote, on one device."""
+
+    def benchmark(name, *flags):
+        file = tmp_path / f"{name}.json"
+        words = f"benchmarks.{name}", *flags, f"--json={file}"
+        done = start(*words, devices=1)
+        assert done.status() == 0, done.text
+        return done.text, file.read_text()
+
+    return benchmark
 
 
-def benchmark(name, folder, *flags):
+@pytest.fixture
+def cases(benchmark):
     """Its text and the cases it wrote."""
-    file = folder / f"{name}.json"
-    done = benchmark_process(name, *flags, f"--json={file}")
-    facts = json.loads(file.read_text())
-    assert facts["machine"]["devices"] == 1
-    return done.stdout, facts["cases"]
+
+    def cases(name, *flags):
+        text, written = benchmark(name, *flags)
+        facts = json.loads(written)
+        assert facts["machine"]["devices"] == 1
+        return text, facts["cases"]
+
+    return cases
 
 
-def test_train_step(small, tmp_path):
+def test_train_step(small, cases):
     flags = [f"--config={small}", "--batch_size=8", "--rounds=2", "--steps=1"]
-    text, (vanilla, ours) = benchmark("train_step", tmp_path, *flags)
+    text, (vanilla, ours) = cases("train_step", *flags)
     assert (vanilla["method"], ours["method"]) == ("vanilla", "sra2")
     assert ours["gflops_per_image"] > vanilla["gflops_per_image"]
     for row in (vanilla, ours):
@@ -61,16 +64,15 @@ def test_train_step(small, tmp_path):
     assert "sra2 / vanilla time: " in text
 
 
-def test_sizes_of_train_step_are_checked(small):
-    command = [sys.executable, "-m", "benchmarks.train_step", "--sizes=S,M"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: --sizes=S,M: known are S,B,L,XL\n"
+def test_sizes_of_train_step_are_checked(start):
+    done = start("benchmarks.train_step", "--sizes=S,M")
+    assert done.status() == 2
+    assert done.text == "error: --sizes=S,M: known are S,B,L,XL\n"
 
 
-def test_sampling(small, tmp_path):
+def test_sampling(small, cases):
     flags = [f"--config={small}", "--batch_size=8", "--rounds=1"]
-    text, rows = benchmark("sampling", tmp_path, *flags)
+    text, rows = cases("sampling", *flags)
     assert [row["network_rows"] for row in rows] == [3, 5, 6, 3]
     assert rows[2]["time_over_guided"] == 1
     assert "guided in [0, 0.7]" in text
@@ -91,17 +93,17 @@ def test_network_rows():
     assert rows(method="heun") == 499
 
 
-def test_encoding(tmp_path):
+def test_encoding(cases):
     flags = ["--batch_sizes=1,2", "--batches=2", "--resolution=32", "--channels=32,32"]
-    text, rows = benchmark("encoding", tmp_path, *flags)
+    text, rows = cases("encoding", *flags)
     assert [row["batch_size"] for row in rows] == [1, 2]
     assert "32 px, batch 2: " in text
 
 
-def test_input_pipeline(small, tmp_path):
+def test_input_pipeline(small, cases):
     flags = [f"--config={small}", "--config.batch_size=8"]
     flags += ["--records=64", "--batches=3", "--rounds=1", "--train", "--steps=1"]
-    text, rows = benchmark("input_pipeline", tmp_path, *flags)
+    text, rows = cases("input_pipeline", *flags)
     assert len(rows) == 4
     assert rows[0]["records_per_cpu_second"]["p50"] > 0
     assert rows[2]["records_skipped"] == 64
@@ -145,33 +147,29 @@ def test_steps_of_the_session(sizes, tmp_path):
             assert config.override(parse(Config, dict(words)))
 
 
-def test_variants(small, tmp_path):
-    file = tmp_path / "variants.json"
-    words = [f"--config={small}", "--rounds=1", "--steps=1", f"--json={file}"]
+def test_variants(small, benchmark):
+    words = [f"--config={small}", "--rounds=1", "--steps=1"]
     words += ["four: batch_size=4", "plain: batch_size=8 align.vae.enabled=false"]
-    benchmark_process("gpu.variants", *words)
-    rows = list(map(json.loads, file.read_text().splitlines()))
+    _, written = benchmark("gpu.variants", *words)
+    rows = list(map(json.loads, written.splitlines()))
     assert [(r["case"], r["batch_size"]) for r in rows] == [("four", 4), ("plain", 8)]
     assert all(r["attention"] == "xla" for r in rows)
     assert all(r["images_per_second"]["p10"] > 0 for r in rows)
 
 
-def test_kernels_and_numerics(small, tmp_path):
+def test_kernels_and_numerics(small, benchmark):
     flags = [f"--config={small}", "--batch_size=8"]
-    file = tmp_path / "kernels.json"
-    done = benchmark_process("gpu.kernels", *flags, "--steps=1", f"--json={file}")
-    found = json.loads(file.read_text())
+    text, written = benchmark("gpu.kernels", *flags, "--steps=1")
+    found = json.loads(written)
     assert sum(found["kinds"].values()) == pytest.approx(
         sum(found["milliseconds"].values())
     )
-    assert "matrix products" in done.stdout
-    file = tmp_path / "numerics.json"
-    flags += ["--tokens=16", f"--json={file}"]
-    done = benchmark_process("gpu.numerics", *flags)
-    found = json.loads(file.read_text())
+    assert "matrix products" in text
+    text, written = benchmark("gpu.numerics", *flags, "--tokens=16")
+    found = json.loads(written)
     exact, half = found["cases"][:2]
     assert exact["gradient"] < 1e-5 < 1e-3 < half["gradient"] < 0.1
-    assert "cuDNN is not detected" in done.stdout
+    assert "cuDNN is not detected" in text
     assert found["repeats"]
 
 

@@ -11,13 +11,13 @@ from etils import epath
 
 from sra2_jax import command, config_file, storage
 from sra2_jax.alignment import ALIGNMENTS
-from sra2_jax.config import Align, AlignTeacher, Config, Transport
+from sra2_jax.config import Align, Config
 from sra2_jax.errors import UserError
 from sra2_jax.run import Run
 from sra2_jax.section import fields, fits, parse
 from sra2_jax.sharding import check_batch, make_mesh
 from sra2_jax.step import Program
-from tests.conftest import ROOT
+from tests.conftest import ROOT, one_line
 
 FILE = """
 from sra2_jax.config_file import default
@@ -128,20 +128,6 @@ def test_overrides_make_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Transport(path="cubic"), "config.transport.path='cubic': must be one"),
-        (lambda: AlignTeacher(weight=-1), "config.align.teacher.weight=-1.0: must lie"),
-        (lambda: Config().override({"model.depth": True}), "config.model.depth=True"),
-    ],
-)
-def test_a_section_checks_itself(make, message):
-    with pytest.raises(UserError) as error:
-        make()
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("def get_config(:", "is no config file (SyntaxError: "),
@@ -157,10 +143,8 @@ def test_a_section_checks_itself(make, message):
 def test_config_files_that_are_none(text, message, tmp_path):
     file = tmp_path / "config.py"
     file.write_text(text)
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         config_file.load(file)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +189,8 @@ def test_malformed_saved_configs(text, message, tiny, tmp_path):
         saved = tiny.to_dict() | {key: "VALUE"}
         text = json.dumps(saved).replace('"VALUE"', value)
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError) as error:
+    with one_line(message, str(tmp_path / "config.json")) as error:
         Run(tmp_path).config()
-    assert message in str(error.value)
-    assert str(tmp_path / "config.json") in str(error.value)
-    assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
 
@@ -269,12 +250,9 @@ def test_a_resumed_run_says_what_changed(tiny, resumable, capsys):
 def test_a_resumed_run_refuses_what_makes_it_another(changes, tiny, resumable):
     before = (resumable.folder / "config.json").read_text()
     config = Config.of(tiny).override(changes)
-    with pytest.raises(UserError) as error:
-        resumable.claim(config, {})
     key, value = next(iter(changes.items()))
-    assert "\n" not in str(error.value)
-    assert f"config.{key}: " in str(error.value)
-    assert f" -> {value!r}" in str(error.value)
+    with one_line(f"config.{key}: ", f" -> {value!r}"):
+        resumable.claim(config, {})
     assert (resumable.folder / "config.json").read_text() == before
     (resumable.checkpoints / "2").rmdir()  # nothing was trained
     resumable.claim(config, {})

@@ -5,9 +5,7 @@ import hashlib
 import itertools
 import json
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -125,27 +123,22 @@ def test_killed_at_any_change_of_a_name(source, whole, tmp_path, monkeypatch, nu
         assert sum(seen) <= COUNT - 7
 
 
-def test_killed_and_shared_by_processes(source, whole, tmp_path):
+def test_killed_and_shared_by_processes(source, whole, tmp_path, start):
     """SIGKILL at several moments, then two processes of another count at once."""
     out = tmp_path / "latents"
     work = tmp_path / ".latents.incomplete"
     command = [
-        *(sys.executable, "-m", "sra2_jax", "encode", f"--images={source}"),
+        *("encode", f"--images={source}"),
         *(f"--out={out}", f"--vae={VAE}", f"--resolution={SIDE}", "--max_bad=0.2"),
         *(f"--shards={SHARDS}", "--batch_size=8"),
     ]
 
-    def start(*flags):
-        return subprocess.Popen([*command, *flags], cwd=ROOT)
-
-    process = start()
-    while process.poll() is None and not list(work.glob("*.tfrecord-*")):
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    first = start(*command, devices=8)
+    first.until(lambda: list(work.glob("*.tfrecord-*"))).kill(signal.SIGKILL).status()
     assert not out.exists()
-    pair = [start(f"--process_index={i}", "--process_count=2") for i in range(2)]
-    assert [process.wait(120) for process in pair] == [0, 0]
+    flags = [f"--process_index={i}" for i in range(2)]
+    pair = [start(*command, "--process_count=2", flag, devices=8) for flag in flags]
+    assert [process.status() for process in pair] == [0, 0]
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
 

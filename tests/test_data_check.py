@@ -1,9 +1,6 @@
 """Damage to a dataset is found and named, by the program and while training."""
 
 import dataclasses
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +82,7 @@ def test_owners_without_a_name(dataset, monkeypatch):
     assert take(folder, 1)["index"].size
 
 
-def test_program(dataset, capsys):
+def test_program(dataset, capsys, start):
     folder, _ = dataset
     assert run_check(folder) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -93,11 +90,9 @@ def test_program(dataset, capsys):
     (folder / NAME.format(3)).unlink()
     damage(folder / NAME.format(5), "flip")
     (folder / "latents-train.tfrecord-00003-of-00009").write_bytes(b"")
-    command = [sys.executable, "-m", "sra2_jax", "encode", f"--check={folder}"]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 1
-    lines = done.stdout.splitlines()
+    done = start("encode", f"--check={folder}")
+    assert done.status() == 1
+    lines = done.text.splitlines()
     assert lines.pop().startswith(f"{folder}: 3 faults")
     said = dict(line.split(": ", 1) for line in lines)
     assert said.pop(NAME.format(5)).startswith("record 6 has another checksum")
@@ -105,7 +100,6 @@ def test_program(dataset, capsys):
         NAME.format(3): "missing",
         "latents-train.tfrecord-00003-of-00009": "not in latents.json: remove it",
     }
-    assert not done.stderr
 
 
 def test_writer_leaves_nothing_that_looks_whole(tmp_path):

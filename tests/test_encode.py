@@ -17,7 +17,7 @@ from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.runtime import tensorflow
 from sra2_jax.weights import load_dinov2, load_vae
-from tests.test_pipeline import BATCH, read_with_tfds, take
+from tests.test_pipeline import BATCH, read_all, take
 
 GOLDEN = Path(__file__).parent / "golden"
 VAE = str(GOLDEN / "vae")
@@ -78,6 +78,20 @@ def extended(folder, tmp_path_factory):
     """The same latents with images and features beside them."""
     out = tmp_path_factory.mktemp("extended") / "latents"
     return out, run(folder, out, store_images=True, encoder="digits")
+
+
+def read_with_tfds(folder):
+    """As our reader does, which is held to that."""
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    rows = tfds.as_numpy(builder.as_dataset(split="train"))
+    rows = {int(row["index"]): row for row in rows}
+    for index, row in read_all(folder).items():
+        for name, value in row.items():
+            np.testing.assert_array_equal(rows[index][name], value)
+    return builder.info, rows
 
 
 def test_center_crop_is_exactly_adm():

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.errors import UserError
+from tests.conftest import one_line
 from tools import figures, plots, probes
 
 
@@ -79,15 +79,6 @@ def test_ridge_equals_scikit_learn(monkeypatch, penalty):
     )
     halves = probes.gram(x[:99], y[:99]) + probes.gram(x[99:], y[99:])
     np.testing.assert_allclose(halves, probes.gram(x, y), rtol=1e-12)
-
-
-def test_ridge_of_exact_and_of_unrelated_data():
-    random = np.random.default_rng(1)
-    x = random.normal(size=(4000, 5)).astype(np.float32)
-    test = np.arange(4000) % 4 == 3
-    assert r2(x, 2 * x[:, :2] + 7, test) == pytest.approx(1, abs=1e-9)
-    unrelated = random.normal(size=(4000, 2))
-    assert r2(x, unrelated, test) == pytest.approx(0, abs=0.01)
 
 
 def test_colors_are_the_principal_components():
@@ -239,8 +230,6 @@ def test_refusals(runs, draw, tmp_path, monkeypatch, arguments, message):
     words = arguments.split()
     if "--out" not in arguments:
         words.append("--out=out.png")
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         draw(*words)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "out.png").exists()

@@ -7,17 +7,13 @@ digit. A change of what it takes to read it must be meant, and said.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import pinned
 
-ROOT = Path(__file__).parents[1]
 FIXTURE = Path(__file__).parent / "fixture_run"
 # Those that wrote it; the last two make processors round alike.
 FLAGS = (
@@ -26,31 +22,21 @@ FLAGS = (
 )
 
 
-def command(*arguments):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 @pinned
 @pytest.mark.timeout(900)  # of a busy machine
-def test_goes_on_to_the_same_numbers(tmp_path):
+def test_goes_on_to_the_same_numbers(tmp_path, start):
+    def done(*words):
+        process = start(*words, environment={"XLA_FLAGS": FLAGS})
+        assert process.status(800) == 0, process.text
+        return process.text
+
     run = tmp_path / "run"
     shutil.copytree(FIXTURE, run)
-    said = json.loads(command("-m", "sra2_jax", "status", run, "--json").stdout)
-    said = said[0] if isinstance(said, list) else said
+    said = json.loads(done("status", run, "--json"))
     assert (said["step"], said["steps"], said["finished"]) == (4, 8, False)
     assert said["checkpoint"]["step"] == 4
     arguments = (FIXTURE / "arguments.txt").read_text().split()
-    printed = command("main.py", f"--workdir={run}", *arguments).stderr
+    printed = done(f"--workdir={run}", *arguments)
     assert "resumed with" not in printed  # the same config
     rows = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
     expected = json.loads((FIXTURE / "rows.json").read_text())

@@ -150,10 +150,7 @@ def test_mistakes_are_refused_without_jax():
 @pytest.mark.parametrize(
     "line",
     [
-        "--config.optim.learning_rat=1",
         "--config.optim.learning_rate=nan",
-        "--config.accumulate=7",
-        "--config=configs/nothing.py",
         "--workdirr=x",
     ],
 )

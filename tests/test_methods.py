@@ -9,14 +9,19 @@ import pytest
 
 from sra2_jax.config import Config
 from sra2_jax.config_file import INTERNAL_GUIDANCE
+from sra2_jax.data.digits import load_digits
 from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
+from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import patch_features
+from sra2_jax.report.page import write_report
 from sra2_jax.train import train
 from sra2_jax.weights import load_dinov2
+from tests.conftest import one_line
 from tests.test_step import program_of
 
+# The encoder runs in REPA's step; the others that need it read stored features.
 METHODS = {
     "vanilla": (),
     "SRA 2": ("vae",),
@@ -61,12 +66,14 @@ def test_trains_on_digits(tiny, digits, name):
     if name == "Internal Guidance":
         config.align.vae.update(INTERNAL_GUIDANCE)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
+    for section in (config.align.encoder, config.align.irepa):
+        section.source = "images" if name == "REPA" else "features"
     program = program_of(config)
     state, step = program.start(), program.compile()
     first = jax.device_get(state.params["heads"])
     assert set(first) == set(on)
     rows = []
-    for number in range(60):
+    for number in range(40):
         batch = {k: digits[number % len(digits)][k] for k in program.batch}
         state, metrics = step(state, batch)
         rows.append({k: float(v) for k, v in metrics.items()})
@@ -211,7 +218,7 @@ def test_irepa_is_repa_on_standardised_features_with_a_convolution(tiny, digits)
 
 def test_what_is_off_costs_nothing(tiny, batch):
     """Counted by XLA: blocks after the teacher's never run, others add nothing."""
-    tiny.model.depth, tiny.model.scan = 4, False
+    tiny.model.depth, tiny.model.scan = 3, False
 
     def flops(on, teacher_depth=1):
         switch(tiny, on)
@@ -229,19 +236,25 @@ def test_what_is_off_costs_nothing(tiny, batch):
     vanilla, *sra = [flops(())] + [flops(("teacher",), n) for n in (1, 2, 3)]
     block = sra[1] - sra[0]
     assert sra[2] - sra[1] == pytest.approx(block, rel=0.02)
-    assert 3 * block < vanilla < 6 * block
+    assert 2 * block < vanilla < 5 * block
     assert vanilla < sra[0] < vanilla + 3 * block
     tiny.align.encoder.model = "nowhere"
     assert flops(()) == vanilla
 
 
+@pytest.mark.usefixtures("blind")
 def test_whole_job_with_an_encoder(tiny, tmp_path):
     """The job encodes what the method needs by itself, and trains on it."""
     switch(tiny, ("encoder", "vae"))
-    tiny.steps, tiny.eval.features = 2, ""
+    tiny.steps, tiny.eval.features, tiny.data.num_classes = 2, "", 2
+    tiny.data.images = str(tmp_path / "images")
+    for i, image in enumerate(load_digits("test")[0][:16]):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(to_png(image))
     train(Config.of(tiny), str(tmp_path / "run"))
     assert '"loss_align_encoder"' in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "REPA + SRA 2" in (tmp_path / "run" / "report.html").read_text()
+    assert "REPA + SRA 2" in write_report(tmp_path / "run").read_text()
 
 
 @pytest.mark.parametrize(
@@ -262,13 +275,12 @@ def test_whole_job_with_an_encoder(tiny, tmp_path):
         ({"align.encoder.model": "/nowhere"}, "/nowhere"),
     ],
 )
+@pytest.mark.usefixtures("blind")
 def test_refusals(tiny, latents, tmp_path, changes, message):
     switch(tiny, ("encoder",)).data.dir = str(latents)
     tiny.update_from_flattened_dict(changes)
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         train(Config.of(tiny), str(tmp_path / "run"))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

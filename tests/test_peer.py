@@ -1,8 +1,6 @@
 """The PyTorch comparison, with stand-ins for PyTorch's interpreter."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import pytest
 from benchmarks.peer_jax import Worker
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.weights.sit import from_reference
-
-ROOT = Path(__file__).parents[1]
 
 # Answers like a peer that computes FACTOR times what ours does, and takes as many
 # seconds as its answers so far.
@@ -59,22 +55,24 @@ def stand_in(tmp_path: Path, **factors: float) -> Path:
     return program(tmp_path / "python", text)
 
 
-def peer(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.peer", f"--config={config}", *flags]
-    flags = os.environ["XLA_FLAGS"].replace("count=8", "count=1")
-    environment = os.environ | {"XLA_FLAGS": flags}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def peer(start, config):
+    """peer(*flags): its exit status and what it printed."""
+
+    def peer(*flags):
+        done = start("benchmarks.peer", f"--config={config}", *flags, devices=1)
+        return done.status(), done.text
+
+    return peer
 
 
-def test_ratios_are_of_the_same_round(config, tmp_path):
-    done = peer(
-        config, "--batch_size=8", "--rounds=3", "--steps=1", "--modes=ours,eager",
+def test_ratios_are_of_the_same_round(peer, tmp_path):
+    status, said = peer(
+        "--batch_size=8", "--rounds=3", "--steps=1", "--modes=ours,eager",
         f"--torch_python={stand_in(tmp_path)}", f"--json={tmp_path}/peer.json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "eager agrees with ours to 0" in done.stdout
+    assert status == 0, said
+    assert "eager agrees with ours to 0" in said
     rows = [json.loads(x) for x in (tmp_path / "peer.json").read_text().splitlines()]
     ours, eager = rows
     assert (ours["mode"], ours["dtype"], ours["batch_size"]) == ("ours", "float32", 8)
@@ -97,17 +95,17 @@ def test_ratios_are_of_the_same_round(config, tmp_path):
         ({"grad_norm": float("nan")}, "its grad_norm is nan off"),
     ],
 )
-def test_another_program_is_not_timed(config, tmp_path, factors, off):
+def test_another_program_is_not_timed(peer, tmp_path, factors, off):
     python = stand_in(tmp_path, **factors)
-    done = peer(config, "--batch_size=8", f"--torch_python={python}")
-    assert done.returncode == 1
-    error = done.stderr.strip()
+    status, said = peer("--batch_size=8", f"--torch_python={python}")
+    assert status == 1
+    (error,) = (line for line in said.splitlines() if line.startswith("error:"))
     assert error.startswith("error: eager is not the same program as ours: " + off)
-    assert "\n" not in error
-    assert "images_per_second" not in done.stdout
+    assert said.endswith(f"{error}\n")
+    assert "images_per_second" not in said
 
 
-def test_missing_torch_is_one_line(config, tmp_path):
+def test_missing_torch_is_one_line(peer, tmp_path):
     (tmp_path / "torch.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
     )
@@ -115,11 +113,10 @@ def test_missing_torch_is_one_line(config, tmp_path):
         tmp_path / "python",
         f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n',
     )
-    done = peer(config, f"--torch_python={python}")
-    assert done.returncode == 2
-    assert done.stderr.strip() == (
+    assert peer(f"--torch_python={python}") == (
+        2,
         f"error: {python} has no torch: --torch_python=PATH names an interpreter "
-        "that has it, --modes=ours does without"
+        "that has it, --modes=ours does without\n",
     )
 
 
@@ -131,11 +128,11 @@ def test_missing_torch_is_one_line(config, tmp_path):
         (["--config.transport.path=gvp"], "config.transport.path='gvp': the peer has"),
     ],
 )
-def test_mistakes_are_one_line(config, flags, line):
-    done = peer(config, *flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {line}")
-    assert done.stderr.count("\n") == 1
+def test_mistakes_are_one_line(peer, flags, line):
+    status, said = peer(*flags)
+    assert status == 2
+    assert said.startswith(f"error: {line}")
+    assert said.count("\n") == 1
 
 
 def test_no_weight_of_the_check_is_zero(tiny, tmp_path):

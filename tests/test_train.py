@@ -31,6 +31,7 @@ from sra2_jax.runtime import keep_compiled
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
 from sra2_jax.train import mfu, train
+from tests.conftest import one_line
 from tests.test_checkpoint import flip
 
 
@@ -307,7 +308,7 @@ def test_lost_config_and_foreign_checkpoint(run):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.usefixtures("litter")
+@pytest.mark.usefixtures("litter", "blind")
 def test_a_damaged_checkpoint_is_set_aside(run, capfd):
     """A bit of each file: the run goes on from the one before, to the same end."""
     config, workdir = run
@@ -333,13 +334,7 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
     ("changes", "message"),
     [
         ({"data.dir": "/nowhere", "data.images": ""}, "no latents dataset in /nowhere"),
-        ({"latents.scaling_factor": 1.0}, "config says latents.scaling_factor=1.0"),
-        ({"latents.shift_factor": 0.5}, "config says latents.shift_factor=0.5"),
         ({"latents.size": 8}, "config says latents.size=8, dataset was encoded with 4"),
-        (
-            {"data.num_classes": 9, "eval.features": ""},
-            "config says data.num_classes=9, dataset was encoded with 10",
-        ),
         ({"vae": "/nowhere"}, "/nowhere"),
         ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices"),
     ],
@@ -347,10 +342,8 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
 def test_refusals(finished, tmp_path, changes, message):
     config, _ = finished
     config = config.override(changes)
-    with pytest.raises(UserError) as error:
+    with one_line(message):
         train(config, str(tmp_path / "run"))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):
@@ -371,8 +364,9 @@ def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", place)
 
 
-def test_a_finished_run_is_left_alone(finished, capsys):
+def test_a_finished_run_is_left_alone(finished, tmp_path, capsys):
     config, workdir = finished
+    workdir = shutil.copytree(workdir, tmp_path / "run")
     before = snapshot(workdir)
     train(config, str(workdir))
     assert "finished at step 4 already" in capsys.readouterr().out

@@ -16,7 +16,7 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
     that vanishes ends its run."""
     workdir = tmp_path / "run"
     run = [*command, f"--workdir={workdir}"]
-    first = start(*run, no_data=2).until("no data")
+    first = start(*run, no_data=2, no_pictures=1).until("no data")
     began = time.monotonic()
     second = start(*run)
     assert second.status() == 2
@@ -27,7 +27,7 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
         second.text
     )
     first.kill(signal.SIGKILL).status()
-    third = start(*run, no_data=2, fast_beat=0.2).until("no data")
+    third = start(*run, no_data=2, fast_beat=0.2, no_pictures=1).until("no data")
     assert json.loads((workdir / "lock.json").read_text())["pid"] == third.pid
     workdir.rename(tmp_path / "moved")
     assert third.status() == 2
@@ -38,7 +38,8 @@ def test_infinite_latents(start, command, tmp_path):
     """One batch: its update is skipped, its records are named, training goes on. More
     than are borne: the run ends and says why; what it saved is whole."""
     workdir = tmp_path / "one"
-    run = start(*command, f"--workdir={workdir}", infinite=[4], no_tensorboard=1)
+    faults = {"no_tensorboard": 1, "no_pictures": 1}
+    run = start(*command, f"--workdir={workdir}", infinite=[4], **faults)
     assert run.status() == 0
     rows = lines(workdir / "metrics.jsonl")
     assert [r.get("skipped", 0) for r in rows] == [0, 0, 1, 0, 0, 0]
@@ -51,7 +52,7 @@ def test_infinite_latents(start, command, tmp_path):
     assert run.text.count("TensorBoard cannot be written (OSError: [Errno 28]") == 1
 
     many = ["--config.run.most_skipped=3", f"--workdir={tmp_path / 'many'}"]
-    run = start(*command, *many, infinite=[5, 6, 7, 8, 9])
+    run = start(*command, *many, infinite=[5, 6, 7, 8, 9], no_pictures=1)
     assert run.status() == 2
     assert "error: the updates of steps 6 to 9 were all skipped, more than " in run.text
     names = {p.name for p in (tmp_path / "many" / "checkpoints").iterdir()}
@@ -65,6 +66,7 @@ def test_a_stall_ends_the_run(start, command, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         "--config.run.stall_seconds=20",
         no_data=1,
+        no_pictures=1,
     )
     assert run.status() == 42
     assert "stopped: no progress for 20 s (data), see the stacks" in run.text
@@ -72,24 +74,13 @@ def test_a_stall_ends_the_run(start, command, tmp_path):
 
 
 @pytest.fixture
-def pair(start, command, tmp_path, free_port):
-    """Starts two processes of one job; arguments and faults of both, of the second."""
-
-    def both(*arguments, seconds=6, **faults):
-        joined = [f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
-        joined += [f"--heartbeat_seconds={seconds}", f"--workdir={tmp_path / 'pair'}"]
-        everything = [*command, *joined, *arguments]
-        return (
-            start(*everything, "--process_id=0", **faults),
-            start(*everything, "--process_id=1", **faults),
-        )
-
-    return both
+def job(command, tmp_path):
+    return [*command, "--heartbeat_seconds=6", f"--workdir={tmp_path / 'pair'}"]
 
 
-def test_sigterm_to_one_of_two_stops_both(pair, tmp_path):
+def test_sigterm_to_one_of_two_stops_both(pair, job, tmp_path):
     """At the same step, which is saved."""
-    first, second = pair(slow_steps=0.1)
+    first, second = pair(*job, slow_steps=0.1, no_pictures=1)
     rows = tmp_path / "pair" / "metrics.jsonl"
     second.until(lambda: rows.exists() and len(lines(rows)) == 2)
     second.kill()
@@ -99,9 +90,9 @@ def test_sigterm_to_one_of_two_stops_both(pair, tmp_path):
         assert f"stopped: step {step} is saved" in process.text
 
 
-def test_a_lost_process_ends_the_others(pair):
+def test_a_lost_process_ends_the_others(pair, job):
     """Killed: JAX misses it within the heartbeat; its abort is worth a restart, too."""
-    first, second = pair(no_data=3)
+    first, second = pair(*job, no_data=3, no_pictures=1)
     second.until("no data").kill(signal.SIGKILL)
     began = time.monotonic()
     assert first.status() in (42, -signal.SIGABRT)
