@@ -64,8 +64,7 @@ class Model(Section, where="model"):
             width, heads = self.given("width"), self.given("heads")
             yield f"{width} must be divisible by 4 and by {heads}"
         if self.rope and self.width // self.heads % 4:
-            width, heads = self.given("width"), self.given("heads")
-            yield f"{width} / {heads} must be divisible by 4 for config.model.rope"
+            yield f"{self.given('rope')}: width / heads must be divisible by 4"
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             yield f"{self.given('attention')} needs config.model.dtype='bfloat16'"
 
@@ -334,13 +333,10 @@ class Config(Section):
             guided = self.given("sampling.guidance_channels")
             yield f"{guided} exceeds {self.given('latents.channels')}"
         vae = self.align.vae
-        if self.sampling.head_guidance != 1 and (
-            not vae.enabled or vae.zscore or vae.loss.startswith("cosine")
-        ):
-            yield (
-                f"{self.given('sampling.head_guidance')} needs config.align.vae, whose "
-                "head predicts the latent: enabled, zscore off, loss not cosine"
-            )
+        scaled = vae.enabled and not vae.zscore and not vae.loss.startswith("cosine")
+        if self.sampling.head_guidance != 1 and not scaled:
+            guided = self.given("sampling.head_guidance")
+            yield f"{guided} needs config.align.vae on, zscore off, loss not cosine"
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
         if self.eval.features == "digits" and not digits:
             yield (

@@ -92,6 +92,12 @@ BAD = {
         "config.sampling.guidance_low=0.8 must not exceed config.sampling.guidance_high"
     ),
     "--config.sampling.guidance_channels=5": "exceeds config.latents.channels=4",
+    "--config.sampling.head_guidance=2 --config.align.vae.zscore=true": (
+        "config.sampling.head_guidance=2.0 needs config.align.vae on, zscore off"
+    ),
+    "--config.sampling.head_guidance=2 --config.align.vae.enabled=false": "needs conf",
+    "--config.model.rope=true --config.model.heads=16": "must be divisible by 4",
+    "--config.run.profile_steps=9": 'must be "" or FIRST:LAST',
     "--config.model.heads=7": "config.model.width=96 must be divisible by 4 and by",
     "--config.model.patch_size=3": "latents.size=4 is not divisible by config.model.",
     "--config.run.log_every=33": "must be a multiple of config.run.log_every=33",
