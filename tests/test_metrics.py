@@ -1,12 +1,20 @@
 """Metrics against ADM's values, closed forms and two-pass float64 numpy."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sra2_jax.data.digits import load_digits
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import neighbours
+from sra2_jax.metrics.features import make_features
+from sra2_jax.metrics.kernel import kernel_distance
 from sra2_jax.metrics.moments import InceptionScore, Moments, frechet_distance, gaussian
 from sra2_jax.metrics.neighbours import precision_recall
+from sra2_jax.models import apply
+from sra2_jax.models.dinov2 import preprocess
+from sra2_jax.sharding import make_mesh
+from sra2_jax.weights import load_dinov2
 
 
 @pytest.fixture
@@ -179,3 +187,39 @@ def test_too_few_points():
     for sides in ((points, points[:3]), (points[:0], points)):
         with pytest.raises(UserError, match="need more than 3 images in each set"):
             precision_recall(*sides)
+
+
+# Kernel distance
+
+
+def test_kernel_distance_is_the_unbiased_estimate():
+    """Against sums over pairs; about 0 for one distribution; blocks agree."""
+    draw = np.random.default_rng(0)
+    real, fake = draw.normal(size=(5, 3)), draw.normal(0.7, 1, size=(5, 3))
+
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    within = sum(k(s[i], s[j]) for s in (real, fake) for i, j in pairs) / 20
+    across = np.mean([k(x, y) for x in real for y in fake])
+    found = kernel_distance(real.astype(np.float32), fake)
+    assert found == pytest.approx(within - 2 * across, rel=1e-5)
+    many = draw.normal(size=(2, 4000, 3))
+    values = [kernel_distance(many[0], many[1] + shift, 1000) for shift in (0, 0.5)]
+    assert abs(values[0]) < 0.01 < values[1]
+    whole = kernel_distance(many[0], many[1] + 0.5, 4000)
+    assert values[1] == pytest.approx(whole, rel=0.2)
+    with pytest.raises(UserError, match="at least 2"):
+        kernel_distance(real[:1], fake)
+
+
+def test_dinov2s_class_token_is_what_is_compared():
+    """As the network gives it, for any number of images."""
+    images = load_digits("test")[0][:5]
+    found = make_features("dinov2", "digits", make_mesh(), 8)(images)
+    encoder, params = load_dinov2("digits")
+    pixels = preprocess(jnp.asarray(images), 16 * encoder.config.patch_size)
+    expected = apply(encoder, params, pixels)[:, 0]
+    np.testing.assert_allclose(found["pool"], expected, rtol=1e-4, atol=1e-4)
+    assert found["pool"].std(axis=0).min() > 0

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.metrics.features import Features
+from sra2_jax.metrics.kernel import kernel_distance
 from sra2_jax.metrics.moments import (
     Gaussian,
     InceptionScore,
@@ -31,7 +32,7 @@ class Summary:
     name: str  # for messages
     count: int | None
     gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial" features
-    kept: np.ndarray | None = None  # pool features (n, D), for precision and recall
+    kept: np.ndarray | None = None  # pool features (n, D), for all but Gaussians
     inception_score: float | None = None
     accuracy: float | None = None
 
@@ -128,5 +129,6 @@ def compare(
 
         precision, recall = precision_recall(reference.kept, samples.kept)
         found |= {"precision": precision, "recall": recall}
+        found["kernel_distance"] = kernel_distance(reference.kept, samples.kept)
     ordered = ((name, found.get(name)) for name in METRICS)
     return {name: value for name, value in ordered if value is not None}

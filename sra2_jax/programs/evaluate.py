@@ -59,7 +59,8 @@ def evaluate(
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
         notes.append(
-            f"{reference.name}: has no images (arr_0): no Precision and Recall"
+            f"{reference.name}: has no images (arr_0): no kernel distance, "
+            "Precision and Recall"
         )
     results = {
         "metrics": metrics,
@@ -109,10 +110,10 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name the network of the metrics, and how images are read."""
     add = parser.add_argument
     add("--features", choices=KINDS, default="inception", help="(%(default)s)")
-    weights = "inception.safetensors"
-    add(
-        "--inception", default=weights, metavar="FILE", help="its weights (%(default)s)"
-    )
+    weights = {"inception": "inception.safetensors", "dinov2": "facebook/dinov2-large"}
+    for kind, default in weights.items():
+        which = f"weights of {kind} (%(default)s)"
+        add(f"--{kind}", default=default, metavar="WEIGHTS", help=which)
     crop = "centre-crop a folder or dataset to this side, as ADM does"
     add("--resolution", type=int, help=crop)
     add("--split", default="train", help="of a dataset with splits (%(default)s)")
@@ -140,7 +141,7 @@ def main() -> None:
         raise UserError(f"{a.samples}: has statistics alone: give a set with images")
     mesh = make_mesh()
     batch = rounded(max(a.batch_size, 1), mesh.size)
-    features = make_features(a.features, a.inception, mesh, batch)
+    features = make_features(a.features, vars(a).get(a.features, ""), mesh, batch)
     if a.make_reference:
         make_reference(features, samples, out, batch)
     else:

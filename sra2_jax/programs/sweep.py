@@ -170,7 +170,7 @@ def main() -> None:
     held = open_images(a.reference, a.resolution, a.split)
     generate = generator.open_run(a.workdir, config, a.weights, a.step)
     batch, mesh = generate.batch, generate.program.mesh
-    features = make_features(a.features, a.inception, mesh, batch)
+    features = make_features(a.features, vars(a).get(a.features, ""), mesh, batch)
     swept = [name.replace("guidance", a.of) for name in NAMES]
     settings = {k: v for k, v in generate.settings.items() if k not in swept}
     settings |= {
