@@ -7,7 +7,7 @@ with this code.
 
 from ml_collections import ConfigDict
 
-from sra2_jax.config import EPOCH
+from sra2_jax.config_align import EPOCH
 from sra2_jax.config_file import default
 
 

@@ -11,7 +11,8 @@ from etils import epath
 
 from sra2_jax import command, config_file, storage
 from sra2_jax.alignment import ALIGNMENTS
-from sra2_jax.config import Align, Config
+from sra2_jax.config import Config
+from sra2_jax.config_align import Align
 from sra2_jax.errors import UserError
 from sra2_jax.run import Run
 from sra2_jax.section import fields, fits, parse

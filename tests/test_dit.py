@@ -5,7 +5,7 @@ import pytest
 
 from sra2_jax.alignment.vae import LatentAlignment
 from sra2_jax.attention import implementation
-from sra2_jax.config import AlignVAE
+from sra2_jax.config_align import AlignVAE
 from sra2_jax.config_file import SIZES
 from sra2_jax.models import shapes
 from sra2_jax.models.dit import DiT, patchify, sincos_positions, unpatchify

@@ -21,6 +21,7 @@ FLOORS = (
     {"command", "runtime"},
     {"config_file"},
     {"config"},
+    {"config_align"},
     {"section", "fingerprint", "storage"},
     {"bucket"},
     {"errors", "assets", "__init__"},

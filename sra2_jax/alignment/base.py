@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sra2_jax import config
+from sra2_jax import config_align
 from sra2_jax.models.block import XAVIER, FinalLayer
 from sra2_jax.models.dit import DiT
 
 Arrays = Mapping[str, Array]
 
 
-class Alignment(config.Alignment):
+class Alignment(config_align.Alignment):
     """Targets are computed inside the jitted step, without gradient.
 
     Attributes:
@@ -108,7 +108,7 @@ class Alignment(config.Alignment):
         return jnp.mean(losses * ((t >= self.t_min) & (t <= self.t_max)))
 
 
-class MLPAlignment(config.MLPAlignment, Alignment):
+class MLPAlignment(config_align.MLPAlignment, Alignment):
     """One whose head are linear layers."""
 
     def head(self, network: DiT) -> nn.Module:

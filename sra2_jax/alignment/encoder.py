@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from sra2_jax import config
+from sra2_jax import config_align
 from sra2_jax.alignment.base import Alignment, Arrays, MLPAlignment
 from sra2_jax.errors import UserError
 from sra2_jax.models.dinov2 import DINOv2, patch_features
@@ -13,7 +13,7 @@ from sra2_jax.models.dit import DiT
 from sra2_jax.weights import describe_dinov2, load_dinov2
 
 
-class EncoderTarget(config.EncoderKeys, Alignment):
+class EncoderTarget(config_align.EncoderKeys, Alignment):
     """One feature of an encoder for each of the network's tokens."""
 
     @property
@@ -50,7 +50,7 @@ class EncoderTarget(config.EncoderKeys, Alignment):
         return self.frozen.macs(network.grid) if self.frozen else 0
 
 
-class EncoderAlignment(config.AlignEncoder, EncoderTarget, MLPAlignment):
+class EncoderAlignment(config_align.AlignEncoder, EncoderTarget, MLPAlignment):
     """REPA: the head is a perceptron, token by token."""
 
     title = "REPA"

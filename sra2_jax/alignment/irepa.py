@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sra2_jax import config
+from sra2_jax import config_align
 from sra2_jax.alignment.base import Arrays
 from sra2_jax.alignment.encoder import EncoderTarget
 from sra2_jax.models.dit import DiT
 
 
-class SpatialAlignment(config.AlignIREPA, EncoderTarget):
+class SpatialAlignment(config_align.AlignIREPA, EncoderTarget):
     """An encoder's features, each channel standardised over the image's tokens; the
     head is one convolution over the grid of tokens."""
 

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sra2_jax import config
+from sra2_jax import config_align
 from sra2_jax.alignment.base import Arrays, MLPAlignment
 from sra2_jax.models import apply
 from sra2_jax.models.dit import DiT
 
 
-class TeacherAlignment(config.AlignTeacher, MLPAlignment):
+class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
     """Block `teacher_depth` of the EMA network; the blocks after it never run.
 
     It sees the same sample, noise and dropped label at a time that lies up to

@@ -5,12 +5,12 @@ from typing import Any
 
 from jaxtyping import Array
 
-from sra2_jax import config
+from sra2_jax import config_align
 from sra2_jax.alignment.base import Arrays, MLPAlignment
 from sra2_jax.models.dit import DiT, patchify, unpatchify
 
 
-class LatentAlignment(config.AlignVAE, MLPAlignment):
+class LatentAlignment(config_align.AlignVAE, MLPAlignment):
     """The scaled latent, or the velocity, in the token layout of the network's output.
 
     With the velocity, the loss "l2" and a head that is a final layer alone this is
