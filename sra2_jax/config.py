@@ -85,6 +85,9 @@ class Optim(Section, where="optim"):
 
     learning_rate: float = key(1e-4, "after the warm-up", 1e-12, 100)
     warmup_steps: int = key(0, "linear warm-up", 0, STEPS)
+    decay: Literal["none", "linear", "cosine"] = free("none", "of the rate, to 0")
+    decay_start: int = free(0, "step at which it begins", 0, STEPS)
+    decay_steps: int = free(1, "its length", 1, STEPS)
     b1: float = key(0.9, "of Adam", 0, 1 - 1e-9)
     b2: float = key(0.999, "of Adam", 0, 1 - 1e-9)
     eps: float = key(1e-8, "of Adam", 1e-30, 1)

@@ -93,10 +93,18 @@ class Program:
     def schedule(self) -> optax.Schedule:
         """The learning rate of a step."""
         o = self.config.optim
-        if o.warmup_steps < 2:
-            return optax.constant_schedule(o.learning_rate)
-        first = o.learning_rate / o.warmup_steps  # step 0 already moves
-        return optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
+        rate = optax.constant_schedule(o.learning_rate)
+        if o.warmup_steps > 1:
+            first = o.learning_rate / o.warmup_steps  # step 0 already moves
+            rate = optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
+        if o.decay == "none":
+            return rate
+        falls = {
+            "linear": optax.linear_schedule(1.0, 0.0, o.decay_steps),
+            "cosine": optax.cosine_decay_schedule(1.0, o.decay_steps),
+        }
+        fall = falls[o.decay]
+        return lambda step: rate(step) * fall(jnp.maximum(step - o.decay_start, 0))
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:

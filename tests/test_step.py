@@ -156,6 +156,19 @@ def test_clip_and_weight_decay(tiny, batch):
     np.testing.assert_allclose(kernels[2], shrunk, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("decay", "halfway"), [("linear", 0.25), ("cosine", 0.5 * (1 - 0.5**0.5))]
+)
+def test_decay_of_the_rate(tiny, decay, halfway):
+    """From step 100 over 40 steps, here 3/4 of the way; after a warm-up of 10."""
+    tiny.optim.update(learning_rate=2.0, warmup_steps=10, decay=decay)
+    tiny.optim.update(decay_start=100, decay_steps=40)
+    schedule = program_of(tiny).schedule
+    rates = [float(schedule(step)) for step in (0, 4, 9, 100, 130, 140, 999)]
+    expected = [0.2, 1.0, 2.0, 2.0, 2.0 * halfway, 0.0, 0.0]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
 # Every choice of config.py runs through the jitted step, a few at a time.
 VARIANTS = [
     {
