@@ -86,7 +86,7 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
 
-    params: {"network": tree}, with head guidance also {"heads": {"vae": tree}}.
+    params: of the network and, where one guides, the heads, as a state's `ema`.
 
     The noise of image i depends on (config.seed, i) alone, on no batch or devices.
     """
@@ -228,7 +228,6 @@ class Generator:
         Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
-        params = needed(self.config, params)
         batch, ahead = self.batch, None
         for start in range(0, len(indices), batch):
             # The last batch is filled up with copies: one shape, one compilation.
