@@ -9,10 +9,12 @@ configs/, returns `config_file.default()` with what differs.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from sra2_jax.config_align import STEPS, Align, EncoderKeys
-from sra2_jax.section import NAME, SOME, Section, free, key
+from sra2_jax.section import NAME, NUMBERS, SOME, Section, free, key
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,26 @@ class Latents(Section, where="latents"):
     channels: int = key(4, "channels of a latent", 1, 2**12)
     scaling_factor: float = key(0.18215, "latent = scaling * (raw - shift)", 1e-6, 1e6)
     shift_factor: float = key(0.0, "see scaling_factor", -1e6, 1e6)
+    mean: NUMBERS = key((), "of each channel; raw is (raw - mean) / std", -1e6, 1e6)
+    std: NUMBERS = key((), "see mean; the dataset's where both are empty", 1e-6, 1e6)
+
+    def conflicts(self) -> Iterator[str]:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != len(self.mean or self.std) or (
+                self.mean and len(self.mean) != self.channels
+            ):
+                yield f"{self.given(name)}: {self.channels} numbers are wanted, or none"
+
+    @property
+    def scale(self) -> Any:
+        """latent = scale * (raw - shift): numbers, or arrays (channels,)."""
+        std = np.array(self.std, np.float32)
+        return self.scaling_factor / std if self.std else self.scaling_factor
+
+    @property
+    def shift(self) -> Any:
+        mean = np.array(self.mean, np.float32)
+        return self.shift_factor + mean if self.mean else self.shift_factor
 
 
 @dataclass(frozen=True)

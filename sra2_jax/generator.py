@@ -191,7 +191,7 @@ class Generator:
 
         @jax.jit
         def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
-            raw = z / latents.scaling_factor + latents.shift_factor
+            raw = z / latents.scale + latents.shift
             found = self._pixels(vae_params, raw)
             return jax.lax.with_sharding_constraint(found, place)
 

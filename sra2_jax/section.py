@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from sra2_jax.errors import UserError
 
 Field = dataclasses.Field
+NUMBERS = tuple[float, ...]  # "0.1,0.2" as a text
 SOME = r"[^\0\n]+", "must not be empty"
 ANY = r"[^\0\n]*", "must be one line"
 NAME = r"\w[\w.+-]*", "must be a name of letters, digits, '_', '.', '+' and '-'"
@@ -57,6 +58,8 @@ def other(section: Any, name: str, default: Any) -> Any:
 def allowed(f: Field) -> str:
     """What the value of a key must be, in words."""
     known: Key = f.metadata["key"]
+    if f.type == NUMBERS:
+        return f"must be numbers between {known.low:.10g} and {known.high:.10g}, as 1,2"
     if choices := get_args(f.type):
         return f"must be one of {', '.join(map(repr, choices))}"
     if f.type in (int, float):
@@ -68,6 +71,9 @@ def allowed(f: Field) -> str:
 def fits(f: Field, value: Any) -> bool:
     """Whether a key may have a value, others aside."""
     known: Key = f.metadata["key"]
+    if f.type == NUMBERS:
+        numbers = type(value) is tuple and {*map(type, value)} <= {int, float}
+        return numbers and all(known.low <= x <= known.high for x in value)
     if choices := get_args(f.type):
         return type(value) is str and value in choices
     if type(value) is not f.type:
@@ -104,6 +110,9 @@ class Section:
                 continue
             if f.type is float and type(value) is int:
                 value = float(value) if abs(value) < 1e300 else math.inf
+                object.__setattr__(self, f.name, value)
+            if f.type == NUMBERS and type(value) is list:  # JSON has no tuples
+                value = tuple(value)
                 object.__setattr__(self, f.name, value)
             if not fits(f, value):
                 raise UserError(f"{self.given(f.name)}: {allowed(f)}")
@@ -204,6 +213,8 @@ def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
         else:
             with contextlib.suppress(ValueError):
                 value = f.type(text) if f.type in (int, float) else text
+                if f.type == NUMBERS:
+                    value = tuple(map(float, filter(None, text.strip("()").split(","))))
         if value is None or not fits(f, value):
             given = shown(text if value is None else value)
             raise UserError(f"config.{name}={given}: {allowed(f)}")

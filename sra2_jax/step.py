@@ -199,7 +199,7 @@ class Program:
         key = jax.random.fold_in(jax.random.key(c.seed), step)
         names = ("latent", "time", "noise", "label", "align")
         keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        scale, shift = c.latents.scaling_factor, c.latents.shift_factor
+        scale, shift = c.latents.scale, c.latents.shift
         mean = scale * (batch["mean"].astype(jnp.float32) - shift)
         std = scale * batch["std"].astype(jnp.float32)
         z = mean + std * jax.random.normal(keys["latent"], mean.shape)

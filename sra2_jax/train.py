@@ -16,7 +16,8 @@ from sra2_jax.chips import chip_of
 from sra2_jax.config import Config
 from sra2_jax.data import pipeline
 from sra2_jax.data.order import Order
-from sra2_jax.data.prepare import prepare
+from sra2_jax.data.prepare import prepare, with_statistics
+from sra2_jax.data.records import LatentsInfo, check
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
 from sra2_jax.log import Guard, Log, Profile
 from sra2_jax.observe import Observer
@@ -38,12 +39,13 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
         process that is lost. KeyboardInterrupt: Ctrl-C, as SIGTERM.
     """
     watch = watch or Watch()
+    run = Run(workdir, jax.process_index() == 0)
+    folder = run.latents(config)
+    config = with_statistics(config, folder)
     program = Program(config, make_mesh(config.mesh))
     check_batch(config, program.mesh)
-    run = Run(workdir, jax.process_index() == 0)
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
-    folder = run.latents(config)
     dataset = prepare(config, folder, program.fields, watch)
     run.claim_dataset(folder, dataset["sha256"])
     with ExitStack() as stack:
@@ -74,8 +76,10 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
         run.write("run", facts(program, seconds) | {"latents": dataset})
         log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
         with closing(batches(config, program, start, folder)) as ready:
-            loop = Loop(program, step, state, log, checkpoints, observer, watch)
-            loop.run(ready)
+            profile = Profile(run, config)
+            Loop(
+                program, step, state, log, checkpoints, observer, watch, profile
+            ).run(ready)  # fmt: skip
         log.message(f"done: {run.report}")
 
 
@@ -92,6 +96,7 @@ def batches(
     order, processes = Order.of(config), jax.process_count()
     process = jax.process_index()
     folder = folder or config.data.dir
+    check(LatentsInfo.read(folder), folder, config, program.fields)
     rows = pipeline.batches(folder, order, start, program.fields, process, processes)
     rows = itertools.islice(rows, config.steps - start)
     return pipeline.prefetch_to_device(rows, batch_sharding(program.mesh))
@@ -137,11 +142,11 @@ class Loop:
     checkpoints: Checkpoints
     observer: Observer
     watch: Watch
+    profile: Profile
 
     def __post_init__(self) -> None:
         self.config, self.step = self.program.config, int(self.state.step)
         self.guard = Guard(self.config.run.most_skipped, self.log)
-        self.profile = Profile(self.observer.run, self.config)
         self.anywhere = runtime.anywhere(self.program.mesh)
         self.pending: Any = None  # step, metrics and record ids not read yet
 

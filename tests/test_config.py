@@ -120,6 +120,12 @@ def test_overrides_make_a_copy():
     assert (config.steps, config.seed, config.model.scan) == (1000, 7, True)
     assert (config.optim.eps, config.data.dir) == (1.0, "")
     assert type(config.optim.eps) is float
+    numbers = parse(
+        Config, {"latents.mean": "1,-.5,2,3", "latents.std": "(1, 2, 1, 1)"}
+    )
+    by_channel = config.override(numbers)
+    assert by_channel.latents.mean == (1.0, -0.5, 2.0, 3.0)
+    assert Config.of(json.loads(json.dumps(by_channel.to_dict()))) == by_channel
     changed = config.override({"steps": 3, "latents.shift_factor": -1})
     assert (changed.steps, config.steps) == (3, 1000)
     assert changed.latents.shift_factor == -1.0

@@ -1,22 +1,28 @@
 """Images to latents: sources, the crop, and the encoded dataset."""
 
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image, PngImagePlugin
 
+from sra2_jax.config import Config
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import EncodeOptions, encode, main
 from sra2_jax.data.pixels import center_crop, decode_rgb
+from sra2_jax.data.prepare import with_statistics
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.runtime import tensorflow
 from sra2_jax.weights import load_dinov2, load_vae
+from tests.conftest import one_line
 from tests.test_pipeline import BATCH, read_all, take
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -334,6 +340,38 @@ def test_encoded_latents_are_those_of_the_vae(folder, encoded):
 
 
 @pytest.mark.usefixtures("heavy")
+def test_statistics_by_channel_go_from_the_vae_to_the_config(folder, encoded, tmp_path):
+    """Into the dataset, and into a config that has none of its own."""
+    shutil.copytree(VAE, tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    fields, (other, plain) = json.loads(file.read_text()), encoded
+    count, scale = plain.latent_shape[-1], plain.scaling_factor
+    mean, std = np.arange(count) - 1.5, 1 + 0.5 * np.arange(count)
+    fields |= {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
+    file.write_text(json.dumps(fields))
+    out = epath.Path(tmp_path / "out")
+    run(folder, out, vae=str(tmp_path / "vae"))
+    info = records.LatentsInfo.read(out)
+    expected = (np.array(plain.latent_mean) / scale - mean) / std * scale
+    np.testing.assert_allclose(info.latent_mean, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        info.latent_std, np.array(plain.latent_std) / std, rtol=1e-5
+    )
+    config = Config().override(
+        {
+            "data.resolution": SIDE, "data.num_classes": 2,
+            "latents.size": info.latent_shape[0], "latents.channels": count,
+            "latents.scaling_factor": scale, "latents.shift_factor": info.shift_factor,
+        }
+    )  # fmt: skip
+    with one_line("config says latents.mean=()"):
+        records.check(info, out, config)
+    filled = with_statistics(config, out)
+    records.check(info, out, filled)
+    assert filled.latents.std == tuple(std)
+    assert with_statistics(config, epath.Path(other)) == config
+
+
 def test_images_and_features_are_stored_exactly(folder, extended):
     out, info = extended
     assert info == records.LatentsInfo.read(out)

@@ -86,6 +86,19 @@ def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
     assert [len(part) for part in (first, *rest)] == [2, 2, 1]
 
 
+def test_latents_by_channel_are_decoded_as_they_were(tiny, monkeypatch):
+    """The decoder sees z / scale + shift, channel by channel."""
+    raw = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    tiny.latents.mean, tiny.latents.std = (0.5, 1.0, -2.0, 3.0), (1.0, 2.0, 0.5, 4.0)
+    z = (raw - [0.5, 1, -2, 3]) / [1, 2, 0.5, 4] * tiny.latents.scaling_factor
+    monkeypatch.setattr("sra2_jax.generator.make_sampler", lambda *_: lambda *_: z)
+    tiny.sampling.batch_size = 2
+    generate = Generator(program_of(tiny), *load_vae("digits"))
+    (images,) = generate(np.arange(2), np.zeros(2))
+    off = images.astype(int) - generate.decode(raw).astype(int)
+    assert np.abs(off).max() <= 1
+
+
 def test_sampling_settings_act(make):
     """Method, label, guidance and its channels each change the picture."""
     pictures = [

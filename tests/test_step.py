@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sra2_jax import sharding
-from sra2_jax.config import Config
+from sra2_jax.config import Config, Latents
 from sra2_jax.models.dit import patchify
 from sra2_jax.step import Program
 
@@ -106,6 +106,26 @@ def test_draws(tiny, batch):
     np.testing.assert_array_equal(draws["y"][~dropped], big["label"][~dropped])
     again = draw(big, jnp.asarray(1))
     assert not np.array_equal(draws["t"], again["t"])
+
+
+def test_latents_normalised_by_channel(tiny, batch, golden):
+    """scaling (raw - mean) / std, as LightningDiT's code has it; and back."""
+    data = dict(np.load(golden / "ldm_vae.npz"))
+    mean, std = (tuple(data[f"channel_{k}"].tolist()) for k in ("mean", "std"))
+    latents = Latents(
+        channels=6, scaling_factor=float(data["multiplier"]), mean=mean, std=std
+    )
+    raw = np.moveaxis(data["mean"], 1, -1)
+    expected = np.moveaxis(data["mean_normalised"], 1, -1)
+    scaled = latents.scale * (raw - latents.shift)
+    np.testing.assert_allclose(scaled, expected, rtol=1e-5, atol=1e-5)
+    tiny.latents.scaling_factor, tiny.latents.shift_factor = 0.5, 0.25
+    tiny.latents.mean, tiny.latents.std = (0.0, 1.0, -2.0, 3.0), (1.0, 2.0, 0.5, 4.0)
+    tiny.align.vae.target = "mean"
+    draws = jax.jit(program_of(tiny).draw)(batch, jnp.asarray(0))
+    ours = batch["mean"].astype(np.float32) - 0.25 - np.array([0, 1, -2, 3])
+    expected = 0.5 * ours / np.array([1, 2, 0.5, 4])
+    np.testing.assert_allclose(draws["latent_mean"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_first_update_and_what_is_not_finite(tiny, batch):

@@ -14,7 +14,7 @@ COVERED = {
     "lightning_full": 4, "lightning_wo_shift": 4, "lightning_qknorm_layernorm": 4,
     "lightning_rope_only": 4,
 }  # fmt: skip
-LATER = ("mmdit",)
+LATER = ("mmdit", "ldm_vae")
 
 
 def test_golden_files_pass(golden, capsys):

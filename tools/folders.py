@@ -25,6 +25,8 @@ def save_vae(folder: str | Path, config: VAEConfig, params: tree.Params) -> None
         # Read by diffusers' tiled decoding only.
         "sample_size": 32 * config.downsample,
         "shift_factor": config.shift_factor or None,
+        "latents_mean": list(config.latents_mean) or None,
+        "latents_std": list(config.latents_std) or None,
     }
     _save(vae.FORMAT, Path(folder), config, params, more)
 

@@ -117,7 +117,7 @@ class Subject:
         order = Order(min(most, total), SEED, SHUFFLE, split)
         rows = next(batches(folder, order))
         raw, latents = rows["mean"].astype(np.float32), self.config.latents
-        z = latents.scaling_factor * (raw - latents.shift_factor)
+        z = latents.scale * (raw - latents.shift)
         return Images(raw, z, rows["label"], rows["index"], split)
 
     def open_blocks(

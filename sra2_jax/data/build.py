@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sra2_jax
+from sra2_jax.config import Latents
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
 from sra2_jax.data.order import permutation
@@ -283,17 +284,26 @@ class Build:
             (self.folder / UNREADABLE).write_text(text, encoding="utf-8")
         shape = options.latent_shape(self.vae)
         mean, std = _statistics(facts, count * shape[0] * shape[1])
-        scale, shift = self.vae.scaling_factor, self.vae.shift_factor
+        vae = self.vae
+        latents = Latents(
+            channels=shape[-1],
+            scaling_factor=vae.scaling_factor,
+            shift_factor=vae.shift_factor,
+            mean=vae.latents_mean,
+            std=vae.latents_std,
+        )
         info = records.LatentsInfo(
             vae=options.vae,
-            scaling_factor=scale,
-            shift_factor=shift,
+            scaling_factor=vae.scaling_factor,
+            shift_factor=vae.shift_factor,
+            channel_mean=vae.latents_mean,
+            channel_std=vae.latents_std,
             resolution=options.resolution,
             latent_shape=shape,
             num_examples=count,
             splits={options.split: manifest(facts)},
-            latent_mean=tuple((mean - shift) * scale),
-            latent_std=tuple(std * abs(scale)),
+            latent_mean=tuple((mean - latents.shift) * latents.scale),
+            latent_std=tuple(std * latents.scale),
             versions=self._versions,
             options=self._made_with,
             **fields,

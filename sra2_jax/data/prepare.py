@@ -17,6 +17,18 @@ from sra2_jax.runtime import Watch
 from sra2_jax.storage import sha256
 
 
+def with_statistics(config: Config, folder: epath.Path) -> Config:
+    """The config with the statistics by channel of a dataset that has them, where its
+    own are not given."""
+    if config.latents.mean or not (folder / records.FILE).exists():
+        return config
+    info = records.LatentsInfo.read(folder)
+    if len(info.channel_mean) != config.latents.channels:
+        return config
+    found = {"latents.mean": info.channel_mean, "latents.std": info.channel_std}
+    return config.override(found)
+
+
 def prepare(
     config: Config, folder: epath.Path, fields: Sequence[str], watch: Watch
 ) -> dict[str, Any]:

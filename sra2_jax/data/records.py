@@ -67,6 +67,8 @@ class LatentsInfo:
     """What `latents.json` says about a dataset of latents.
 
     A training latent (h, w, c) is (mean + std * N(0, 1) - shift_factor) *
+    scaling_factor, or where `channel_mean` and `channel_std` have a number for each
+    channel, (mean + std * N(0, 1) - shift_factor - channel_mean) / channel_std *
     scaling_factor; `latent_mean` and `latent_std` are its statistics over the dataset,
     one number per channel. `class_names` is empty where the source has none. `images`
     and `features` say what records hold besides. The mirrored image of record i is the
@@ -90,6 +92,8 @@ class LatentsInfo:
     features: Features | None = None
     mirror_offset: int = 0
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    channel_mean: tuple[float, ...] = ()
+    channel_std: tuple[float, ...] = ()
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what a record holds as raw float16 bytes, by name."""
@@ -174,6 +178,8 @@ def check(
         ("data.num_classes", "", data.num_classes, info.num_classes),
         ("latents.scaling_factor", "vae", latents.scaling_factor, info.scaling_factor),
         ("latents.shift_factor", "vae", latents.shift_factor, info.shift_factor),
+        ("latents.mean", "vae", latents.mean, info.channel_mean),
+        ("latents.std", "vae", latents.std, info.channel_std),
     ]
     if stored := info.features:
         # The side of a patch; as text, 2 and not 2.0.

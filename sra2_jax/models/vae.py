@@ -28,8 +28,10 @@ LOGVAR_RANGE = (-30.0, 20.0)  # diffusers DiagonalGaussianDistribution
 class VAEConfig:
     """Shape of an AutoencoderKL; the defaults are those of sd-vae-ft-ema.
 
-    A latent z goes to the diffusion model as (z - shift_factor) * scaling_factor; the
-    network itself never applies the two numbers, they only travel with it.
+    A latent z goes to the diffusion model as (z - shift_factor) * scaling_factor, with
+    `latents_mean` and `latents_std` of each channel, or none, as (z - shift_factor -
+    latents_mean) / latents_std * scaling_factor; the network itself never applies these
+    numbers, they only travel with it.
 
     Raises UserError: numbers that make no network.
     """
@@ -45,19 +47,25 @@ class VAEConfig:
     use_post_quant_conv: bool = True
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] = ()
+    latents_std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         widths, groups = self.block_out_channels, self.norm_num_groups
         channels = self.in_channels, self.out_channels, self.latent_channels
         counts = *channels, self.layers_per_block, groups, len(widths), *widths
+        stated = {len(self.latents_mean), len(self.latents_std)}
         if (
             min(counts) < 1
             or any(w % groups for w in widths)
             or not self.scaling_factor
+            or stated not in ({0}, {self.latent_channels})
+            or min(self.latents_std, default=1) <= 0
         ):
             raise UserError(
                 f"{self}: counts must be above 0, norm_num_groups divide each of "
-                "block_out_channels, scaling_factor be 1 / std of latents"
+                "block_out_channels, scaling_factor be 1 / std of latents; "
+                "latents_mean, latents_std have a number for each channel, or none"
             )
 
     @property

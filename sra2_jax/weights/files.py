@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from etils import epath
@@ -152,8 +152,9 @@ class Format:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if kind == tuple[int, ...]:
-        return isinstance(value, list) and all(_is(part, int) for part in value)
+    if get_origin(kind) is tuple:
+        of = get_args(kind)[0]
+        return isinstance(value, list) and all(_is(part, of) for part in value)
     kinds = (int, float) if kind is float else (kind,)
     return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
 

@@ -21,6 +21,8 @@ OLD_ATTENTION = {
 NEWER_KEYS = {
     "scaling_factor": 0.18215,
     "shift_factor": 0.0,
+    "latents_mean": [],
+    "latents_std": [],
     "mid_block_add_attention": True,
     "use_quant_conv": True,
     "use_post_quant_conv": True,
@@ -32,8 +34,6 @@ def _only(config: VAEConfig) -> dict[str, Any]:
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "latents_mean": None,
-        "latents_std": None,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
