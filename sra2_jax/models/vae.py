@@ -21,6 +21,9 @@ from sra2_jax.models import shapes
 
 Layer = Callable[..., nn.Module]  # takes its name
 NORM_EPS = 1e-6
+# levels of the encoder and decoder, without and with attention after each resnet
+DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
+UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 LOGVAR_RANGE = (-30.0, 20.0)  # diffusers DiagonalGaussianDistribution
 
 
@@ -49,8 +52,19 @@ class VAEConfig:
     shift_factor: float = 0.0
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
+    down_block_types: tuple[
+        str, ...
+    ] = ()  # of each level; by default the first of DOWN
+    up_block_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
+            plain = kinds[:1] * len(self.block_out_channels)
+            object.__setattr__(self, name, getattr(self, name) or plain)
+            if {*getattr(self, name)} - {*kinds} or len(plain) != len(
+                getattr(self, name)
+            ):
+                raise UserError(f"{self}: {name} has one of {kinds} for each level")
         widths, groups = self.block_out_channels, self.norm_num_groups
         channels = self.in_channels, self.out_channels, self.latent_channels
         counts = *channels, self.layers_per_block, groups, len(widths), *widths
@@ -189,7 +203,9 @@ def encoder(cfg: VAEConfig, dtype: Any) -> Chain:
     widths = cfg.block_out_channels
     layers = {"conv_in": conv3(widths[0], dtype)}
     for i, width in enumerate(widths):
-        level = blocks(cfg, dtype, width, cfg.layers_per_block)
+        count = cfg.layers_per_block
+        attentions = count * (cfg.down_block_types[i] == DOWN[1])
+        level = blocks(cfg, dtype, width, count, attentions)
         if i < len(widths) - 1:
             # Padded on the lower and right side only.
             half = conv3(width, dtype, 2, ((0, 1), (0, 1)))
@@ -204,7 +220,9 @@ def decoder(cfg: VAEConfig, dtype: Any) -> Chain:
     widths = cfg.block_out_channels[::-1]
     layers = {"conv_in": conv3(widths[0], dtype), "mid_block": mid_block(cfg, dtype)}
     for i, width in enumerate(widths):
-        level = blocks(cfg, dtype, width, cfg.layers_per_block + 1)
+        count = cfg.layers_per_block + 1
+        attentions = count * (cfg.up_block_types[i] == UP[1])
+        level = blocks(cfg, dtype, width, count, attentions)
         if i < len(widths) - 1:
             level["upsamplers_0"] = partial(Upsample, dtype)
         layers[f"up_blocks_{i}"] = partial(Chain, level)

@@ -22,6 +22,7 @@ from sra2_jax import sampler
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.alignment.base import MLPHead, elementwise
 from sra2_jax.command import Parser
+from sra2_jax.config import Latents
 from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import (
@@ -36,6 +37,7 @@ from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
 from sra2_jax.weights.inception import from_torch_fidelity
+from sra2_jax.weights.ldm import from_ldm
 from sra2_jax.weights.sit import from_reference
 
 FLOAT32, TRAJECTORY32, FLOAT64, EXACT = 1e-4, 1e-3, 1e-6, 1e-9
@@ -137,6 +139,25 @@ def vae(path: Path, data: Arrays) -> Cases:
     yield "mean", nchw(mean), FLOAT32
     yield "std", nchw(std), FLOAT32
     yield "decoded", nchw(apply(model, params, latent, method="decode")), FLOAT32
+
+
+def ldm_vae(path: Path, data: Arrays) -> Cases:
+    """The autoencoder of latent-diffusion under its own names, and its latents
+    normalised by channel."""
+    mean, std = (tuple(data[f"channel_{k}"].tolist()) for k in ("mean", "std"))
+    factor = float(data["multiplier"])
+    weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
+    model, params = from_ldm(
+        weights, scaling_factor=factor, latents_mean=mean, latents_std=std
+    )
+    found = apply(model, params, nhwc(data["image"]), method="encode")
+    yield "mean", nchw(found[0]), FLOAT32
+    yield "std", nchw(found[1]), FLOAT32
+    decoded = apply(model, params, nhwc(data["latent"]), method="decode")
+    yield "decoded", nchw(decoded), FLOAT32
+    latents = Latents(channels=len(mean), scaling_factor=factor, mean=mean, std=std)
+    scaled = latents.scale * (found[0] - latents.shift)
+    yield "mean_normalised", nchw(scaled), FLOAT32
 
 
 def dinov2(path: Path, data: Arrays) -> Cases:
@@ -255,6 +276,7 @@ def inception(path: Path, data: Arrays) -> Cases:
 CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
     "w/y_embedder.embedding_table.weight": sit,
     "moments": vae,
+    "mean_normalised": ldm_vae,
     "last_hidden_state": dinov2,
     "latents": samplers,
     "linear|alpha": interpolants,

@@ -155,6 +155,8 @@ def _is(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         of = get_args(kind)[0]
         return isinstance(value, list) and all(_is(part, of) for part in value)
+    if kind is str:
+        return isinstance(value, str)
     kinds = (int, float) if kind is float else (kind,)
     return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
 

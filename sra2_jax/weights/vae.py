@@ -30,13 +30,7 @@ NEWER_KEYS = {
 
 
 def _only(config: VAEConfig) -> dict[str, Any]:
-    levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-    }
+    return {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 
 
 def _name(module: str) -> str:

@@ -1,0 +1,102 @@
+"""Autoencoders under the names of the latent-diffusion code, as VA-VAE's.
+
+Source: `AutoencoderKL` of CompVis/latent-diffusion, which LightningDiT ships for
+VA-VAE. Its names become those of diffusers, by rule; its shape follows from the
+tensors.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from sra2_jax.errors import UserError
+from sra2_jax.models.vae import DOWN, UP, AutoencoderKL, VAEConfig
+from sra2_jax.weights import tree
+from sra2_jax.weights.vae import FORMAT
+
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# in order; what is left keeps its name
+RULES = (
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+)
+FOREIGN = "no autoencoder of the latent-diffusion code"
+
+
+def from_ldm(
+    tensors: Mapping[str, np.ndarray], **numbers: object
+) -> tuple[AutoencoderKL, tree.Params]:
+    """The network and parameters of a state dict.
+
+    tensors: names -> arrays, convolutions (out, in, h, w); those of other networks
+    beside it (losses, discriminators) are left out. numbers: fields of `VAEConfig` that
+    no shape shows: scaling_factor, latents_mean, latents_std.
+
+    Raises UserError: tensors that are missing, foreign or of shapes that do not fit.
+    """
+    own = {k: v for k, v in tensors.items() if k.startswith(PARTS)}
+    levels = 1 + max(
+        (int(n) for n in _found(r"encoder\.down\.(\d+)\.", own)), default=0
+    )
+    renamed = {}
+    for name, tensor in own.items():
+        # Their levels of the decoder count from the image, diffusers' from the latent.
+        name = re.sub(
+            r"^decoder\.up\.(\d+)",
+            lambda m: f"decoder.up.{levels - 1 - int(m[1])}",
+            name,
+        )
+        for pattern, new in RULES:
+            name = re.sub(pattern, new, name)
+        matrix = ".attentions." in name and tensor.ndim == 4
+        renamed[name] = tensor[:, :, 0, 0] if matrix else tensor
+    try:
+        config = _config(renamed, levels, numbers)
+    except KeyError as error:
+        raise UserError(f"{FOREIGN}: {error.args[0]} is missing") from error
+    network = AutoencoderKL(config)
+    return network, tree.read(renamed, network.shapes(), FORMAT.name, FOREIGN)
+
+
+def _config(
+    tensors: Mapping[str, np.ndarray], levels: int, numbers: Mapping[str, object]
+) -> VAEConfig:
+    def out(name: str) -> int:
+        return len(tensors[f"{name}.weight"])
+
+    def kinds(names: tuple[str, str], where: str) -> tuple[str, ...]:
+        found = {*_found(rf"{where}\.(\d+)\.attentions", tensors)}
+        return tuple(names[str(i) in found] for i in range(levels))
+
+    first = "encoder.down_blocks.0.resnets"
+    latent = tensors["decoder.conv_in.weight"].shape[1]
+    return VAEConfig(
+        in_channels=tensors["encoder.conv_in.weight"].shape[1],
+        out_channels=out("decoder.conv_out"),
+        latent_channels=latent,
+        block_out_channels=tuple(
+            out(f"encoder.down_blocks.{i}.resnets.0.conv1") for i in range(levels)
+        ),
+        layers_per_block=len({*_found(rf"{first}\.(\d+)\.", tensors)}),
+        mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
+        use_quant_conv="quant_conv.weight" in tensors,
+        use_post_quant_conv="post_quant_conv.weight" in tensors,
+        down_block_types=kinds(DOWN, "encoder.down_blocks"),
+        up_block_types=kinds(UP, "decoder.up_blocks"),
+        **numbers,  # type: ignore[arg-type]
+    )
+
+
+def _found(pattern: str, names: Mapping[str, object]) -> list[str]:
+    matches = (re.match(pattern, name) for name in names)
+    return [match[1] for match in matches if match]
