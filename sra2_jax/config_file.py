@@ -60,6 +60,7 @@ def set_size(config: ConfigDict, size: str) -> None:
 def set_lightning(config: ConfigDict) -> None:
     """LightningDiT's block, latents and recipe (arXiv 2501.01423) for any size."""
     config.latents.size, config.latents.channels = 16, 32
+    config.latents.scaling_factor = 1.0  # they are normalised by channel
     model, optim = config.model, config.optim
     model.patch_size, model.norm, model.mlp, model.rope = 1, "rms", "swiglu", True
     config.transport.time = "lognormal"

@@ -17,8 +17,8 @@ from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_dinov2
 from sra2_jax.weights.dinov2 import WEIGHTS
 from sra2_jax.weights.files import CONFIG, fetch
+from sra2_jax.weights.folders import save_dinov2
 from tests.test_weights import assert_same_tree, edit_config, refused, shard
-from tools.folders import save_dinov2
 from tools.train_digits_encoder import pooled_features
 
 # Channel 7 of the second golden image's tokens, cut to 42x56 pixels, so that the 4x4

@@ -15,13 +15,15 @@ from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
+from sra2_jax.programs import convert
 from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_vae
 from sra2_jax.weights.files import CONFIG, INDEX, fetch
+from sra2_jax.weights.folders import save_vae
+from sra2_jax.weights.ldm import from_ldm
 from sra2_jax.weights.vae import NEWER_KEYS, WEIGHTS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, one_line
 from tests.test_weights import assert_same_tree, edit_config, refused
-from tools.folders import save_vae
 
 GOLDEN = ROOT / "tests" / "golden" / "vae"
 
@@ -149,8 +151,8 @@ def test_config_of_an_early_diffusers(folder):
         ({"act_fn": "gelu"}, ["act_fn", "'gelu'", "'silu'"]),
         ({"latents_mean": [0.0] * 4}, ["latents_mean"]),
         (
-            {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
-            ["down_block_types", "AttnDownEncoderBlock2D"],
+            {"down_block_types": ["DownEncoderBlock2D", "KDownEncoderBlock2D"]},
+            ["down_block_types", "KDownEncoderBlock2D"],
         ),
         ({"up_block_types": ["UpDecoderBlock2D"]}, ["up_block_types"]),
         ({"block_out_channels": "16"}, ["block_out_channels"]),
@@ -239,3 +241,32 @@ def test_file_names_and_config_are_those_of_diffusers(tmp_path):
     fields = Loader.load_config(tmp_path)
     assert fields["_class_name"] == "AutoencoderKL"
     assert fields["scaling_factor"] == model.config.scaling_factor
+
+
+def test_va_vae_becomes_a_folder(golden, tmp_path, monkeypatch, capsys):
+    """Names of latent-diffusion beside other networks' tensors, with statistics in a
+    file of their own; the folder is read as diffusers' and gives the same images."""
+    data = dict(np.load(golden / "ldm_vae.npz"))
+    weights = {k[2:]: data[k].astype(np.float32) for k in data if k.startswith("w/")}
+    more = {"loss.discriminator.main.0.weight": np.zeros((2, 2), np.float32)}
+    save_file(weights | more, tmp_path / "vavae.safetensors")
+    stats = {k: data[f"channel_{k}"].reshape(1, -1, 1, 1) for k in ("mean", "std")}
+    np.savez(tmp_path / "stats.npz", **stats)
+    out = tmp_path / "vae"
+    words = ["convert", "vae", tmp_path / "vavae.safetensors", f"--out={out}"]
+    words.append(f"--statistics={tmp_path / 'stats.npz'}")
+    monkeypatch.setattr("sys.argv", list(map(str, words)))
+    convert.main()
+    assert "latents of 6 channels, 1/4" in capsys.readouterr().out
+    vae, params = load_vae(str(out))
+    assert vae.config.latents_std == tuple(map(float, data["channel_std"]))
+    assert vae.config.down_block_types[-1] == "AttnDownEncoderBlock2D"
+    latent = jnp.moveaxis(jnp.asarray(data["latent"]), 1, -1)
+    images = vae.apply({"params": params}, latent, method="decode")
+    expected = np.moveaxis(data["decoded"], 1, -1)
+    assert np.abs(images - expected).max() < 1e-4 * np.abs(expected).max()
+    with one_line("exists already"):
+        convert.main()
+    del weights["decoder.mid.block_1.conv1.weight"]
+    with one_line("no autoencoder of the latent-diffusion code"):
+        from_ldm(weights)

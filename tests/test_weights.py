@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sra2_jax.weights import dinov2, files, load_dinov2, load_vae, vae
+from sra2_jax.weights.folders import save_dinov2, save_vae
 from tests.conftest import one_line
-from tools.folders import save_dinov2, save_vae
 
 KINDS = {
     "vae": SimpleNamespace(

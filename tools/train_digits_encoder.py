@@ -27,9 +27,9 @@ from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
 from sra2_jax.weights.dinov2 import load_dinov2
+from sra2_jax.weights.folders import save_dinov2
 from sra2_jax.weights.tree import Params
 from tools.digits import SEED, halved, minimise, run
-from tools.folders import save_dinov2
 
 CONFIG = DINOv2Config(
     hidden_size=64,

@@ -22,9 +22,9 @@ from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae
+from sra2_jax.weights.folders import save_vae
 from sra2_jax.weights.tree import Params
 from tools.digits import SEED, halved, minimise, run
-from tools.folders import save_vae
 
 CONFIG = VAEConfig(
     block_out_channels=(16, 16, 32, 64),

@@ -52,19 +52,10 @@ class VAEConfig:
     shift_factor: float = 0.0
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
-    down_block_types: tuple[
-        str, ...
-    ] = ()  # of each level; by default the first of DOWN
+    down_block_types: tuple[str, ...] = ()  # by default DOWN[0] on each level
     up_block_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
-            plain = kinds[:1] * len(self.block_out_channels)
-            object.__setattr__(self, name, getattr(self, name) or plain)
-            if {*getattr(self, name)} - {*kinds} or len(plain) != len(
-                getattr(self, name)
-            ):
-                raise UserError(f"{self}: {name} has one of {kinds} for each level")
         widths, groups = self.block_out_channels, self.norm_num_groups
         channels = self.in_channels, self.out_channels, self.latent_channels
         counts = *channels, self.layers_per_block, groups, len(widths), *widths
@@ -81,6 +72,11 @@ class VAEConfig:
                 "block_out_channels, scaling_factor be 1 / std of latents; "
                 "latents_mean, latents_std have a number for each channel, or none"
             )
+        for name, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
+            types = getattr(self, name) or kinds[:1] * len(widths)
+            object.__setattr__(self, name, types)
+            if len(types) != len(widths) or {*types} - {*kinds}:
+                raise UserError(f"{self}: {name} has one of {kinds} for each level")
 
     @property
     def downsample(self) -> int:

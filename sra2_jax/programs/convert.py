@@ -3,6 +3,7 @@
     python -m sra2_jax convert import FILE --workdir=RUN --config=configs/sra2_xl.py
     python -m sra2_jax convert export RUN --out=FILE.safetensors
     python -m sra2_jax convert inception FILE --out=inception.safetensors
+    python -m sra2_jax convert vae FILE --statistics=latents_stats.pt --out=FOLDER
 
 FILE is a .pt, .pth or .ckpt of SiT, REPA or SRA (PyTorch reads these), a .safetensors
 or an .npz. Runs without TensorFlow.
@@ -31,6 +32,7 @@ from sra2_jax.step import Program, State
 from sra2_jax.storage import new_file
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.inception import convert_inception
+from sra2_jax.weights.ldm import convert_ldm
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
 # what a file says of its network -> where the config says it, if not in its model
@@ -255,6 +257,13 @@ def _arguments() -> argparse.Namespace:
     add("file", type=Path, metavar="FILE", help="torch-fidelity's .pth")
     add("--out", **out)
 
+    vae = commands.add_parser("vae", help="an autoencoder of latent-diffusion's code")
+    add = vae.add_argument
+    add("file", type=Path, metavar="FILE", help="VA-VAE's .pt, or .safetensors, .npz")
+    add("--out", required=True, metavar="FOLDER", help="new, as diffusers has it")
+    add("--statistics", type=Path, metavar="FILE", help="mean and std of each channel")
+    add("--scaling_factor", type=float, default=1.0, help="(%(default)s)")
+
     return parser.parse_args()
 
 
@@ -266,5 +275,7 @@ def main() -> None:
         import_file(config=config, **flags)
     elif command == "export":
         export_run(**flags)
+    elif command == "vae":
+        convert_ldm(**flags)
     else:
         convert_inception(**flags)
