@@ -83,6 +83,8 @@ class Transport(config.Transport):
         low, high = self.train_range
         if self.time == "uniform":
             t = jax.random.uniform(key, (n,), minval=low, maxval=high)
+            if self.time_shift == 1:
+                return t
         else:
             ratio = self.time_mean + self.time_std * jax.random.normal(key, (n,))
             t = _time_of_noise_ratio(self.path, jnp.exp(ratio))

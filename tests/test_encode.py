@@ -339,7 +339,6 @@ def test_encoded_latents_are_those_of_the_vae(folder, encoded):
     np.testing.assert_allclose(info.latent_std, drawn.std(0), atol=0.01 * scale)
 
 
-@pytest.mark.usefixtures("heavy")
 def test_statistics_by_channel_go_from_the_vae_to_the_config(folder, encoded, tmp_path):
     """Into the dataset, and into a config that has none of its own."""
     shutil.copytree(VAE, tmp_path / "vae")
@@ -372,6 +371,7 @@ def test_statistics_by_channel_go_from_the_vae_to_the_config(folder, encoded, tm
     assert with_statistics(config, epath.Path(other)) == config
 
 
+@pytest.mark.usefixtures("heavy")
 def test_images_and_features_are_stored_exactly(folder, extended):
     out, info = extended
     assert info == records.LatentsInfo.read(out)

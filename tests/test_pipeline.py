@@ -133,7 +133,7 @@ def test_description_without_the_newer_keys(dataset, tmp_path):
 @pytest.fixture
 def fitting():
     """A config that fits `write_dataset`."""
-    factors = {"scaling_factor": 0.18215, "shift_factor": 0.0}
+    factors = {"scaling_factor": 0.18215, "shift_factor": 0.0, "mean": (), "std": ()}
     return SimpleNamespace(
         data=SimpleNamespace(resolution=16, num_classes=10),
         latents=SimpleNamespace(size=2, channels=1, **factors),
@@ -154,7 +154,7 @@ def test_check_names_every_contradiction(dataset, fitting):
     info = records.LatentsInfo.read(dataset)
     records.check(info, "folder", fitting)
     fitting.data = SimpleNamespace(resolution=256, num_classes=11)
-    factors = {"scaling_factor": 1.0, "shift_factor": 0.5}
+    factors = {"scaling_factor": 1.0, "shift_factor": 0.5, "mean": (2.0,), "std": ()}
     fitting.latents = SimpleNamespace(size=32, channels=4, **factors)
     assert contradictions(info, fitting) == [
         ("data.resolution=256", "16"),
@@ -163,6 +163,7 @@ def test_check_names_every_contradiction(dataset, fitting):
         ("data.num_classes=11", "10"),
         ("latents.scaling_factor=1.0", "0.18215"),
         ("latents.shift_factor=0.5", "0.0"),
+        ("latents.mean=(2.0,)", "()"),
     ]
 
 

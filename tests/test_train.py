@@ -134,7 +134,7 @@ def test_what_a_run_leaves_behind(finished):
     assert first["loss"] == pytest.approx(
         first["loss_denoise"] + first["loss_align_vae"], rel=1e-5
     )
-    assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
+    assert Config.of(json.loads((workdir / "config.json").read_text())) == config
     results = json.loads((workdir / "results.json").read_text())
     assert results["step"] == 4
     assert results["metrics"]["frechet"] > 10 * results["reference"]["real_frechet"]
