@@ -36,11 +36,9 @@ class Latents(Section, where="latents"):
     std: NUMBERS = key((), "see mean; the dataset's where both are empty", 1e-6, 1e6)
 
     def conflicts(self) -> Iterator[str]:
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != len(self.mean or self.std) or (
-                self.mean and len(self.mean) != self.channels
-            ):
-                yield f"{self.given(name)}: {self.channels} numbers are wanted, or none"
+        if {len(self.mean), len(self.std)} not in ({0}, {self.channels}):
+            std, mean = self.given("std"), self.given("mean")
+            yield f"{std}, {mean}: {self.channels} numbers are wanted, or none"
 
     @property
     def scale(self) -> Any:

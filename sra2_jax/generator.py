@@ -55,14 +55,6 @@ def guides(config: Config) -> bool:
     return config.sampling.head_guidance != 1
 
 
-def needed(config: Config, params: Mapping[str, Any]) -> dict[str, Any]:
-    """What sampling takes of a state's `params` or `ema`."""
-    found = {"network": params["network"]}
-    if guides(config):
-        found["heads"] = {"vae": params["heads"]["vae"]}
-    return found
-
-
 def _keys(config: Config, purpose: int, indices: Any) -> Array:
     """A key for each image, of its index and the seed alone."""
     base = jax.random.fold_in(jax.random.key(config.seed), purpose)
@@ -295,7 +287,10 @@ def open_run(
     program = Program(config, make_mesh())
     generator = Generator.of(program)
     key = "params" if weights == "raw" else weights
-    params = needed(config, getattr(program.abstract, key))
+    held = getattr(program.abstract, key)
+    params = {"network": held["network"]}
+    if guides(config):
+        params["heads"] = {"vae": held["heads"]["vae"]}
     with Checkpoints(Run(workdir)) as checkpoints:
         wanted = {key: params, "step": program.abstract.step}
         state = checkpoints.restore(wanted, step)

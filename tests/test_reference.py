@@ -59,6 +59,7 @@ def test_lightning_round_trip(golden, name):
     """Out again as it came in; its output and gradients are test_verify's."""
     weights = golden_weights(golden, f"lightning_{name}")
     settings, params, _ = from_reference(weights, HEAD_NAMES)
+    assert settings.get("heads") == (3 if settings["qk_norm"] != "none" else None)
     rope = 3 if settings["rope"] else 0
     sizes = {"size": 4, "patch_size": 1, "rope": rope}
     again = to_reference(params, {}, HEAD_NAMES, **sizes)

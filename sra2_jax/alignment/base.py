@@ -147,9 +147,8 @@ class MLPHead(nn.Module):
             name = f"linear_{i}"
             x = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER, name=name)(x)
         if self.final_layer:
-            x = FinalLayer(self.features, self.dtype, self.final_layer, name="final")(
-                x, c
-            )
+            norm = self.final_layer
+            x = FinalLayer(self.features, self.dtype, norm, name="final")(x, c)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

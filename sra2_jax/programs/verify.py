@@ -100,7 +100,7 @@ def sit(path: Path, data: Arrays) -> Cases:
     config = json.loads(str(data["config"]))
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     settings, params, heads = from_reference(weights, HEAD_NAMES)
-    model = DiT(heads=config["num_heads"], **settings)
+    model = DiT(**settings | {"heads": config["num_heads"]})
     depth = config.get("encoder_depth", config.get("align_depth", 1))
     run: Any = jax.jit(model.apply, static_argnums=4)
     inputs = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"])

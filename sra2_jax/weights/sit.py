@@ -73,8 +73,8 @@ def from_reference(
       size: of the latent grid, for a file without the fixed table of positions.
 
     Returns:
-      (settings, params, heads): the DiT attributes that the shapes determine (all but
-      `heads`, which no shape shows); the float32 tree of `models.dit.DiT`; section of
+      (settings, params, heads): the DiT attributes that the shapes determine (`heads`
+      is shown by QK-norm alone); the float32 tree of `models.dit.DiT`; section of
       config.align -> tree of its head.
 
     Raises UserError: missing or foreign names, shapes that do not fit each other,
@@ -95,9 +95,7 @@ def from_reference(
             heads[section] = _head(own, prefix, _head_name(prefix, linear))
     if own := {k: weights.pop(k) for k in list(weights) if k.startswith(f"{EARLY}.")}:
         heads["vae"] = _head(own, EARLY, _early_name)
-    # What is normalised shows the size of a head.
-    of_head = np.size(weights.get("blocks.0.attn.q_norm.weight", weights[LABELS][0]))
-    network = DiT(heads=max(settings["width"] // of_head, 1), **settings)
+    network = DiT(**{"heads": 1} | settings)
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
     wanted = shapes(network, x, t, t.astype(int))
@@ -195,11 +193,16 @@ def _settings(weights: Mapping[str, Any], size: int | None) -> dict[str, Any]:
         (hidden,) = shape("blocks.0.mlp.fc1.bias", 1)
     (modulation,) = shape("blocks.0.adaLN_modulation.1.bias", 1)
     of_head = [f"blocks.0.attn.q_norm.{leaf}" in weights for leaf in ("weight", "bias")]
+    # What is normalised shows the size of a head.
+    found = {}
+    if any(of_head):
+        (size_of_head,) = shape("blocks.0.attn.q_norm.weight", 1)
+        found["heads"] = width // size_of_head
     (outputs,) = shape("final_layer.linear.bias", 1)
     if size is None or POSITIONS in weights:
         _, tokens, _ = shape(POSITIONS, 3)
         size = _grid(weights[POSITIONS], tokens, width) * p
-    return {
+    return found | {
         "size": size,
         "channels": channels,
         "patch_size": p,
