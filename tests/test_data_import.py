@@ -1,12 +1,17 @@
 """Latents that exist become a dataset, bit for bit in float16."""
 
 import functools
+import http.server
 import io
 import json
+import shutil
+import threading
 import zipfile
 
+import datasets
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sra2_jax.data import records
 from sra2_jax.data.check import faults
@@ -54,21 +59,21 @@ def write_folder(folder, moments, names=None):
 
 
 def check(out, info, moments, labels):
+    """Of latents alone the deviation is 0."""
     assert info == records.LatentsInfo.read(out)
-    assert (info.num_examples, info.num_classes, info.scaling_factor) == (
-        len(labels),
-        10,
-        load_vae("digits")[0].config.scaling_factor,
-    )
+    assert (info.num_examples, info.num_classes) == (len(labels), 10)
     assert faults(out, info) == []
     rows = read_all(out)
     assert set(rows) == set(range(len(labels)))
+    parts = moments.shape[1] // CHANNELS
     for index, row in rows.items():
-        mean, std = np.moveaxis(moments[index].reshape(2, CHANNELS, SIDE, SIDE), 1, -1)
+        found = moments[index].reshape(parts, CHANNELS, SIDE, SIDE)
+        mean, *std = np.moveaxis(found, 1, -1)
         assert row["mean"].dtype == np.float16
         np.testing.assert_array_equal(row["mean"], mean)
-        np.testing.assert_array_equal(row["std"], std)
+        np.testing.assert_array_equal(row["std"], std[0] if std else 0)
         assert row["label"] == labels[index]
+    return rows
 
 
 def test_folder_of_repa(tmp_path, moments):
@@ -79,6 +84,83 @@ def test_folder_of_repa(tmp_path, moments):
     same = contents(tmp_path / "a"), contents(tmp_path / "b")
     assert all(same[0][n] == same[1][n] for n in same[0] if "tfrecord" in n)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "a", "b"}
+    shutil.make_archive(tmp_path / "zipped", "zip", tmp_path / "data")
+    info = run(tmp_path / "zipped.zip", tmp_path / "c")
+    check(tmp_path / "c", info, moments[order], LABELS[order])
+
+
+def test_lightningdit(tmp_path, moments):
+    """Drawn latents and those of mirrored images, in two files; their statistics by
+    channel from upstream's kind of file, or computed over all."""
+    latents = np.concatenate(np.split(moments, 2, axis=1))
+    for i, part in enumerate(np.split(np.arange(N), [8])):
+        tensors = {"latents": latents[:N][part], "latents_flip": latents[N:][part]}
+        path = tmp_path / "in" / f"latents_rank00_shard{i:03d}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors | {"labels": LABELS[part]}, path)
+    over = {"axis": (0, 2, 3), "keepdims": True}
+    stats = {"mean": latents.mean(**over), "std": latents.std(**over)}
+    np.savez(tmp_path / "stats.npz", **stats)
+    read = run(tmp_path / "in", tmp_path / "a", statistics=f"{tmp_path}/stats.npz")
+    found = run(tmp_path / "in", tmp_path / "b", statistics="computed")
+    for out, info in (("a", read), ("b", found)):
+        assert (info.mirror_offset, info.scaling_factor) == (N, 1)
+        check(tmp_path / out, info, latents, np.tile(LABELS, 2))
+        for name, x in stats.items():
+            stored = np.array(getattr(info, f"channel_{name}"))
+            np.testing.assert_allclose(stored, x.ravel(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(info.latent_std, 1, rtol=1e-4)
+    np.savez(tmp_path / "stats.npz", mean=np.ones(3), std=np.ones(3))
+    with one_line("mean and std of 4 channels are wanted"):
+        run(tmp_path / "in", tmp_path / "c", statistics=f"{tmp_path}/stats.npz")
+
+
+FEATURES = {"data": datasets.Array3D((2 * CHANNELS, SIDE, SIDE), "float32")}
+LABELLED = {"label": datasets.ClassLabel(10)}
+
+
+def saved(folder, moments, kind):
+    """What `datasets` leaves, and the flags that read it."""
+    rows = {"data": list(moments), "label": LABELS}
+    features = datasets.Features(FEATURES | LABELLED)
+    if kind == "arrow":  # as iREPA's, labels in a file of their own
+        rows.pop("label")
+        features = datasets.Features(FEATURES)
+        table = datasets.Dataset.from_dict(rows, features)
+        table.save_to_disk(folder / "sub", num_shards=2)
+        (folder / "labels.txt").write_text("".join(f"{n}\n" for n in LABELS))
+        return {"inside": "sub", "labels": "labels.txt"}
+    if kind == "nested":  # lists of lists, with an axis more
+        rows = {"moments": moments[:, None].tolist(), "labels": LABELS}
+        table = datasets.Dataset.from_dict(rows)
+        both = {"train": table, "val": table.select(range(3))}
+        datasets.DatasetDict(both).save_to_disk(folder)
+        return {}
+    rows["mean"], rows["std"] = np.split(np.moveaxis(rows.pop("data"), 1, -1), 2, -1)
+    table = datasets.Dataset.from_dict({k: list(v) for k, v in rows.items()})
+    for name, part in (("train", table), ("val", table.select(range(3)))):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        path = folder / "data" / f"{name}-00000-of-00001.parquet"
+        part.to_parquet(path, batch_size=4)
+    return {"channels": "last", "shards": 3}
+
+
+@pytest.mark.parametrize("kind", ["arrow", "nested", "parquet"])
+def test_tables_of_hugging_face(tmp_path, moments, kind, monkeypatch):
+    monkeypatch.setattr("datasets.config.TF_AVAILABLE", False)
+    flags = saved(tmp_path / "in", moments, kind)
+    check(
+        tmp_path / "a", run(tmp_path / "in", tmp_path / "a", **flags), moments, LABELS
+    )
+    if kind == "arrow":
+        (tmp_path / "in" / "labels.txt").write_text("1\n2\n")
+        with one_line(f"labels int64 (2,) for {N} latents"):
+            run(tmp_path / "in", tmp_path / "b", **flags)
+        with one_line("needs labels (or --labels)"):
+            run(tmp_path / "in", tmp_path / "b", inside="sub")
+    if kind == "parquet":
+        with one_line("it has the splits ['train', 'val']: --split"):
+            run(tmp_path / "in", tmp_path / "b", split="test")
 
 
 @pytest.mark.parametrize(
@@ -162,8 +244,8 @@ ONES = npy(np.ones((N, 8, 4, 4)))
         (b"PK", "cannot be imported"),
         (archive_of(moments=OBJECTS), "allow_pickle=False"),
         (archive_of(moments=ONES[:-8]), "cannot be imported"),
-        (archive_of(), "needs labels, and moments or mean and std"),
-        (archive_of(moments=npy(np.ones(3))), r"\[\(3,\)\] for labels \(21,\)"),
+        (archive_of(), "needs labels .*, and moments, latents, or mean and std"),
+        (archive_of(moments=npy(np.ones(3))), r"\(21,\) for 3 latents"),
         (
             archive_of(moments=npy(np.ones((N, 8, 4, 5)))),
             r"latent 0: .*float64 \(8, 4, 5\), not",
@@ -200,3 +282,67 @@ def test_files_that_are_no_arrays(tmp_path, moments, content):
     bad.write_bytes(content)
     with pytest.raises(UserError, match=f"{bad.name}: cannot be imported"):
         run(tmp_path / "in", tmp_path / "out")
+
+
+COMMIT = "c0ffee00" * 5
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What the hub's client asks for; the repository is no dataset but a model."""
+
+    root = None
+
+    def do_GET(self):
+        path, body, headers = self.path.partition("?")[0], b"", {}
+        files = [p for p in self.root.rglob("*") if p.is_file()]
+        names = [str(p.relative_to(self.root)) for p in files]
+        if path == "/api/models/owner/latents/revision/v1":
+            body = json.dumps({"id": "owner/latents", "sha": COMMIT}).encode()
+        elif path == f"/api/models/owner/latents/tree/{COMMIT}":
+            rows = [{"type": "file", "path": n, "size": 0, "oid": ""} for n in names]
+            body = json.dumps(rows).encode()
+        elif path.startswith(f"/owner/latents/resolve/{COMMIT}/"):
+            body = (self.root / path.partition(f"{COMMIT}/")[2]).read_bytes()
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}{hash(path)}"'}
+        else:
+            headers = {"X-Error-Code": "RepoNotFound"}
+        self.send_response(200 if body else 404)
+        headers["Content-Length"] = str(len(body))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_from_the_hub(tmp_path, moments, monkeypatch):
+    """The hub's own client fetches a folder and the labels beside it, no more; the
+    dataset names the commit."""
+    monkeypatch.setattr("datasets.config.TF_AVAILABLE", False)
+    flags = saved(tmp_path / "repo", moments, "arrow")
+    (tmp_path / "repo" / "large.bin").write_bytes(b"not wanted")
+    monkeypatch.setattr(Hub, "root", tmp_path / "repo")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address
+            + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        try:
+            info = run("owner/latents@v1", tmp_path / "a", **flags)
+            with one_line("owner/other: not from the hub"):
+                run("owner/other", tmp_path / "b", **flags)
+        finally:
+            server.shutdown()
+    check(tmp_path / "a", info, moments, LABELS)
+    assert info.options["imported"] == f"owner/latents@{COMMIT}/sub"
+    assert not [*(tmp_path / "cache").rglob("large.bin")]

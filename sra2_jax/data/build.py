@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import numpy as np
 from tqdm import tqdm
 
 import sra2_jax
-from sra2_jax.config import Latents
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
 from sra2_jax.data.order import permutation
@@ -31,8 +31,10 @@ from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.storage import sha256, write_whole
 from sra2_jax.tfrecord import frame
+from sra2_jax.weights import read_statistics
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
+COMPUTED = "computed"  # statistics: those of the dataset itself
 WAITING = "all shards of this process are written; the dataset appears when all are"
 
 
@@ -155,13 +157,20 @@ class Build:
       vae: of the latents.
       made_with: everything that the records depend on, by flag; JSON values.
 
-    Raises UserError: another dataset in `out`, or work begun with other options.
+    Raises UserError: another dataset in `out`, work begun with other options, or a file
+    of statistics that has none.
     """
 
     def __init__(
         self, options: Options, vae: VAEConfig, made_with: Mapping[str, Any]
     ) -> None:
         self.options, self.vae, self.out = options, vae, Path(options.out)
+        if text := options.statistics:
+            if text != COMPUTED:
+                self.vae = read_statistics(Path(text), vae)
+                text = f"{self.vae.latents_mean}, {self.vae.latents_std}"
+            self.vae = replace(self.vae, scaling_factor=1.0, shift_factor=0.0)
+            made_with = {**made_with, "statistics": text}
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
         self._made_with = {**made_with, "order": "shuffled"}
         self._versions = _versions()
@@ -285,13 +294,12 @@ class Build:
         shape = options.latent_shape(self.vae)
         mean, std = _statistics(facts, count * shape[0] * shape[1])
         vae = self.vae
-        latents = Latents(
-            channels=shape[-1],
-            scaling_factor=vae.scaling_factor,
-            shift_factor=vae.shift_factor,
-            mean=vae.latents_mean,
-            std=vae.latents_std,
-        )
+        if options.statistics == COMPUTED:
+            vae = replace(
+                vae, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist())
+            )
+        shift = vae.shift_factor + np.array(vae.latents_mean or 0.0)
+        scale = vae.scaling_factor / np.array(vae.latents_std or 1.0)
         info = records.LatentsInfo(
             vae=options.vae,
             scaling_factor=vae.scaling_factor,
@@ -302,8 +310,8 @@ class Build:
             latent_shape=shape,
             num_examples=count,
             splits={options.split: manifest(facts)},
-            latent_mean=tuple((mean - latents.shift) * latents.scale),
-            latent_std=tuple(std * latents.scale),
+            latent_mean=tuple((mean - shift) * scale),
+            latent_std=tuple(std * scale),
             versions=self._versions,
             options=self._made_with,
             **fields,

@@ -30,6 +30,9 @@ class Options:
     out: str = option("", "local folder to make")
     vae: str = option("", "of the latents: diffusers folder or hub id")
     resolution: int = option(256, "of the images, pixels")
+    statistics: str = option(
+        "", "mean and std of each channel: a file, or computed; by default the VAE's"
+    )
     split: str = option("train", "split to write, and to read where there are any")
     shards: int = option(0, "number of files; by default from the size")
     process_index: int = option(0, "of this process, from 0")

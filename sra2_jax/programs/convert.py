@@ -10,6 +10,7 @@ or an .npz. Runs without TensorFlow.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,7 @@ def export_run(
         "weights": weights,
         "num_heads": str(config.model.heads),
         "time": files.REVERSED if reverse else "data to noise",
+        "latents": json.dumps(config.to_dict()["latents"]),
     }
     files.write_file(path, tensors, notes)
     print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")

@@ -8,7 +8,6 @@ tensors.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.models.vae import DOWN, UP, AutoencoderKL, VAEConfig
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.folders import save_vae
-from sra2_jax.weights.vae import FORMAT
+from sra2_jax.weights.vae import FORMAT, read_statistics
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # in order; what is left keeps its name
@@ -76,28 +75,19 @@ def convert_ldm(
 ) -> None:
     """Write the autoencoder in `file` as a folder that `load_vae` and diffusers read.
 
-    file: as of `files.read_file`; out: new folder; statistics: a file of the same kinds
-    with "mean" and "std" of each channel, as LightningDiT's latents_stats.pt.
+    file: as of `files.read_file`; out: new folder; statistics: see `read_statistics`.
 
     Raises UserError: `out` exists, or a file that is none of these.
     """
     if Path(out).exists():
         raise UserError(f"{out}: exists already: remove it or use another")
-    numbers: dict[str, Any] = {"scaling_factor": scaling_factor}
-    if statistics:
-        found = next(iter(files.read_file(statistics).sets.values()))
-        if found.keys() != {"mean", "std"}:
-            names = ", ".join(sorted(found))[:80]
-            raise UserError(f"{statistics}: mean and std are wanted, it has {names}")
-        for name, values in found.items():
-            numbers[f"latents_{name}"] = tuple(map(float, values.ravel()))
     tensors = next(iter(files.read_file(file).sets.values()))
     try:
-        network, params = from_ldm(tensors, **numbers)
+        network, params = from_ldm(tensors, scaling_factor=scaling_factor)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    save_vae(out, network.config, params)
-    c = network.config
+    c = read_statistics(statistics, network.config) if statistics else network.config
+    save_vae(out, c, params)
     print(
         f"{out}: latents of {c.latent_channels} channels, 1/{c.downsample} of the side"
     )

@@ -1,12 +1,15 @@
 """Published autoencoder weights, read in the folder format of diffusers."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
-from sra2_jax.weights.files import Format
+from sra2_jax.weights.files import Format, read_file
 from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -70,3 +73,23 @@ def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
     another kind of model, or tensors that do not fit the config.
     """
     return FORMAT.load(source)
+
+
+def read_statistics(file: Path, config: VAEConfig) -> VAEConfig:
+    """The config with the `latents_mean` and `latents_std` of a file.
+
+    file: as of `files.read_file`, with "mean" and "std" of each channel (LightningDiT's
+    latents_stats.pt), or "latents_bias" and "latents_scale", 1 / std (REPA-E's files).
+
+    Raises UserError: others, or not a number for each channel.
+    """
+    found = next(iter(read_file(file).sets.values()))
+    if found.keys() == {"latents_bias", "latents_scale"}:
+        found = {"mean": found["latents_bias"], "std": 1 / found["latents_scale"]}
+    sizes, count = {name: x.size for name, x in found.items()}, config.latent_channels
+    if sizes != {"mean": count, "std": count}:
+        raise UserError(
+            f"{file}: mean and std of {count} channels are wanted, it has {sizes!s:.80}"
+        )
+    mean, std = (tuple(map(float, found[name].ravel())) for name in ("mean", "std"))
+    return replace(config, latents_mean=mean, latents_std=std)
