@@ -101,8 +101,9 @@ class Transport(Section, where="transport"):
 
 @dataclass(frozen=True)
 class Optim(Section, where="optim"):
-    """AdamW behind a clip."""
+    """Behind a clip."""
 
+    name: Literal["adamw", "muon"] = key("adamw", "Muon: for hidden matrices alone")
     learning_rate: float = key(1e-4, "after the warm-up", 1e-12, 100)
     warmup_steps: int = key(0, "linear warm-up", 0, STEPS)
     decay: Literal["none", "linear", "cosine"] = free("none", "of the rate, to 0")
@@ -211,6 +212,7 @@ class Config(Section):
     accumulate: int = free(1, "micro-batches a step", 1, 2**20)
     label_dropout: float = key(0.1, "share of labels replaced by the null label", 0, 1)
     ema_decay: float = key(0.9999, "from step 0", 0, 1 - 1e-9)
+    ema_others: NUMBERS = key((), "decays of more averages, to sample", 0, 1 - 1e-9)
     vae: str = free(
         "stabilityai/sd-vae-ft-ema",
         'diffusers folder, hub id, or "digits"',

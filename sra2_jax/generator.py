@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from typing import Any
 
 import jax
@@ -277,26 +278,28 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
 def open_run(
     workdir: str, config: Config, weights: str = "ema", step: int | None = None
 ) -> Generator:
-    """A run's weights ("ema" or "raw") and its VAE, on all devices.
+    """A run's weights and its VAE, on all devices.
 
     Optimizer moments and the other set of weights are not read: a quarter of the file.
-    config: as `read_settings` gives it; step: of the checkpoint, the newest by default.
+    config: as `read_settings` gives it; weights: "ema", "raw", or the decay of another
+    average; step: of the checkpoint, the newest by default.
 
-    Raises UserError: no such run or checkpoint, or no such VAE.
+    Raises UserError: no such run, checkpoint, weights or VAE.
     """
     program = Program(config, make_mesh())
     generator = Generator.of(program)
-    key = "params" if weights == "raw" else weights
-    held = getattr(program.abstract, key)
+    path = program.weights(weights)
+    held = reduce(getitem, path, vars(program.abstract))
     params = {"network": held["network"]}
     if guides(config):
         params["heads"] = {"vae": held["heads"]["vae"]}
+    wanted: Any = reduce(lambda tree, name: {name: tree}, reversed(path), params)
     with Checkpoints(Run(workdir)) as checkpoints:
-        wanted = {key: params, "step": program.abstract.step}
-        state = checkpoints.restore(wanted, step)
+        state = checkpoints.restore(wanted | {"step": program.abstract.step}, step)
     facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
     settings = describe(config, **facts, versions=versions())
-    return replace(generator, params=state[key], settings=settings)
+    params = reduce(getitem, path, state)
+    return replace(generator, params=params, settings=settings)
 
 
 def describe(config: Config, **more: Any) -> dict[str, Any]:

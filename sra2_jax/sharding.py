@@ -151,7 +151,9 @@ def _axes(name: str, shape: tuple[int, ...], mesh: Mesh) -> Sequence[str | None]
     """The mesh axis, or None, of each dimension of a parameter."""
     for pattern, axes in RULES:
         if re.search(pattern, name):
-            return axes
+            # Muon's momentum has one more: matrices side by side.
+            more = (None,) * (len(shape) - len(axes))
+            return *axes[:2], *more, *axes[2:]
     first = 1 if "blocks/" in name else 0
     split = [a for a in range(first, len(shape)) if shape[a] % mesh.shape["fsdp"] == 0]
     largest = max(split, key=lambda a: shape[a], default=None)

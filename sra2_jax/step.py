@@ -18,11 +18,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from sra2_jax import sharding
+from sra2_jax import optimizer, sharding
 from sra2_jax.alignment import ALIGNMENTS, Alignment
 from sra2_jax.alignment.base import head_macs
 from sra2_jax.attention import implementation
 from sra2_jax.config import Config
+from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport
@@ -37,7 +38,8 @@ Gradients = Callable[..., tuple[Any, Metrics]]
 class State:
     """All that a run needs to go on; randomness and data order follow from `step`.
 
-    `params` and `ema` are {"network": DiT's tree, "heads": {name: head's tree}}.
+    `params` and `ema` are {"network": DiT's tree, "heads": {name: head's tree}}; in
+    `ema` lie also the averages of config.ema_others, each by its decay, as text.
     """
 
     step: Array
@@ -92,27 +94,11 @@ class Program:
     @cached_property
     def schedule(self) -> optax.Schedule:
         """The learning rate of a step."""
-        o = self.config.optim
-        rate = optax.constant_schedule(o.learning_rate)
-        if o.warmup_steps > 1:
-            first = o.learning_rate / o.warmup_steps  # step 0 already moves
-            rate = optax.linear_schedule(first, o.learning_rate, o.warmup_steps - 1)
-        if o.decay == "none":
-            return rate
-        falls = {
-            "linear": optax.linear_schedule(1.0, 0.0, o.decay_steps),
-            "cosine": optax.cosine_decay_schedule(1.0, o.decay_steps),
-        }
-        fall = falls[o.decay]
-        return lambda step: rate(step) * fall(jnp.maximum(step - o.decay_start, 0))
+        return optimizer.schedule(self.config.optim)
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW behind a global-norm clip."""
-        o = self.config.optim
-        decay = o.weight_decay
-        adamw = optax.adamw(self.schedule, o.b1, o.b2, o.eps, weight_decay=decay)
-        return optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
+        return optimizer.optimizer(self.config.optim)
 
     def init(self) -> State:
         """Step 0; the EMA starts as a copy of the parameters."""
@@ -129,9 +115,24 @@ class Program:
                 for k, (name, head) in zip(keys[1:], self.heads.items(), strict=True)
             },
         }
-        ema = jax.tree.map(jnp.copy, params)
+        copies = {name: jax.tree.map(jnp.copy, params) for name in self.others}
+        ema = jax.tree.map(jnp.copy, params) | copies
         opt_state = self.optimizer.init(params)
         return State(jnp.zeros((), jnp.int32), params, ema, opt_state)
+
+    @cached_property
+    def others(self) -> dict[str, float]:
+        """The decays of further averages, by their names in `ema`."""
+        return {repr(decay): decay for decay in self.config.ema_others}
+
+    def weights(self, name: str) -> tuple[str, ...]:
+        """Where a set of weights lies in a state: "ema", "raw", or the decay of another
+        average. Raises UserError: the run has none of that name."""
+        places: dict[str, tuple[str, ...]] = {"ema": ("ema",), "raw": ("params",)}
+        places |= {other: ("ema", other) for other in self.others}
+        if name not in places:
+            raise UserError(f"no weights {name!r}: the run has {', '.join(places)}")
+        return places[name]
 
     @cached_property
     def abstract(self) -> State:
@@ -236,7 +237,6 @@ class Program:
     def update(self, state: State, batch: Batch, frozen: Any) -> tuple[State, Metrics]:
         """One step. A loss or gradient that is not finite changes nothing but the
         step's number: metrics["skipped"] is 1 then, else 0."""
-        decay = self.config.ema_decay
         draws = self.draw(batch, state.step)
         place = sharding.batch_sharding(self.mesh)
         draws = jax.lax.with_sharding_constraint(draws, place)
@@ -255,8 +255,15 @@ class Program:
 
         params = kept(optax.apply_updates(state.params, updates), state.params)
         opt_state = kept(opt_state, state.opt_state)
-        keep, rest = jnp.where(finite, decay, 1.0), jnp.where(finite, 1 - decay, 0.0)
-        ema = jax.tree.map(lambda e, p: keep * e + rest * p, state.ema, params)
+
+        def average(old: Any, decay: float) -> Any:
+            keep = jnp.where(finite, decay, 1.0)
+            rest = jnp.where(finite, 1 - decay, 0.0)
+            return jax.tree.map(lambda e, p: keep * e + rest * p, old, params)
+
+        old = {name: state.ema[name] for name in params}
+        ema = average(old, self.config.ema_decay)
+        ema |= {name: average(state.ema[name], d) for name, d in self.others.items()}
         for name, align in self.alignments.items():
             weighted = align.weight_at(state.step) * metrics[f"loss_align_{name}"]
             metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]

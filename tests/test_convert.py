@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
+from sra2_jax.models.dit import sincos_positions
 from sra2_jax.programs import convert
 from sra2_jax.programs.convert import export_run, import_file
 from sra2_jax.run import Run
@@ -89,6 +90,7 @@ def test_raw_and_ema_apart(tiny, tmp_path, capsys):
     np.savez(tmp_path / "in.npz", steps=3, **flat)
     tiny.align.vae.enabled = False
     tiny.align.encoder.enabled = True
+    tiny.ema_others = (0.5,)
     import_file(tmp_path / "in.npz", str(tmp_path / "run"), Config.of(tiny))
     said = capsys.readouterr().out
     assert "raw and ema weights" in said
@@ -101,11 +103,13 @@ def test_raw_and_ema_apart(tiny, tmp_path, capsys):
     jax.tree.map(
         np.testing.assert_array_equal, state.params["heads"], state.ema["heads"]
     )
-    for key, name in files.SETS.items():
+    for key, name in (*files.SETS.items(), ("ema", "0.5")):
         out = tmp_path / f"{name}.npz"
         export_run(str(tmp_path / "run"), out, name)
         network = {k: v for k, v in sets[key].items() if "head" not in k}
         assert_same(dict(np.load(out)), network)
+    with one_line("no weights '0.9': the run has ema, raw, 0.5"):
+        export_run(str(tmp_path / "run"), tmp_path / "none.npz", "0.9")
 
 
 def test_every_kind_of_file_reads_the_same(tmp_path, monkeypatch):
@@ -284,3 +288,33 @@ def test_nothing_is_overwritten_or_left_half(tiny, tmp_path, monkeypatch):
     export_refused(tmp_path / "a.safetensors", "No space left")
     assert Checkpoints(Run(run)).latest() == 1
     assert read_file(path).step is None
+
+
+def test_fine_tuning_to_other_classes_and_another_resolution(tiny, tmp_path, capsys):
+    """Of 5 classes at 32 pixels: new labels, the null label and all else kept."""
+    tiny.update_from_flattened_dict({"data.num_classes": 5, "eval.features": ""})
+    weights = random_weights(tiny, 0)
+    np.savez(tmp_path / "in.npz", **weights)
+    tiny.update_from_flattened_dict({"data.resolution": 64, "latents.size": 8})
+    run = tmp_path / "runs" / "run"
+    run.parent.mkdir()
+    assert "--config.latents.size=4" in refused(
+        tmp_path / "in.npz", tiny, run, classes=7
+    )
+    flags = {"classes": 7, "resize": True}
+    import_file(tmp_path / "in.npz", str(run), Config.of(tiny), **flags)
+    said = capsys.readouterr().out
+    assert "labels: 7 new ones; that of no class was kept" in said
+    assert "positions: computed for latents of side 8" in said
+    assert Run(run).config().data.num_classes == 7
+    export_run(str(run), tmp_path / "out.npz", heads=True)
+    found = dict(np.load(tmp_path / "out.npz"))
+    table, old = (x.pop("y_embedder.embedding_table.weight") for x in (found, weights))
+    assert table.shape == (8, 16)
+    np.testing.assert_array_equal(table[-1], old[-1])
+    assert not np.isclose(table[:-1, None], old).all(-1).any()
+    assert 0.01 < table[:-1].std() < 0.03  # as SiT's begin
+    positions = found.pop("pos_embed")
+    np.testing.assert_allclose(positions[0], sincos_positions(16, 8), atol=1e-6)
+    weights.pop("pos_embed")
+    assert_same(found, weights)

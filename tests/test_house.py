@@ -16,7 +16,7 @@ FLOORS = (
     {"alignment", "data"},
     {"weights"},
     {"checkpoint", "models", "sampler"},
-    {"sharding", "transport", "attention", "chips", "tfrecord"},
+    {"sharding", "transport", "optimizer", "attention", "chips", "tfrecord"},
     {"run"},
     {"command", "runtime"},
     {"config_file"},

@@ -6,7 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from optax.contrib import muon
 
 from sra2_jax import sharding
 from sra2_jax.config import Config, Latents
@@ -130,10 +132,10 @@ def test_latents_normalised_by_channel(tiny, batch, golden):
 
 def test_first_update_and_what_is_not_finite(tiny, batch):
     """Adam's first step is rate * sign(gradient), while the rate warms up; the EMA is
-    d old + (1 - d) new. Infinite latents, at steps 2 and 3: parameters, EMA and
-    optimizer stay, and the run goes on from them."""
+    d old + (1 - d) new, for each d. Infinite latents, at steps 2 and 3: parameters, EMA
+    and optimizer stay, and the run goes on from them."""
     tiny.optim.warmup_steps = 4
-    tiny.ema_decay = 0.75
+    tiny.ema_decay, tiny.ema_others = 0.75, (0.5,)
     bad = batch | {"mean": batch["mean"].copy()}
     bad["mean"][3, 1, 1, 1] = np.inf
     states, rows = run(tiny, [batch, bad, bad, batch])
@@ -142,10 +144,12 @@ def test_first_update_and_what_is_not_finite(tiny, batch):
     assert rows[0]["learning_rate"] == pytest.approx(tiny.optim.learning_rate / 4)
     largest = max(m.max() for m in jax.tree.leaves(move))
     assert largest == pytest.approx(tiny.optim.learning_rate / 4, rel=1e-3)
-    expected = jax.tree.map(
-        lambda a, b: 0.75 * a + 0.25 * b, start.params, state.params
-    )
-    assert_close(state.ema, expected, rtol=1e-6, atol=1e-8)
+    other = state.ema.pop("0.5")
+    for decay, average in ((0.75, state.ema), (0.5, other)):
+        rows_of = start.params, state.params
+        expected = jax.tree.map(lambda a, b, d=decay: d * a + (1 - d) * b, *rows_of)
+        assert_close(average, expected, rtol=1e-6, atol=1e-8)
+    state.ema["0.5"] = other
     row = rows[0]
     assert row["ratio_align_vae"] == pytest.approx(
         row["loss_align_vae"] / row["loss_denoise"]
@@ -187,6 +191,66 @@ def test_decay_of_the_rate(tiny, decay, halfway):
     rates = [float(schedule(step)) for step in (0, 4, 9, 100, 130, 140, 999)]
     expected = [0.2, 1.0, 2.0, 2.0, 2.0 * halfway, 0.0, 0.0]
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_muon_is_the_librarys_on_each_matrix_by_itself(tiny, mlp):
+    """Stacked blocks, queries, keys and values in one matrix; AdamW moves the rest."""
+    tiny.model.mlp = mlp
+    tiny.optim.update(name="muon", learning_rate=0.1, weight_decay=0.3, clip_norm=1e9)
+    program = program_of(tiny)
+    params = jax.device_get(program.start().params)
+    parts = {"qkv": 3, "attention_out": 1, "mlp_in": 1, "mlp_out": 1}
+    if mlp == "swiglu":
+        parts = {"qkv": 3, "attention_out": 1, "gated_in": 2, "gated_out": 1}
+
+    def apart(tree):
+        """(matrices, all else), of the library's own rule: what has two axes."""
+        blocks = tree["network"]["blocks"]
+        kernels = {name: blocks[name]["kernel"] for name in parts}
+        matrices = {
+            (name, i): list(np.split(kernels[name][i], n, axis=1))
+            for name, n in parts.items()
+            for i in range(2)
+        }
+        rest = {k: v for k, v in tree["network"].items() if k != "blocks"}
+        more = {k: v for k, v in blocks.items() if k not in parts}
+        biases = {name: blocks[name]["bias"] for name in parts}
+        return matrices, [rest, more, biases, tree["heads"]]
+
+    decay = {"weight_decay": 0.3}
+    libraries = muon(0.1, **decay, consistent_rms=0.2), optax.adamw(0.1, **decay)
+    states = [o.init(p) for o, p in zip(libraries, apart(params), strict=True)]
+    state, update = program.optimizer.init(params), jax.jit(program.optimizer.update)
+    draw = np.random.default_rng(0)
+    for _ in range(3):
+        grads = jax.tree.map(lambda p: draw.normal(size=p.shape).astype("f4"), params)
+        ours, state = update(grads, state, params)
+        both = list(zip(libraries, apart(grads), states, apart(params), strict=True))
+        theirs = [o.update(g, s, p) for o, g, s, p in both]
+        states = [s for _, s in theirs]
+        assert_close(
+            apart(jax.device_get(ours)), tuple(u for u, _ in theirs), 2e-4, 2e-6
+        )
+        params = jax.device_get(optax.apply_updates(params, ours))
+
+
+def test_muon_trains_in_place(tiny, batch):
+    """On eight devices as on one; its momentum is split as its matrices are."""
+    tiny.optim.name = "muon"
+    _, rows = run(tiny, 4 * [batch])
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    tiny.mesh.fsdp, tiny.mesh.tensor = 2, 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
+        (*_, other), other_rows = run(tiny, 4 * [batch], devices=8)
+    for row, other_row in zip(rows, other_rows, strict=True):
+        assert row == pytest.approx(other_row, rel=1e-4)
+    momentum = optax.tree.get(
+        other.opt_state, "mu", filtering=lambda path, _: "Muon" in str(path)
+    )
+    spec = momentum["network"]["blocks"]["qkv"]["kernel"].sharding.spec
+    assert spec == jax.sharding.PartitionSpec(None, "fsdp", None, "tensor")
 
 
 # Every choice of config.py runs through the jitted step, a few at a time.

@@ -11,11 +11,14 @@ or an .npz. Runs without TensorFlow.
 
 import argparse
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -27,6 +30,7 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
 from sra2_jax.models.block import hidden_width
+from sra2_jax.programs.sample import WEIGHTS
 from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
@@ -51,11 +55,15 @@ def import_file(
     config: Config,
     step: int | None = None,
     reverse: bool = False,
+    classes: int | None = None,
+    resize: bool = False,
 ) -> None:
     """Make `workdir` a run at the file's step, and print what became of its parts.
 
     step: in place of the file's own; 1 where neither says. reverse: the file's network
     runs from noise at 0 to data at 1 (SiT's code); `export_run` notes that in the file.
+    To fine-tune: classes: so many new ones, in place of the file's and the config's;
+    resize: the file's latents may be of another size than the config's.
 
     Raises UserError: an unusable file, a config that does not fit it, or a run that has
     checkpoints already. Nothing is left behind then.
@@ -65,17 +73,22 @@ def import_file(
         raise UserError(f"{run}: holds checkpoints already: use another --workdir")
     contents = files.read_file(file)
     reverse = reverse or contents.reverse
+    if classes:
+        config = config.override({"data.num_classes": classes})
     step = contents.step or 1 if step is None else step
     if not 1 <= step <= config.steps:
         raise UserError(
             f"{file}: step {step} must lie between 1 and config.steps={config.steps}: "
             "set --config.steps or --step"
         )
-    sets = _trees(file, contents, config, reverse)
+    free = {"num_classes"} if classes else set()
+    sets = _trees(
+        file, contents, config, reverse, free | ({"size"} if resize else set())
+    )
     contents.sets.clear()  # the trees hold copies; at XL size that counts
     only = next(iter(sets.values()))
     raw, ema = sets.get("raw", only), sets.get("ema", only)
-    state = _state(file, raw, ema, config, step)
+    state = _state(file, raw, ema, config, step, bool(classes))
     _write_run(run, state, config, step)
     both = ", taken for both raw and ema" if raw is ema else ""
     lines = [f"{file}: step {step}", f"{' and '.join(sets)} weights{both}"]
@@ -94,14 +107,23 @@ def import_file(
     if not contents.heads:
         heads = config.model.heads
         lines.append(f"attention: config.model.heads={heads}, the file does not say")
+    if classes:
+        lines.append(f"labels: {classes} new ones; that of no class was kept")
+    if resize:
+        lines.append(f"positions: computed for latents of side {config.latents.size}")
     lines.append(f"written: {run.checkpoints / str(step)}; main.py goes on from it")
     print("\n  ".join(lines))
 
 
 def _trees(
-    file: Path, contents: files.Contents, config: Config, reverse: bool
+    file: Path,
+    contents: files.Contents,
+    config: Config,
+    reverse: bool,
+    free: set[str],
 ) -> dict[str, Trees]:
-    """The file's sets of weights, by name, of the config's network."""
+    """The file's sets of weights, by name, of the config's network; free: settings that
+    may be others."""
     sets = {}
     for name, weights in contents.sets.items():
         try:
@@ -112,6 +134,7 @@ def _trees(
             raise UserError(f"{file}: {error}") from error
         if contents.heads:
             settings["heads"] = contents.heads
+        settings = {name: x for name, x in settings.items() if name not in free}
         _check_settings(file, settings, config)
         sets[name] = _turned(network, config) if reverse else network, heads
     return sets
@@ -129,7 +152,7 @@ def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> Non
     ours, theirs = (hidden_width(width, ratio, settings["mlp"]) for ratio in ratios)
     if ours == theirs:
         settings["mlp_ratio"] = config.model.mlp_ratio
-    if settings["num_classes"] + 1 == config.data.num_classes:
+    if settings.get("num_classes", -1) + 1 == config.data.num_classes:
         raise UserError(
             f"{path}: its {config.data.num_classes} labels leave none for the null "
             "label, which guidance and label dropout need: it cannot be used here"
@@ -141,8 +164,11 @@ def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> Non
         raise UserError(f"{path} does not fit the config: it needs {', '.join(wrong)}")
 
 
-def _state(path: Path, raw: Trees, ema: Trees, config: Config, step: int) -> State:
-    """The state at `step`, with fresh optimizer moments and what heads are missing."""
+def _state(
+    path: Path, raw: Trees, ema: Trees, config: Config, step: int, relabel: bool
+) -> State:
+    """The state at `step`, with fresh optimizer moments, what heads are missing, and if
+    so asked labels but for the null label."""
     program = Program(config, make_mesh())
     state = program.start()
     wanted = state.params["heads"]
@@ -156,7 +182,12 @@ def _state(path: Path, raw: Trees, ema: Trees, config: Config, step: int) -> Sta
                 "head_width, head_final_layer or width: change it, or turn it off",
             )
 
+    fresh = np.asarray(state.params["network"]["label"]["embedding"])[:-1]
+
     def complete(network: tree.Params, heads: dict[str, tree.Params]) -> Any:
+        if relabel:
+            null = network["label"]["embedding"][-1:]
+            network = network | {"label": {"embedding": np.concatenate([fresh, null])}}
         heads = wanted | ema[1] | raw[1] | heads
         return {"network": network, "heads": {name: heads[name] for name in wanted}}
 
@@ -167,7 +198,9 @@ def _state(path: Path, raw: Trees, ema: Trees, config: Config, step: int) -> Sta
         lambda path, _: path[-1].tuple_name == "ScaleByScheduleState",
         count=count,
     )
-    state = State(count, complete(*raw), complete(*ema), opt_state)
+    average = complete(*ema)
+    averages = average | dict.fromkeys(program.others, average)
+    state = State(count, complete(*raw), averages, opt_state)
     return jax.device_put(state, program.places)
 
 
@@ -193,8 +226,9 @@ def export_run(
 ) -> None:
     """Write a run's weights in SiT's names, float32, and print what was written.
 
-    out: new .safetensors or .npz; weights: "ema" or "raw"; step: of the checkpoint, the
-    newest by default; heads: with the alignment heads, see `alignment.HEAD_NAMES`;
+    out: new .safetensors or .npz; weights: "ema", "raw", or the decay of another
+    average; step: of the checkpoint, the newest by default; heads: with the alignment
+    heads, see `alignment.HEAD_NAMES`;
     reverse: for code that runs from noise at 0 to data at 1 (SiT's).
 
     Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
@@ -202,9 +236,11 @@ def export_run(
     path = new_file(out, *files.WRITTEN)
     run = Run(workdir)
     config = run.config()
+    program = Program(config, make_mesh())
+    where = program.weights(weights)
     with Checkpoints(run) as checkpoints:
-        state = checkpoints.restore(Program(config, make_mesh()).abstract, step)
-    found: Any = jax.device_get(state.ema if weights == "ema" else state.params)
+        state = checkpoints.restore(program.abstract, step)
+    found: Any = jax.device_get(reduce(getitem, where, vars(state)))
     network = found["network"]
     tensors = to_reference(
         _turned(network, config) if reverse else network,
@@ -243,13 +279,15 @@ def _arguments() -> argparse.Namespace:
     add("--workdir", required=True, metavar="RUN", help="folder of the run to make")
     add("--config", required=True, help="config file that fits FILE")
     add("--step", type=int, help="training steps done (the file's, or 1)")
+    add("--classes", type=int, help="fine-tune for so many, with new labels")
+    add("--resize", action="store_true", help="fine-tune for another resolution")
     add("--reverse_time", **reverse)
 
     exporting = commands.add_parser("export", help="write weights in SiT's names")
     add = exporting.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--out", **out)
-    add("--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)")
+    add("--weights", default="ema", help=WEIGHTS)
     add("--step", type=int, help="of the checkpoint (the newest)")
     add("--heads", action="store_true", help="with the alignment heads")
     add("--reverse_time", **reverse)

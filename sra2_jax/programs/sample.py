@@ -25,6 +25,7 @@ from sra2_jax.storage import new_file, read_json, whole_file, write_json
 
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
+WEIGHTS = "ema, raw, or one of config.ema_others (%(default)s)"
 
 
 class Parts:
@@ -114,7 +115,7 @@ def add_run_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--step", type=int, help="of the checkpoint (the newest)")
-    add("--weights", choices=("ema", "raw"), default="ema", help="(%(default)s)")
+    add("--weights", default="ema", help=WEIGHTS)
     add_distributed(parser)
     parser.add_keys()
     parser.epilog = (
