@@ -188,16 +188,17 @@ class Run(Section, where="run"):
 
 @dataclass(frozen=True)
 class Eval(Section, where="eval"):
-    features: Literal["", "digits", "inception"] = free(
-        "", 'score samples: FID, sFID, IS; "digits": proxies; "" = never'
+    features: Literal["", "digits", "inception", "dinov2"] = free(
+        "", 'score samples: FID or FD-DINOv2, KID; "digits": proxies; "" = never'
     )
     inception: str = free("inception.safetensors", "weights, see docs/evaluation.md")
-    reference: str = free("", "of inception: an .npz in ADM's format")
+    dinov2: str = free("facebook/dinov2-large", "weights: folder or hub id")
+    reference: str = free("", "of inception, dinov2: an .npz in ADM's format")
     every: int = free(50_000, "steps", 1, STEPS)
     num_samples: int = free(10_000, "scored samples", 2, 10**9)
 
     def conflicts(self) -> Iterator[str]:
-        if self.features == "inception" and not self.reference:
+        if self.features in ("inception", "dinov2") and not self.reference:
             yield f"{self.given('features')} needs config.eval.reference, an .npz"
 
 

@@ -140,11 +140,14 @@ def check_paths(config: Config, workdir: str) -> None:
             raise no_latents(data)
         how = "no such folder; it has a sub-folder for each class; or tfds:NAME, digits"
         wanted["data.images"] = config.data.images, how
-    if config.eval.features == "inception":
-        how = "no such file: docs/evaluation.md says how to get it"
-        for name in ("inception", "reference"):
-            wanted[f"eval.{name}"] = getattr(config.eval, name), how
-    networks = {"vae": config.vae}
+    networks, e = {"vae": config.vae}, config.eval
+    how = "no such file: docs/evaluation.md says how to get it"
+    if e.features == "inception":
+        wanted["eval.inception"] = e.inception, how
+    if e.features == "dinov2":
+        networks["eval.dinov2"] = e.dinov2
+    if e.features in ("inception", "dinov2"):
+        wanted["eval.reference"] = e.reference, how
     for name, section in vars(config.align).items():
         if section.enabled and getattr(section, "source", "") == "images":
             networks[f"align.{name}.model"] = section.model

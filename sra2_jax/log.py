@@ -28,7 +28,7 @@ from sra2_jax.storage import Appended, write_whole
 from sra2_jax.tfrecord import field, frame, varint
 
 FIRST = ("loss", "loss_denoise")
-DISTANCES = ("eval/fid", "eval/frechet")
+DISTANCES = ("eval/fid", "eval/fd_dinov2", "eval/frechet")
 WINDOW, ENOUGH = 200, 50  # losses that a new one is held against, at least so many
 SPIKE = 6.0  # standard deviations
 UPLOAD_SECONDS = 60.0  # between two writes of TensorBoard's file in a bucket

@@ -14,6 +14,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
 from sra2_jax.metrics.compare import (
+    MANIFOLD,
     Summary,
     compare,
     summarise,
@@ -36,15 +37,18 @@ NOTES = {
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
+NOTES["dinov2"] = NOTES["inception"]
 
 
 def _summary(
     features: Features, batches: Iterable[np.ndarray], labels: np.ndarray, side: int
 ) -> Summary:
     """Of batches of uint8 images (n, side, side, 3), as many in all as labels."""
-    shape = len(labels), side, side, 3
-    images = ImageSet("samples", shape, lambda _: iter(batches), labels)
-    return summarise(features, images, len(labels), bar=False)
+    count = len(labels)
+    images = ImageSet(
+        "samples", (count, side, side, 3), lambda _: iter(batches), labels
+    )
+    return summarise(features, images, count, MANIFOLD, bar=False)
 
 
 class Observer:
@@ -68,7 +72,8 @@ class Observer:
         self.features: Features | None = None
         e, batch = self.config.eval, self.generate.batch
         if e.features:
-            features = make_features(e.features, e.inception, program.mesh, batch)
+            weights = getattr(e, e.features, "")
+            features = make_features(e.features, weights, program.mesh, batch)
             self.features = features
         self._levels: dict[str, float] = {}
         if e.features == "digits":
@@ -76,7 +81,7 @@ class Observer:
             return
         if e.features:
             held = open_images(e.reference, self.config.data.resolution)
-            self.reference = summarise_reference(features, held, batch, manifold=False)
+            self.reference = summarise_reference(features, held, batch, manifold=True)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)
@@ -121,7 +126,7 @@ class Observer:
         assert self.features is not None
         side = self.config.data.resolution
         found = _summary(self.features, images, labels, side)
-        return compare(self.features, found, self.reference)
+        return compare(self.features, found, self.reference, neighbours=False)
 
     def grid_classes(self) -> np.ndarray:
         """The class of each row of a sample grid, spread over all classes."""

@@ -20,10 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.chips import Chip
 from sra2_jax.config import Config
+from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.log import Log
 from sra2_jax.metrics.features import DigitsFeatures
+from sra2_jax.metrics.kernel import kernel_distance
 from sra2_jax.observe import Observer
 from sra2_jax.programs import sample
 from sra2_jax.run import Run
@@ -216,7 +218,9 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     config, _ = finished
     mu, sigma = np.full(8, 2.0), np.eye(8)
     reference = tmp_path / "reference.npz"
-    np.savez(reference, mu=mu, sigma=sigma, mu_s=mu[:4], sigma_s=sigma[:4, :4])
+    real, _ = load_digits("test")
+    stored = {"mu": mu, "sigma": sigma, "mu_s": mu[:4], "sigma_s": sigma[:4, :4]}
+    np.savez(reference, arr_0=real[:20], **stored)
     config = config.override(
         {
             "eval.features": "inception", "eval.reference": str(reference), "steps": 2,
@@ -256,6 +260,20 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
         values = np.linalg.eigvalsh(np.cov(part, rowvar=False))
         expected = shift + np.sum((np.sqrt(np.maximum(values, 0)) - 1) ** 2)
         assert results["metrics"][name] == pytest.approx(expected, rel=1e-6)
+    held = real[:20].reshape(20, -1)[:, :8] / 255.0
+    expected = kernel_distance(held, x[:, :8])
+    assert results["metrics"]["kernel_distance"] == pytest.approx(expected, rel=1e-6)
+
+    # Goes on with other judges.
+    monkeypatch.undo()
+    np.savez(tmp_path / "images.npz", arr_0=real[:20])
+    more = {"eval.features": "dinov2", "eval.dinov2": "digits", "steps": 3}
+    more |= {"eval.reference": f"{tmp_path}/images.npz", "run.profile_steps": ""}
+    train(config.override(more), str(workdir))
+    scores = rows(workdir)[-1]
+    assert scores.keys() == {"step", "eval/fd_dinov2", "eval/kernel_distance"}
+    assert scores["eval/fd_dinov2"] > 0
+    assert "FD-DINOv2" in (workdir / "report.html").read_text()
 
 
 def test_samples_that_cannot_be_scored_stop_nothing(tiny):

@@ -113,9 +113,10 @@ def summarise_reference(
 
 
 def compare(
-    features: Features, samples: Summary, reference: Summary
+    features: Features, samples: Summary, reference: Summary, neighbours: bool = True
 ) -> dict[str, float]:
-    """Those of METRICS that both allow, in its order. UserError: they differ."""
+    """Those of METRICS that both allow, in its order; precision and recall only with
+    `neighbours`: they take long. UserError: they differ."""
     found: dict[str, float | None] = {
         "inception_score": samples.inception_score,
         "accuracy": samples.accuracy,
@@ -125,10 +126,11 @@ def compare(
         if kind in ours and kind in theirs:
             found[name] = frechet_distance(*ours[kind], *theirs[kind])
     if samples.kept is not None and reference.kept is not None:
-        from sra2_jax.metrics.neighbours import precision_recall  # takes two seconds
+        if neighbours:
+            from sra2_jax.metrics.neighbours import precision_recall  # takes seconds
 
-        precision, recall = precision_recall(reference.kept, samples.kept)
-        found |= {"precision": precision, "recall": recall}
+            precision, recall = precision_recall(reference.kept, samples.kept)
+            found |= {"precision": precision, "recall": recall}
         found["kernel_distance"] = kernel_distance(reference.kept, samples.kept)
     ordered = ((name, found.get(name)) for name in METRICS)
     return {name: value for name, value in ordered if value is not None}

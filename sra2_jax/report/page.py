@@ -45,6 +45,7 @@ TITLES = CURVES | {f"eval/{key}": title for key, (title, _) in METRICS.items()}
 MEASURED = {
     "digits": ("eval/accuracy", "eval/frechet"),
     "inception": ("eval/fid", "eval/inception_score", "eval/sfid"),
+    "dinov2": ("eval/fd_dinov2", "eval/kernel_distance"),
 }
 HEAD = (
     "<td></td><td>Samples</td><td>Real images<small>distance: training set, share: "
@@ -204,7 +205,11 @@ class Page:
 
     def curves(self) -> str:
         """Quality, where the run measures it, then what the optimizer saw."""
-        wanted = {key: TITLES[key] for key in self.measured}
+        # None where the reference has no images.
+        kernel = (
+            ("eval/kernel_distance",) if "eval/kernel_distance" in self.series else ()
+        )
+        wanted = {key: TITLES[key] for key in (*self.measured, *kernel)}
         wanted |= titles(m["name"] for m in self.methods)
         return "".join(
             curve(title, self.series.get(key), self.step, self.level(key))
