@@ -152,9 +152,11 @@ def test_networks_of_a_folder_of_images(digits, tmp_path, monkeypatch):
 
 PLAN = """
 config = "{config}"
-keys = {{"data.dir": "{latents}", "sampling.steps": 2, "model.depth": 1, {depths}}}
+keys = {{"data.dir": "{latents}", "sampling.steps": 2, "sampling.batch_size": 8,
+    "model.depth": 1, "run.grid_classes": 1, {depths}}}
 methods = {{"SiT": {{"align.vae.enabled": False}}, "SRA 2": {{}}}}
-baseline, stages, seeds, samples = "SiT", (2,), 1, 24
+samplings = {{"SRA 2": {{"head": {{"sampling.head_guidance": 1.5}}}}}}
+baseline, stages, seeds, samples = "SiT", (1,), 1, 16
 """
 
 
@@ -176,23 +178,40 @@ def test_a_study_stops_and_goes_on(
     program(monkeypatch, study.main, *words)
     assert "finished" in capsys.readouterr().out
     rows = report.read(out / "scores.jsonl")
-    assert [(row["step"], row["method"]) for row in rows] == [(2, "SiT"), (2, "SRA 2")]
+    assert [row["method"] for row in rows] == ["SiT", "SRA 2", "SRA 2, head"]
     assert rows[1]["flops"] > rows[0]["flops"]
+    assert rows[1]["fd own"] != rows[2]["fd own"]
     table = (out / "study.md").read_text()
     assert f"| SRA 2 | {rows[1]['fd own']:.4g} (" in table
     assert size_of(out / "study.png")[1] > 500
     levels = json.loads((out / "study.json").read_text())["levels"]
     assert levels["fd own, training images"] < rows[1]["fd own"]
-    plan.write_text(plan.read_text().replace("24", "25"))
+    plan.write_text(plan.read_text().replace("16", "17"))
     with one_line("is of another plan"):
         program(monkeypatch, study.main, *words)
 
 
 def test_all_have_equal_progress():
-    plan = study.Plan("", {}, {"a": {}, "b": {}}, "a", (10, 20), 2, 1)
-    work = list(plan.runs())
+    methods, samplings = {"a": {}, "b": {}}, {"b": {"x": {}}}
+    plan = study.Plan("", {}, methods, samplings, "a", (10, 20), 2, 1)
+    work = [run[:3] for run in plan.runs()]
     assert work[:4] == [(10, 0, "a"), (10, 0, "b"), (10, 1, "a"), (10, 1, "b")]
-    assert work[4:] == [(20, *rest) for _, *rest in work[:4]]
+    assert work[4:8] == [(20, *rest) for _, *rest in work[:4]]
+    assert work[8:] == [(20, 0, "b"), (20, 1, "b")]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in study.PLANS.glob("[a-z]*.py")])
+def test_plans_can_run(name, tmp_path):
+    """Each config is one; titles differ as folders too."""
+    plan = study.Plan.read(name, tmp_path)
+    assert plan.baseline in plan.methods
+    for method in plan.methods:
+        config = plan.settings(method, 1, plan.stages[-1])
+        for keys in plan.samplings.get(method, {}).values():
+            config.override(keys)
+    folders = {report.features(tmp_path, m, 0, 1).parent for m in plan.methods}
+    assert len(folders) == len(plan.methods)
+    assert plan.samplings.keys() <= plan.methods.keys()
 
 
 def test_differences_hold_what_was_put_in():

@@ -17,11 +17,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-import jax
 import numpy as np
 
 from benchmarks.study import report
 from benchmarks.study.judge import Judge
+from benchmarks.study.methods import Keys
 from sra2_jax import config_file
 from sra2_jax.command import Parser, run_program
 from sra2_jax.config import Config
@@ -46,14 +46,16 @@ class Plan:
     """What a plan's file says, in names of these.
 
     config: file of the config; keys: changes of it in all runs; methods: name ->
-    changes of it; baseline: the method that the others are held against; stages: steps
-    at which all are scored; seeds; samples: scored each time. In texts {data} stands
-    for --data.
+    changes of it; samplings: method -> name -> changes of how it is sampled, scored at
+    the last stage besides; baseline: the method that the others are held against;
+    stages: steps at which all are scored; seeds; samples: scored each time. In texts
+    {data} stands for --data.
     """
 
     config: str
-    keys: dict[str, Any]
-    methods: dict[str, dict[str, Any]]
+    keys: Keys
+    methods: dict[str, Keys]
+    samplings: dict[str, dict[str, Keys]]
     baseline: str
     stages: tuple[int, ...]
     seeds: int
@@ -75,23 +77,31 @@ class Plan:
         changes |= {"seed": seed, "steps": steps, "name": "study"}
         return config_file.load(self.config).override(changes)
 
-    def runs(self) -> Iterator[tuple[int, int, str]]:
-        """(step, seed, method), in the order of work."""
+    def runs(self) -> Iterator[tuple[int, int, str, str]]:
+        """(step, seed, method, sampling or nothing), in the order of work."""
         for step in self.stages:
             for seed in range(self.seeds):
                 for method in self.methods:
-                    yield step, seed, method
+                    yield step, seed, method, ""
+        for seed in range(self.seeds):
+            for method, samplings in self.samplings.items():
+                for sampling in samplings:
+                    yield self.stages[-1], seed, method, sampling
 
 
-def score(workdir: Path, judge: Judge, samples: int) -> dict[str, Any]:
-    """What a run's samples score and its cost so far; their features stay beside it."""
-    config = Run(workdir).config()
+def score(file: Path, judge: Judge, samples: int, keys: Keys) -> dict[str, Any]:
+    """What a run's samples score and its cost so far.
+
+    file: for their features, in the run's folder; keys: changes of its sampling.
+    """
+    workdir = file.parent
+    config = Run(workdir).config().override(keys)
     generate = open_run(str(workdir), config)
     indices = np.arange(samples)
     labels = draw_labels(config, indices)
     found, features = judge(generate(indices, labels), labels)
     arrays: dict[str, Any] = dict(features)
-    np.savez(workdir / f"features_{config.steps}.npz", **arrays)
+    np.savez(file, **arrays)
     rates = [row["images_per_second"] for row in Run(workdir).rows() if "loss" in row]
     program = Program(config, make_mesh(config.mesh))
     seconds = config.steps * config.batch_size / float(np.median(rates))
@@ -102,22 +112,24 @@ def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
     """Train and score what is missing; whether all of it is there."""
     path, began, longest = out / "scores.jsonl", time.monotonic(), 0.0
     done = {(r["step"], r["seed"], r["method"]) for r in report.read(path)}
-    for step, seed, method in plan.runs():
-        if (step, seed, method) in done:
+    for step, seed, method, sampling in plan.runs():
+        title = f"{method}, {sampling}" if sampling else method
+        if (step, seed, title) in done:
             continue
         start = time.monotonic()
         if start - began + 1.2 * longest > budget:
             return False
         config = plan.settings(method, seed, step)
-        workdir = out / report.name(method, seed)
+        workdir = report.features(out, method, seed, step).parent
         if not Run(workdir).finished(step):
             train(config, str(workdir))
-        row = {"step": step, "seed": seed, "method": method}
-        row |= score(workdir, judge, plan.samples)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        row = {"step": step, "seed": seed, "method": title}
+        changes = plan.samplings[method][sampling] if sampling else {}
+        file = report.features(out, method, seed, step, sampling)
+        row |= score(file, judge, plan.samples, changes)
+        with path.open("a") as rows:
+            rows.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
-        jax.clear_caches()
         longest = max(longest, time.monotonic() - start)
     return True
 
@@ -125,7 +137,11 @@ def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
 def main() -> None:
     parser = Parser(prog="benchmarks.study", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("plan", metavar="PLAN", help=f"file, or {[p.stem for p in PLANS.glob('*.py')]}")
+    add(
+        "plan",
+        metavar="PLAN",
+        help=f"file, or {[p.stem for p in PLANS.glob('[a-z]*.py')]}",
+    )
     add("--data", type=Path, required=True, help="folder that the plan reads")
     add("--out", type=Path, required=True, metavar="DIR", help="to work in")
     add("--budget", type=float, default=1e9, help="seconds, then it stops")

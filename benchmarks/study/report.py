@@ -49,7 +49,7 @@ def table(plan: Any, rows: Rows, step: int, intervals: dict[str, Any]) -> str:
     metrics = [k for k in rows[0] if k not in ("step", "seed", "method", "flops")]
     head = ["method", *metrics, "own fd less the baseline's (95%)"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method in plan.methods:
+    for method in dict.fromkeys(r["method"] for r in rows if r["step"] == step):
         own = [r for r in rows if r["method"] == method and r["step"] == step]
         cells = [method]
         for metric in metrics:
@@ -67,18 +67,21 @@ def write(plan: Any, out: Path, facts: dict[str, Any], judge: Any) -> None:
     """study.json, study.md and study.png, of the stages that all runs have reached."""
     rows = read(out / "scores.jsonl")
     wanted = len(plan.methods) * plan.seeds
-    whole = [s for s in plan.stages if sum(r["step"] == s for r in rows) == wanted]
+    whole = [s for s in plan.stages if sum(r["step"] == s for r in rows) >= wanted]
     facts = facts | {"levels": judge.levels, "scores": rows}
     (out / "study.json").write_text(json.dumps(facts, indent=1) + "\n")
     if not whole:
         return
     step, own = whole[-1], {}
     for method in plan.methods:
-        files = [
-            out / name(method, seed) / f"features_{step}.npz"
-            for seed in range(plan.seeds)
-        ]
-        own[method] = [np.load(file)["own"] for file in files]
+        for sampling in ("", *plan.samplings.get(method, ())):
+            files = [
+                features(out, method, seed, step, sampling)
+                for seed in range(plan.seeds)
+            ]
+            if all(file.exists() for file in files):
+                title = f"{method}, {sampling}" if sampling else method
+                own[title] = [np.load(file)["own"] for file in files]
     intervals = differences(own, plan.baseline, judge.held_out["own"])
     rows = [row for row in rows if row["step"] in whole]
     lines = [table(plan, rows, step, intervals), "", "Real images:", ""]
@@ -87,9 +90,14 @@ def write(plan: Any, out: Path, facts: dict[str, Any], judge: Any) -> None:
     draw(plan, rows, out / "study.png")
 
 
-def name(method: str, seed: int) -> str:
-    """Of a run's folder."""
-    return "".join(c if c.isalnum() else "_" for c in method.lower()) + f"_{seed}"
+def features(out: Path, method: str, seed: int, step: int, sampling: str = "") -> Path:
+    """The file of the features of a run's samples at a step, in the run's folder."""
+
+    def slug(text: str) -> str:
+        return "".join(c if c.isalnum() else "_" for c in text.lower())
+
+    file = f"features_{step}{slug(sampling and f' {sampling}')}.npz"
+    return out / f"{slug(method)}_{seed}" / file
 
 
 def draw(plan: Any, rows: Rows, path: Path) -> None:

@@ -1,14 +1,14 @@
 """A plan that is over in minutes, on the quickstart's digits: to see the study work.
 
-Its `judge` is the encoder that REPA aligns with: no evidence for or against it.
+Its judge may be the encoder that REPA aligns with: no evidence.
 """
+
+from benchmarks.study.methods import SIT, SRA2
 
 config = "configs/quickstart.py"
 keys = {"data.dir": "{data}/latents", "data.images": ""}
-methods = {
-    "SiT": {"align.vae.enabled": False},
-    "SRA 2": {},
-}
+methods = {"SiT": SIT, "SRA 2": SRA2}
+samplings = {"SRA 2": {"head 1.4": {"sampling.head_guidance": 1.4}}}
 baseline = "SiT"
 stages = 200, 400
 seeds = 2

@@ -1,33 +1,29 @@
-"""Drawings at 64 px, 64 tokens, for two CPU cores overnight: question (a).
+"""Drawings at 64 px, 64 tokens, for two CPU cores overnight: every method, uniform and
+logit-normal times; and guidance by the head against classifier-free guidance at equal
+passes of the network.
 
 docs/evidence.md says how {data} is made.
 """
 
-from typing import Any
+from benchmarks.study.methods import ALL
 
 config = "configs/quickstart.py"
 keys = {
     "data.dir": "{data}/latents", "data.images": "", "data.resolution": 64,
     "data.num_classes": 7, "vae": "{data}/vae", "latents.size": 8,
     "latents.scaling_factor": 1.0, "batch_size": 32, "optim.learning_rate": 1e-3,
-    "ema_decay": 0.999, "sampling.method": "heun", "sampling.steps": 20,
-    "sampling.labels": "balanced", "run.grid_classes": 7,
+    "ema_decay": 0.999, "align.encoder.width": 128, "sampling.method": "heun",
+    "sampling.steps": 20, "run.grid_classes": 7,
 }  # fmt: skip
-SIT = {"align.vae.enabled": False}
-LOGNORMAL = {"transport.time": "lognormal"}
-REPA = SIT | {
-    "align.encoder.enabled": True, "align.encoder.source": "features",
-    "align.encoder.model": "{data}/encoder",
-}  # fmt: skip
-SRA = SIT | {"align.teacher.enabled": True}
-IG = {
-    "align.vae.target": "velocity", "align.vae.loss": "l2", "align.vae.weight": 0.5,
-    "align.vae.head_layers": 1, "align.vae.head_final_layer": True,
-}  # fmt: skip
-uniform: dict[str, dict[str, Any]] = {
-    "SiT": SIT, "SRA 2": {}, "REPA": REPA, "SRA": SRA, "IG": IG,
-}  # fmt: skip
-methods = uniform | {f"{k}, lognormal": v | LOGNORMAL for k, v in uniform.items()}
+methods = ALL
+samplings = {
+    "SRA 2": {
+        "head 1.4": {"sampling.head_guidance": 1.4},
+        "head 1.8": {"sampling.head_guidance": 1.8},
+        "two passes 1.4": {"sampling.guidance": 1.4, "sampling.steps": 10},
+        "two passes 1.8": {"sampling.guidance": 1.8, "sampling.steps": 10},
+    }
+}
 baseline = "SiT"
 stages = 1000, 2000, 4000, 8000
 seeds = 3
