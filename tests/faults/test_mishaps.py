@@ -11,12 +11,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_run_in_a_workdir(start, command, tmp_path):
-    """A second one is refused within 5 s, a dead one's lock is taken over, and a folder
-    that vanishes ends its run."""
+def test_one_run_in_a_workdir_a_stall_and_a_lost_folder(start, command, tmp_path):
+    """A second run is refused within 5 s; no progress ends the first with the stacks of
+    all threads, and the status that says: again; a folder that vanishes ends its run.
+    A dead run's lock is taken over in test_stopped."""
     workdir = tmp_path / "run"
     run = [*command, f"--workdir={workdir}"]
-    first = start(*run, no_data=2, no_pictures=1).until("no data")
+    faults = {"no_data": 2, "no_pictures": 1}
+    first = start(*run, "--config.run.stall_seconds=20", **faults).until("no data")
     began = time.monotonic()
     second = start(*run)
     assert second.status() == 2
@@ -26,8 +28,10 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
     assert f"is in use by process {first.pid} on {held['host']}, started 20" in (
         second.text
     )
-    first.kill(signal.SIGKILL).status()
-    third = start(*run, no_data=2, fast_beat=0.2, no_pictures=1).until("no data")
+    assert first.status() == 42
+    assert "stopped: no progress for 20 s (data), see the stacks" in first.text
+    assert "in no_data" in first.text or 'driver.py", line' in first.text
+    third = start(*run, **faults, fast_beat=0.2).until("no data")
     assert json.loads((workdir / "lock.json").read_text())["pid"] == third.pid
     workdir.rename(tmp_path / "moved")
     assert third.status() == 2
@@ -56,20 +60,6 @@ def test_infinite_latents(start, command, tmp_path):
     assert "error: the updates of steps 6 to 9 were all skipped, more than " in run.text
     names = {p.name for p in (workdir / "checkpoints").iterdir()}
     assert "8" in names  # the state is that of step 5
-
-
-def test_a_stall_ends_the_run(start, command, tmp_path):
-    """With the stacks of all threads, and the status that says: again."""
-    run = start(
-        *command,
-        f"--workdir={tmp_path / 'run'}",
-        "--config.run.stall_seconds=20",
-        no_data=1,
-        no_pictures=1,
-    )
-    assert run.status() == 42
-    assert "stopped: no progress for 20 s (data), see the stacks" in run.text
-    assert "in no_data" in run.text or 'driver.py", line' in run.text
 
 
 @pytest.fixture
