@@ -103,7 +103,8 @@ def test_sampling_settings_act(make):
         make(1, 1, [0]),
         make(1, 1, [0], label=7),
         make(1, 1, [0], guidance=5.0),
-        make(1, 1, [0], guidance=5.0, guidance_channels=2, guidance_high=0.5),
+        make(1, 1, [0], guidance=5.0, guidance_channels=2),
+        make(1, 1, [0], guidance_channels=0, guidance_high=0.5),
         make(1, 1, [0], guidance=1.0, method="heun"),
     ]
     for i, a in enumerate(pictures):
