@@ -57,6 +57,18 @@ TYPED = ("models", "transport", "alignment", "sampler", "generator")
 install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 
+# Those that take longest come first, and not two that wait for the same fixture.
+FIRST = ("test_bucket", "test_verify", "test_distributed", "test_convert")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=place)
+
+
 @contextmanager
 def one_line(*words: str, match: str | None = None) -> Iterator[Any]:
     """A UserError of one line, with these words and what fits a pattern."""

@@ -135,13 +135,11 @@ def test_references(tmp_path):
     [
         ({"mu": MU}, ["'sigma is not a file"]),
         ({"sigma": SIGMA, "arr_0": IMAGES}, ["'mu is not a file"]),
-        ({"mu": MU, "sigma": SIGMA, "mu_s": MU}, ["'sigma_s is not a file"]),
         ({"mu": MU, "sigma": SIGMA[:3]}, ["(4,)", "(3, 4)"]),
         ({"mu": MU, "sigma": SIGMA * np.nan}, ["finite"]),
         ({"mu": MU, "sigma": np.tri(4)}, ["symmetric"]),
         ({"mu": MU * 1j, "sigma": SIGMA}, ["complex128"]),
         ({"mu": np.array([None] * 4), "sigma": SIGMA}, ["Object arrays"]),
-        ({"features": MU}, ["'arr_0.npy'"]),
         ({"images": IMAGES, "y": LABELS}, ["'arr_0.npy'"]),
     ],
 )
@@ -157,7 +155,6 @@ def test_unusable_files(tmp_path, arrays, words):
     [
         IMAGES.astype(np.float32) / 255,
         IMAGES.transpose(0, 3, 1, 2).copy(),
-        IMAGES[..., 0],
         IMAGES[..., :1],
         IMAGES[:0],
         np.asfortranarray(IMAGES),
@@ -183,7 +180,7 @@ def flipped(data):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize(
-    "damage", [flipped, *(cut_to(share) for share in (0, 0.3, 0.9, 0.99))]
+    "damage", [flipped, *(cut_to(share) for share in (0, 0.3, 0.99))]
 )
 def test_damaged_files(tmp_path, save, damage):
     path = tmp_path / "samples.npz"

@@ -149,12 +149,12 @@ def test_steps_of_the_session(sizes, tmp_path):
 
 def test_variants(small, benchmark):
     words = [f"--config={small}", "--rounds=1", "--steps=1"]
-    words += ["four: batch_size=4", "plain: batch_size=8 align.vae.enabled=false"]
+    words += ["four: batch_size=4 align.vae.enabled=false"]
     _, written = benchmark("gpu.variants", *words)
-    rows = list(map(json.loads, written.splitlines()))
-    assert [(r["case"], r["batch_size"]) for r in rows] == [("four", 4), ("plain", 8)]
-    assert all(r["attention"] == "xla" for r in rows)
-    assert all(r["images_per_second"]["p10"] > 0 for r in rows)
+    (row,) = map(json.loads, written.splitlines())
+    assert (row["case"], row["batch_size"]) == ("four", 4)
+    assert row["attention"] == "xla"
+    assert row["images_per_second"]["p10"] > 0
 
 
 def test_kernels_and_numerics(small, benchmark):

@@ -27,13 +27,9 @@ from tests.conftest import one_line
 from tests.test_reference import assert_same, golden_weights, random_weights
 from tests.test_train import final_state
 
-ENCODER = ("encoder.enabled=true", "encoder.width=48", "encoder.head_width=80")
-TEACHER = ("teacher.enabled=true", "teacher.head_width=0")
-GOLDEN = {
-    "sit": (3, False, ()),
+GOLDEN = {  # of the others the names are test_reference's
     "sit_learn_sigma": (2, True, ()),
-    "repa_sit": (3, False, ENCODER),
-    "sra_sit": (4, False, TEACHER),
+    "sra_sit": (4, False, ("teacher.enabled=true", "teacher.head_width=0")),
 }
 
 

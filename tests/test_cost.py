@@ -81,7 +81,7 @@ def test_stored_features_need_no_encoder():
 def test_program(tiny, as_file, tmp_path, monkeypatch, capsys):
     """Text and JSON, with two methods timed."""
     tiny.model.depth = 1
-    chosen = {title: METHODS[title] for title in ("vanilla", "REPA")}
+    chosen = {title: METHODS[title] for title in ("vanilla", "SRA 2")}
     monkeypatch.setattr(cost, "METHODS", chosen)
     flags = [f"--{name}={as_file(tiny)}" for name in ("config", "measure")]
     flags += ["--batch_size=8", "--rounds=1", "--steps=1", f"--out={tmp_path}/cost"]
@@ -90,9 +90,9 @@ def test_program(tiny, as_file, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     facts = json.loads((tmp_path / "cost" / "cost.json").read_text())
     rows = {row["method"]: row for row in facts["methods"]}
-    assert list(rows) == ["vanilla", "REPA"]
+    assert list(rows) == ["vanilla", "SRA 2"]
     for name, row in rows.items():
         assert row["step_seconds"] > 0
         assert re.search(rf"^{re.escape(name)} +0\.0M", printed, re.MULTILINE)
     assert rows["vanilla"]["time_over_vanilla"] == 1
-    assert rows["REPA"]["peak_bytes"] > rows["vanilla"]["peak_bytes"] > 1e5
+    assert rows["SRA 2"]["peak_bytes"] > rows["vanilla"]["peak_bytes"] > 1e5

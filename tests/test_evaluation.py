@@ -61,10 +61,8 @@ def test_an_image_depends_on_its_index_alone(make):
     """Not on the batch it is in, its place there, or the number of devices."""
     whole = make(1, 8, range(6)).astype(int)
     assert np.abs(whole[0] - whole[1]).mean() > 5
-    parts = make(1, 2, [4, 2, 0]).astype(int)
-    assert np.abs(parts - whole[[4, 2, 0]]).max() <= 1
-    sharded = make(8, 8, range(6)).astype(int)
-    assert np.abs(sharded - whole).max() <= 1
+    others = make(8, 8, [4, 2, 0]).astype(int)
+    assert np.abs(others - whole[[4, 2, 0]]).max() <= 1
 
 
 def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
@@ -107,8 +105,7 @@ def test_sampling_settings_act(make):
         make(1, 1, [0], guidance=5.0),
         make(1, 1, [0], guidance=5.0, guidance_channels=2),
         make(1, 1, [0], guidance_channels=0, guidance_high=0.5),
-        make(1, 1, [0], guidance=1.0, method="euler"),
-        make(1, 1, [0], method="heun"),
+        make(1, 1, [0], guidance=1.0, method="heun"),
     ]
     for i, a in enumerate(pictures):
         for b in pictures[:i]:

@@ -67,14 +67,17 @@ def test_trains_on_digits(tiny, digits, name):
         config.align.vae.update(INTERNAL_GUIDANCE)
     config.batch_size, config.optim.learning_rate, config.ema_decay = 64, 4e-3, 0.9
     for section in (config.align.encoder, config.align.irepa):
-        section.source = "images" if name == "REPA" else "features"
+        section.source = "features"
+    if name == "REPA":  # runs the encoder in each step
+        config.align.encoder.source, config.batch_size = "images", 16
     program = program_of(config)
     state, step = program.start(), program.compile()
     first = jax.device_get(state.params["heads"])
     assert set(first) == set(on)
     rows = []
-    for number in range(40):
-        batch = {k: digits[number % len(digits)][k] for k in program.batch}
+    for number in range(30):
+        batch = digits[number % len(digits)]
+        batch = {k: batch[k][: config.batch_size] for k in program.batch}
         state, metrics = step(state, batch)
         rows.append({k: float(v) for k, v in metrics.items()})
     assert {k[11:] for k in rows[0] if k.startswith("loss_align_")} == set(on)
@@ -92,7 +95,8 @@ def test_trains_on_digits(tiny, digits, name):
 
 
 def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
-    """SRA's loss and its gradient from a full forward pass of the EMA network."""
+    """SRA's loss and its gradient from a full forward pass of the EMA network; the step
+    hands over state.ema as it was before, not the raw parameters."""
     switch(tiny, ("teacher",))
     tiny.model.depth, tiny.align.teacher.interval = 3, 0.3
     program = program_of(tiny)
@@ -135,30 +139,21 @@ def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
         ours[1],
         gradient,
     )
-
-
-def test_teacher_is_the_ema_of_the_state_before_the_step(tiny, batch):
-    """The step hands over state.ema, not the raw parameters."""
-    switch(tiny, ("teacher",))
-    program = program_of(tiny)
-    state, moved, batch = program.start(), moved_parameters(program), dict(batch)
-    del batch["image"]
-    draws = jax.jit(program.draw)(batch, state.step)
-    _, expected = jax.jit(program.loss)(
-        state.params, moved["network"], {}, draws, state.step
-    )
-    expected = jax.device_get(expected)
-    _, metrics = program.compile()(state.replace(ema=moved), batch)
+    expected = {k: float(v) for k, v in ours[0][1].items()}
+    averages = {"network": ema, "heads": jax.tree.map(jnp.copy, params["heads"])}
+    state = program.start().replace(step=step, params=params, ema=averages)
+    _, metrics = program.compile()(state, batch)
     for name in ("loss", "loss_align_teacher"):
-        assert float(metrics[name]) == pytest.approx(float(expected[name]), rel=1e-5)
-    assert float(metrics["loss_align_teacher"]) > 0.1
+        assert float(metrics[name]) == pytest.approx(expected[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("source", ["images", "features"])
-def test_repa_is_minus_the_cosine_over_channels(tiny, digits, source):
-    """1 - mean cos(head(h), encoder(image)); weight 0.5. Stored features do as well."""
-    switch(tiny, ("encoder",))
-    tiny.align.encoder.source = source
+def test_repa_and_irepa_by_hand(tiny, digits):
+    """REPA: 1 - mean cos(head(h), encoder(image)) over channels, weight 0.5. iREPA, of
+    stored features: each channel of each image has mean 0 and deviation 1 over the
+    tokens; the head is a 3x3 convolution, padded with zeros, over the grid of tokens;
+    weight 1."""
+    switch(tiny, ("encoder", "irepa"))
+    tiny.align.irepa.source = "features"
     program = program_of(tiny)
     network, heads, params = program.network, program.heads, moved_parameters(program)
     batch = {k: jnp.asarray(v[:16]) for k, v in digits[0].items()}
@@ -172,33 +167,19 @@ def test_repa_is_minus_the_cosine_over_channels(tiny, digits, source):
         encoder, encoder_params, batch["image"], 4
     )
     inputs = draws["x_t"], draws["t"], draws["y"]
-    _, kept, c = network.apply({"params": params["network"]}, *inputs, (1,))
+    apply = jax.jit(network.apply, static_argnums=4)
+    _, kept, c = apply({"params": params["network"]}, *inputs, (1,))
     h = heads["encoder"].apply({"params": params["heads"]["encoder"]}, kept[1], c)
-    norms = np.linalg.norm(h, axis=-1) * np.linalg.norm(z, axis=-1)
-    cosine = np.asarray(h * z).sum(-1) / norms
-    assert float(metrics["loss_align_encoder"]) == pytest.approx(
-        1 - cosine.mean(), rel=1e-4
-    )
-    parts = metrics["loss_denoise"] + 0.5 * metrics["loss_align_encoder"]
-    assert float(total) == pytest.approx(float(parts), rel=1e-6)
 
+    def distance(a, b):
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return 1 - (np.asarray(a * b).sum(-1) / norms).mean()
 
-def test_irepa_is_repa_on_standardised_features_with_a_convolution(tiny, digits):
-    """Each channel of each image has mean 0 and deviation 1 over the tokens; the head
-    is a 3x3 convolution, padded with zeros, over the grid of tokens; weight 1."""
-    switch(tiny, ("irepa",))
-    program = program_of(tiny)
-    params = moved_parameters(program)
-    batch = {k: jnp.asarray(v[:16]) for k, v in digits[0].items()}
-    draws = jax.jit(program.draw)(batch, jnp.asarray(0))
-    total, metrics = jax.jit(program.loss)(
-        params, None, program.load_frozen(), draws, jnp.asarray(0)
-    )
-    encoder, encoder_params = load_dinov2("digits")
-    z = np.asarray(patch_features(encoder, encoder_params, batch["image"], 4))
+    repa = float(metrics["loss_align_encoder"])
+    assert repa == pytest.approx(distance(h, z), rel=1e-4)
+
+    z = np.asarray(z)
     z = (z - z.mean(axis=1, keepdims=True)) / z.std(axis=1, keepdims=True)
-    inputs = draws["x_t"], draws["t"], draws["y"]
-    _, kept, _ = program.network.apply({"params": params["network"]}, *inputs, (1,))
     x = np.pad(
         np.asarray(kept[1]).reshape(16, 4, 4, 16), ((0, 0), (1, 1), (1, 1), (0, 0))
     )
@@ -208,12 +189,11 @@ def test_irepa_is_repa_on_standardised_features_with_a_convolution(tiny, digits)
         for i in range(3)
         for j in range(3)
     )
-    h = h.reshape(16, 16, 64)
-    norms = np.linalg.norm(h, axis=-1) * np.linalg.norm(z, axis=-1)
-    expected = 1 - ((h * z).sum(-1) / norms).mean()
-    assert float(metrics["loss_align_irepa"]) == pytest.approx(expected, rel=1e-4)
-    parts = metrics["loss_denoise"] + metrics["loss_align_irepa"]
-    assert float(total) == pytest.approx(float(parts), rel=1e-6)
+    irepa = float(metrics["loss_align_irepa"])
+    # Stored features are rounded to float16.
+    assert irepa == pytest.approx(distance(h.reshape(16, 16, 64), z), rel=1e-3)
+    parts = float(metrics["loss_denoise"]) + 0.5 * repa + irepa
+    assert float(total) == pytest.approx(parts, rel=1e-6)
 
 
 def test_what_is_off_costs_nothing(tiny, batch):
@@ -224,7 +204,7 @@ def test_what_is_off_costs_nothing(tiny, batch):
         switch(tiny, on)
         tiny.align.teacher.teacher_depth = teacher_depth
         program = program_of(tiny)
-        params = program.start().params
+        params = program.abstract.params
 
         def forward(params, batch):
             draws = program.draw(batch, jnp.asarray(0))
@@ -233,9 +213,8 @@ def test_what_is_off_costs_nothing(tiny, batch):
 
         return jax.jit(forward).lower(params, batch).cost_analysis()["flops"]
 
-    vanilla, *sra = [flops(())] + [flops(("teacher",), n) for n in (1, 2, 3)]
-    block = sra[1] - sra[0]
-    assert sra[2] - sra[1] == pytest.approx(block, rel=0.02)
+    vanilla, *sra = [flops(())] + [flops(("teacher",), n) for n in (1, 3)]
+    block = (sra[1] - sra[0]) / 2
     assert 2 * block < vanilla < 5 * block
     assert vanilla < sra[0] < vanilla + 3 * block
     tiny.align.encoder.model = "nowhere"
@@ -246,7 +225,8 @@ def test_what_is_off_costs_nothing(tiny, batch):
 def test_whole_job_with_an_encoder(tiny, tmp_path):
     """The job encodes what the method needs by itself, and trains on it."""
     switch(tiny, ("encoder", "vae"))
-    tiny.steps, tiny.eval.features, tiny.data.num_classes = 2, "", 2
+    tiny.align.encoder.source = "features"
+    tiny.steps, tiny.eval.features, tiny.data.num_classes = 1, "", 2
     tiny.data.images = str(tmp_path / "images")
     for i, image in enumerate(load_digits("test")[0][:16]):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"

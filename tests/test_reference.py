@@ -54,21 +54,29 @@ def test_heads_of_any_shape_round_trip(final, layers, tiny):
         head.apply({"params": heads[name]}, tokens, c)
 
 
-@pytest.mark.parametrize("name", ["full", "wo_shift", "qknorm_layernorm", "rope_only"])
-def test_lightning_round_trip(golden, name):
-    """Out again as it came in; its output and gradients are test_verify's."""
-    weights = golden_weights(golden, f"lightning_{name}")
-    settings, params, _ = from_reference(weights, HEAD_NAMES)
+LIGHTNING = ("full", "wo_shift", "qknorm_layernorm", "rope_only")
+GOLDEN = ("sit", "sit_learn_sigma", "repa_sit", "sra_sit")
+
+
+@pytest.mark.parametrize("name", [*GOLDEN, *(f"lightning_{n}" for n in LIGHTNING)])
+def test_golden_weights_round_trip(golden, name):
+    """Out again as they came in; outputs and gradients are test_verify's."""
+    weights = golden_weights(golden, name)
+    settings, params, heads = from_reference(weights, HEAD_NAMES)
+    assert settings["learn_sigma"] == (name == "sit_learn_sigma")
+    assert set(heads) == {"repa_sit": {"encoder"}, "sra_sit": {"teacher"}}.get(
+        name, set()
+    )
     assert settings.get("heads") == (3 if settings["qk_norm"] != "none" else None)
     rope = 3 if settings["rope"] else 0
-    sizes = {"size": 4, "patch_size": 1, "rope": rope}
-    again = to_reference(params, {}, HEAD_NAMES, **sizes)
+    sizes = {"size": settings["size"], "patch_size": settings["patch_size"]}
+    again = to_reference(params, heads, HEAD_NAMES, **sizes, rope=rope)
     for table in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         if table in weights:
             np.testing.assert_allclose(again.pop(table), weights.pop(table), atol=1e-6)
     assert_same(again, weights)
     if rope:
-        other = golden_weights(golden, f"lightning_{name}")
+        other = golden_weights(golden, name)
         other["feat_rope.freqs_cos"] = other["feat_rope.freqs_cos"] ** 2
         with one_line("not the fixed table of rotations"):
             from_reference(other, HEAD_NAMES)

@@ -11,12 +11,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_run_in_a_workdir(start, command, tmp_path):
-    """A second one is refused within 5 s, a dead one's lock is taken over, and a folder
-    that vanishes ends its run."""
+def test_one_run_in_a_workdir_a_stall_and_a_lost_folder(start, command, tmp_path):
+    """A second run is refused within 5 s; no progress ends the first with the stacks of
+    all threads, and the status that says: again; a folder that vanishes ends its run.
+    A dead run's lock is taken over in test_stopped."""
     workdir = tmp_path / "run"
     run = [*command, f"--workdir={workdir}"]
-    first = start(*run, no_data=2, no_pictures=1).until("no data")
+    faults = {"no_data": 2, "no_pictures": 1}
+    first = start(*run, "--config.run.stall_seconds=20", **faults).until("no data")
     began = time.monotonic()
     second = start(*run)
     assert second.status() == 2
@@ -26,8 +28,10 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
     assert f"is in use by process {first.pid} on {held['host']}, started 20" in (
         second.text
     )
-    first.kill(signal.SIGKILL).status()
-    third = start(*run, no_data=2, fast_beat=0.2, no_pictures=1).until("no data")
+    assert first.status() == 42
+    assert "stopped: no progress for 20 s (data), see the stacks" in first.text
+    assert "in no_data" in first.text or 'driver.py", line' in first.text
+    third = start(*run, **faults, fast_beat=0.2).until("no data")
     assert json.loads((workdir / "lock.json").read_text())["pid"] == third.pid
     workdir.rename(tmp_path / "moved")
     assert third.status() == 2
@@ -37,40 +41,25 @@ def test_one_run_in_a_workdir(start, command, tmp_path):
 def test_infinite_latents(start, command, tmp_path):
     """One batch: its update is skipped, its records are named, training goes on. More
     than are borne: the run ends and says why; what it saved is whole."""
-    workdir = tmp_path / "one"
+    workdir = tmp_path / "run"
     faults = {"no_tensorboard": 1, "no_pictures": 1}
-    run = start(*command, f"--workdir={workdir}", infinite=[4], **faults)
-    assert run.status() == 0
+    many = "--config.run.most_skipped=3", f"--workdir={workdir}"
+    run = start(*command, *many, infinite=[2, 5, 6, 7, 8], **faults)
+    assert run.status() == 2
     rows = lines(workdir / "metrics.jsonl")
-    assert [r.get("skipped", 0) for r in rows] == [0, 0, 1, 0, 0, 0]
-    assert all("loss" in r for r in rows)
-    (event,) = lines(workdir / "events.jsonl")
-    assert (event["step"], event["event"]) == (5, "skipped")
+    assert [r.get("skipped", 0) for r in rows] == [0, 1, 1, 2]
+    assert ["loss" in r for r in rows] == [True, True, True, False]
+    event, *more = lines(workdir / "events.jsonl")
+    assert [e["step"] for e in (event, *more) if e["event"] == "skipped"][:4] == [
+        3, 6, 7, 8
+    ]  # fmt: skip
     assert "loss_denoise" in event["not_finite"]
     assert len(set(event["records"])) == 16
-    assert "step 5: grad_norm, loss, loss_align_vae, loss_denoise" in run.text
+    assert "step 3: grad_norm, loss, loss_align_vae, loss_denoise" in run.text
     assert run.text.count("TensorBoard cannot be written (OSError: [Errno 28]") == 1
-
-    many = ["--config.run.most_skipped=3", f"--workdir={tmp_path / 'many'}"]
-    run = start(*command, *many, infinite=[5, 6, 7, 8, 9], no_pictures=1)
-    assert run.status() == 2
     assert "error: the updates of steps 6 to 9 were all skipped, more than " in run.text
-    names = {p.name for p in (tmp_path / "many" / "checkpoints").iterdir()}
+    names = {p.name for p in (workdir / "checkpoints").iterdir()}
     assert "8" in names  # the state is that of step 5
-
-
-def test_a_stall_ends_the_run(start, command, tmp_path):
-    """With the stacks of all threads, and the status that says: again."""
-    run = start(
-        *command,
-        f"--workdir={tmp_path / 'run'}",
-        "--config.run.stall_seconds=20",
-        no_data=1,
-        no_pictures=1,
-    )
-    assert run.status() == 42
-    assert "stopped: no progress for 20 s (data), see the stacks" in run.text
-    assert "in no_data" in run.text or 'driver.py", line' in run.text
 
 
 @pytest.fixture
