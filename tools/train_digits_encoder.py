@@ -26,8 +26,7 @@ from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
-from sra2_jax.weights.dinov2 import load_dinov2
-from sra2_jax.weights.folders import save_dinov2
+from sra2_jax.weights.dinov2 import FORMAT, load_dinov2
 from sra2_jax.weights.tree import Params
 from tools.digits import SEED, halved, minimise, run
 
@@ -179,7 +178,7 @@ features are the mean of the 16 patch tokens, scaled to length 1:
 
 def save(pixels: np.ndarray, folder: Path) -> None:
     """Train and write the weights."""
-    save_dinov2(folder, CONFIG, halved(train(DINOv2(CONFIG), pixels)))
+    FORMAT.save(folder, CONFIG, halved(train(DINOv2(CONFIG), pixels)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae
-from sra2_jax.weights.folders import save_vae
 from sra2_jax.weights.tree import Params
+from sra2_jax.weights.vae import FORMAT
 from tools.digits import SEED, halved, minimise, run
 
 CONFIG = VAEConfig(
@@ -165,7 +165,7 @@ def save(pixels: np.ndarray, folder: Path) -> None:
     params = train(model, pixels)
     scale = 1 / latent_std(model, params, pixels)
     config = dataclasses.replace(CONFIG, scaling_factor=round(scale, 6))
-    save_vae(folder, config, halved(params))
+    FORMAT.save(folder, config, halved(params))
 
 
 if __name__ == "__main__":

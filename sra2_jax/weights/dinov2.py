@@ -1,4 +1,4 @@
-"""Published DINOv2 weights, read in the folder format of transformers."""
+"""Published DINOv2 weights, in the folder format of transformers."""
 
 import numpy as np
 
@@ -49,7 +49,7 @@ FORMAT = Format(
     DINOv2,
     DINOv2Config,
     NEWER_KEYS,
-    lambda config: dict(ONLY_VALUE),
+    ONLY_VALUE,
     NAMES.__getitem__,
     _current_names,
 )

@@ -7,13 +7,14 @@ PyTorch's. No code that a file brings is run.
 
 import argparse
 import dataclasses
+import json
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -29,7 +30,6 @@ from sra2_jax.weights import tree
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
-LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
 READ = SETS | {"ema_model": "ema"}  # of other code
@@ -104,61 +104,62 @@ class Format:
     Attributes:
       weights: name of the safetensors file; network, config: our classes.
       newer: what stands for a key of config.json that is missing or null.
-      only: of a config, the keys with one value that we implement.
+      only: keys with one value that we implement.
       name: of our modules in the file; current: tensors by the names of today.
     """
 
     weights: str
     network: Callable[[Any], Any]
-    config: Callable[..., Any]
+    config: type[Any]
     newer: Mapping[str, Any]
-    only: Callable[[Any], dict[str, Any]]
+    only: Mapping[str, Any]
     name: tree.Name
     current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
     def describe(self, source: str) -> tuple[Path, Any]:
         """The folder of `source` and its network.
 
-        Raises UserError: as `fetch`, no JSON, a field that is missing, of another type,
-        an absurd number, or a network that is not implemented.
+        Raises UserError: as `fetch`, no JSON, or no network that is implemented.
         """
         folder = fetch(source, self.weights)
         path = folder / CONFIG
         found = {k: v for k, v in read_json(path).items() if v is not None}
-        fields, values = {**self.newer, **found}, {}
-        for key, of in get_type_hints(self.config).items():
-            value = fields.get(key)
-            if not _is(value, of):
-                wanted = f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
-                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
-            values[key] = (get_origin(of) or of)(value)
-        try:
-            config = self.config(**values)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        for key, only in self.only(config).items():
+        fields = {**self.newer, **found}
+        for key, only in self.only.items():
             if (value := fields.get(key)) != only:
                 wanted = f"only {only!r} is supported, choose another model"
                 raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
-        return folder, self.network(config)
+        with explained(f"{path}: not of this kind of network", "choose another model"):
+            values = {f.name: fields[f.name] for f in dataclasses.fields(self.config)}
+            for key, value in values.items():
+                values[key] = tuple(value) if isinstance(value, list) else value
+            return folder, self.network(self.config(**values))
 
     def load(self, source: str) -> tuple[Any, tree.Params]:
         """The network and its parameters. Raises UserError as `describe` and `read`."""
         folder, module = self.describe(source)
+        with explained(f"{folder / CONFIG}: makes no network", "choose another model"):
+            wanted = module.shapes()
         tensors = self.current(read_weights(folder, self.weights))
         complaint = f"{folder}: weights of another network than that of {CONFIG}"
         patch = getattr(module.config, "patch_size", 1)
-        return module, tree.read(tensors, module.shapes(), self.name, complaint, patch)
+        return module, tree.read(tensors, wanted, self.name, complaint, patch)
 
+    def save(self, folder: str | Path, config: Any, params: tree.Params) -> None:
+        """Write what `load`, and the library's `from_pretrained`, reads.
 
-def _is(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is tuple:
-        of = get_args(kind)[0]
-        return isinstance(value, list) and all(_is(part, of) for part in value)
-    if kind is str:
-        return isinstance(value, str)
-    kinds = (int, float) if kind is float else (kind,)
-    return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
+        folder: made where missing; files of the same name are replaced. params: as of
+        `load`; each tensor is stored in its own dtype.
+        """
+        folder = Path(folder)
+        tensors = tree.write(params, self.name, getattr(config, "patch_size", 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        # A stale index would win over the new file, here and in the libraries.
+        (folder / (self.weights + INDEX)).unlink(missing_ok=True)
+        save_file(tensors, folder / self.weights, metadata={"format": "pt"})
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if v != ()}
+        text = json.dumps(fields | dict(self.only), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 # State dicts

@@ -14,7 +14,6 @@ import numpy as np
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import DOWN, UP, AutoencoderKL, VAEConfig
 from sra2_jax.weights import files, tree
-from sra2_jax.weights.folders import save_vae
 from sra2_jax.weights.vae import FORMAT, read_statistics
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -87,7 +86,7 @@ def convert_ldm(
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     c = read_statistics(statistics, network.config) if statistics else network.config
-    save_vae(out, c, params)
+    FORMAT.save(out, c, params)
     print(
         f"{out}: latents of {c.latent_channels} channels, 1/{c.downsample} of the side"
     )

@@ -1,9 +1,8 @@
-"""Published autoencoder weights, read in the folder format of diffusers."""
+"""Published autoencoder weights, in the folder format of diffusers."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,10 +29,8 @@ NEWER_KEYS = {
     "use_quant_conv": True,
     "use_post_quant_conv": True,
 }
-
-
-def _only(config: VAEConfig) -> dict[str, Any]:
-    return {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+# Keys that change the network and have one value we implement.
+ONLY_VALUE = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 
 
 def _name(module: str) -> str:
@@ -55,7 +52,7 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 FORMAT = Format(
-    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, _only, _name, _current_names
+    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, ONLY_VALUE, _name, _current_names
 )
 
 
