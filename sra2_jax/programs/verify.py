@@ -6,6 +6,7 @@ any is out of tolerance. Runs without TensorFlow.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
 from sra2_jax.metrics.neighbours import precision_recall
-from sra2_jax.models import apply
+from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
@@ -61,22 +62,50 @@ def nchw(x: Any) -> jax.Array:
     return jnp.moveaxis(x, -1, 1)
 
 
+def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
+    """The network of a golden file, and the arguments of the reference's class."""
+    config = defaultdict(bool, json.loads(str(data["config"])))
+    rms: Any = "rms" if config["use_rmsnorm"] else "layer"
+    network = DiT(
+        size=config["input_size"],
+        channels=config["in_channels"],
+        patch_size=config["patch_size"],
+        width=config["hidden_size"],
+        depth=config["depth"],
+        heads=config["num_heads"],
+        num_classes=config["num_classes"],
+        norm=rms,
+        qk_norm=rms if config["use_qknorm"] else "none",
+        mlp="swiglu" if config["use_swiglu"] else "gelu",
+        rope=config["use_rope"],
+        shift=not config["wo_shift"],
+        learn_sigma=config["learn_sigma"],
+    )
+    return network, config
+
+
 def sit(path: Path, data: Arrays) -> Cases:
     """The backbone with reference weights, and REPA's or SRA's head on its block; or
     LightningDiT's, with the gradient of its mean square."""
-    config = json.loads(str(data["config"]))
+    model, config = network_of(data)
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
-    settings, params, heads = from_reference(weights, HEAD_NAMES)
-    model = DiT(**settings | {"heads": config["num_heads"]})
-    depth = config.get("encoder_depth", config.get("align_depth", 1))
+    layers = {}
+    for section, (prefix, _) in HEAD_NAMES.items():
+        own = [k for k in weights if k.startswith(f"{prefix}.") and k.endswith(".bias")]
+        if own:
+            *widths, features = (weights[k].size for k in own)
+            layers[section] = MLPHead(tuple(widths), features)
+    token = np.zeros((1, 1, model.width)), np.zeros((1, model.width))
+    wanted = {section: shapes(head, *token) for section, head in layers.items()}
+    params, trees = from_reference(weights, model, wanted, HEAD_NAMES)
+    depth = config["encoder_depth"] or config["align_depth"] or 1
     run: Any = jax.jit(model.apply, static_argnums=4)
     inputs = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"])
     out, kept, c = run({"params": params}, *inputs, (depth,))
     results = {"out": nchw(out), "hidden": kept[depth]}
-    for tree in heads.values():
-        *widths, features = (layer["bias"].size for layer in tree.values())
-        head = MLPHead(tuple(widths), features)
-        results["z"] = results["projected"] = apply(head, tree, kept[depth], c)
+    for section, tree in trees.items():
+        found = apply(layers[section], tree, kept[depth], c)
+        results["z"] = results["projected"] = found
     if "target" in data:
         losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
