@@ -81,7 +81,7 @@ class Observer:
             return
         if e.features:
             held = open_images(e.reference, self.config.data.resolution)
-            self.reference = summarise_reference(features, held, batch, manifold=True)
+            self.reference = summarise_reference(features, held, batch)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)

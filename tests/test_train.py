@@ -24,7 +24,7 @@ from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.log import Log
-from sra2_jax.metrics.features import DigitsFeatures
+from sra2_jax.metrics.features import make_features
 from sra2_jax.metrics.kernel import kernel_distance
 from sra2_jax.observe import Observer
 from sra2_jax.programs import sample
@@ -281,7 +281,7 @@ def test_samples_that_cannot_be_scored_stop_nothing(tiny):
     black = np.zeros((80, 32, 32, 3), np.uint8)
     observer = types.SimpleNamespace(
         config=Config.of(tiny),
-        features=DigitsFeatures(),
+        features=make_features("digits", "", None, 0),
         reference="not reached",
         generate=lambda *_: iter([black]),
         log=types.SimpleNamespace(message=heard.append),

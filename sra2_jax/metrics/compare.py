@@ -88,13 +88,10 @@ def watched(
             yield part
 
 
-def summarise_reference(
-    features: Features, reference: ImageSet, batch: int, manifold: bool
-) -> Summary:
-    """The reference's own statistics where it brings them, else those of its images.
-
-    manifold: also run the network over its images (at most MANIFOLD of them, evenly
-    spaced, where they are many) for precision and recall, if it has images.
+def summarise_reference(features: Features, reference: ImageSet, batch: int) -> Summary:
+    """The reference's own statistics where it brings them, else those of its images;
+    and of its images, if it has any, the features of at most MANIFOLD, evenly spaced,
+    for precision, recall and the kernel distance.
 
     Raises UserError: statistics of other features than `features` gives, or unusable
     images.
@@ -106,9 +103,9 @@ def summarise_reference(
             f"{features.kind}: give --features={made_with} or another reference"
         )
     own = Summary(reference.name, None, reference.gaussians)
-    if own.gaussians and not (manifold and len(reference)):
+    if own.gaussians and not len(reference):
         return own
-    found = summarise(features, reference, batch, MANIFOLD if manifold else 0)
+    found = summarise(features, reference, batch, MANIFOLD)
     return replace(own, kept=found.kept) if own.gaussians else found
 
 

@@ -52,7 +52,7 @@ def evaluate(
             f"{samples.name} has images {samples.shape}, {reference.name} "
             f"{reference.shape}: compare images of one size"
         )
-    against = compare.summarise_reference(features, reference, batch, manifold=True)
+    against = compare.summarise_reference(features, reference, batch)
     keep = len(samples) if against.kept is not None else 0
     summary = compare.summarise(features, samples, batch, keep)
     metrics = compare.compare(features, summary, against)

@@ -180,7 +180,7 @@ def main() -> None:
         **features.facts,
     }
     results = read_finished(out / FILE, settings) if (out / FILE).exists() else {}
-    reference = compare.summarise_reference(features, held, batch, manifold=True)
+    reference = compare.summarise_reference(features, held, batch)
     for cell in cells:
         if cell not in results:
             guided = generate.override(guidance_of(cell, a.of))
