@@ -75,11 +75,14 @@ def batches(
         starts[number] = shard.starts
         return shard
 
+    local = order.batch_size // process_count
+    own = slice(process_index * local, (process_index + 1) * local)
+
     def read(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-        places = [(opened, *row) for opened, own in parts for row in own.tolist()]
+        places = [(opened, *row) for opened, part in parts for row in part.tolist()]
         rows, shard = [], 0
         try:
-            for opened, shard, number in places:
+            for opened, shard, number in places[own]:
                 rows.append((opened[shard].result(), number))
             return records.read(rows, info, fields)
         except (Damaged, OSError) as error:
@@ -90,7 +93,6 @@ def batches(
             ) from error
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
-        local = order.batch_size // process_count
         pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
 
         def opened(rows: np.ndarray) -> Part:
@@ -98,10 +100,9 @@ def batches(
             return {s: pool.submit(open_shard, s) for s in needed}, rows
 
         rows = order.blocks(shards.records, start_step)
-        own = _own(rows, local, process_index, process_count)
         # A block's shards are opened while those of the one before are read.
-        blocks = (block for block, _ in itertools.pairwise(map(opened, own)))
-        groups = _regrouped(blocks, local)
+        blocks = (block for block, _ in itertools.pairwise(map(opened, rows)))
+        groups = _regrouped(blocks, order.batch_size)
         try:
             for _, batch in in_threads(read, groups, THREADS, THREADS):
                 yield batch
@@ -109,17 +110,6 @@ def batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
     return generate()
-
-
-def _own(
-    blocks: Iterable[np.ndarray], local: int, index: int, count: int
-) -> Iterator[np.ndarray]:
-    """The rows of a process of `count`: `local` ones of each global batch."""
-    at = 0
-    for rows in blocks:
-        process = np.arange(at, at + len(rows)) // local % count
-        at += len(rows)
-        yield rows[process == index]
 
 
 def _regrouped(blocks: Iterable[Part], size: int) -> Iterator[list[Part]]:
