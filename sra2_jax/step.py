@@ -92,11 +92,6 @@ class Program:
         return Transport(**vars(self.config.transport))
 
     @cached_property
-    def schedule(self) -> optax.Schedule:
-        """The learning rate of a step."""
-        return optimizer.schedule(self.config.optim)
-
-    @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return optimizer.optimizer(self.config.optim)
 
@@ -158,9 +153,8 @@ class Program:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
         label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
-        (B, T, d) float16. Raises UserError where it does not divide."""
+        (B, T, d) float16."""
         c = self.config
-        sharding.check_batch(c, self.mesh)
         side = c.data.resolution
         readers = (a for a in self.alignments.values() if "features" in a.fields)
         width = next((a.features(self.network) for a in readers), 0)
@@ -267,7 +261,8 @@ class Program:
         for name, align in self.alignments.items():
             weighted = align.weight_at(state.step) * metrics[f"loss_align_{name}"]
             metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]
-        metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
+        rate = optimizer.schedule(self.config.optim)(state.step)
+        metrics["learning_rate"] = jnp.asarray(rate, jnp.float32)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
         return State(state.step + 1, params, ema, opt_state), metrics
 
