@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -46,9 +45,8 @@ def batches(
       `label` (local_B,) int32, `index` (local_B,) int64, and as asked for `image`
       (local_B, R, R, 3) uint8, `features` (local_B, tokens, width) float16.
 
-    Raises:
-      UserError: at once, a split, a field or shards that do not fit; while iterating, a
-        record that cannot be read.
+    Raises UserError: at once, a split, a field or shards that do not fit; while
+    iterating, a record that cannot be read.
     """
     info = records.LatentsInfo.read(folder)
     records.check_fields(info, folder, fields)
@@ -67,13 +65,6 @@ def batches(
                 f"{folder}: shard {path.name} has {found or 'no'} bytes, {size} "
                 "when it was encoded; copy it again or encode again"
             )
-
-    starts: dict[int, array[int]] = {}  # of the records of each shard, once known
-
-    def open_shard(number: int) -> Shard:
-        shard = Shard(paths[number], starts.get(number))
-        starts[number] = shard.starts
-        return shard
 
     local = order.batch_size // process_count
     own = slice(process_index * local, (process_index + 1) * local)
@@ -97,7 +88,7 @@ def batches(
 
         def opened(rows: np.ndarray) -> Part:
             needed = np.unique(rows[:, 0]).tolist()
-            return {s: pool.submit(open_shard, s) for s in needed}, rows
+            return {s: pool.submit(Shard, paths[s]) for s in needed}, rows
 
         rows = order.blocks(shards.records, start_step)
         # A block's shards are opened while those of the one before are read.
