@@ -79,8 +79,7 @@ def set_xla_flags() -> None:
 def writable(text: str) -> Path:
     """argparse's type of a file to write at the end: it complains at the start.
 
-    Raises:
-      argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
+    Raises argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
     """
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
@@ -92,8 +91,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with its complaints in one line, no abbreviations, and the keys of
     the config as flags where a program has them.
 
-    Raises:
-      UserError: by `parse_args`, a flag that is wrong or unknown.
+    Raises UserError: by `parse_args`, a flag that is wrong or unknown.
     """
 
     def __init__(self, **named: Any) -> None:

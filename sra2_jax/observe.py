@@ -13,13 +13,7 @@ from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
-from sra2_jax.metrics.compare import (
-    MANIFOLD,
-    Summary,
-    compare,
-    summarise,
-    summarise_reference,
-)
+from sra2_jax.metrics import compare
 from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.report.page import write_report
@@ -42,13 +36,13 @@ NOTES["dinov2"] = NOTES["inception"]
 
 def _summary(
     features: Features, batches: Iterable[np.ndarray], labels: np.ndarray, side: int
-) -> Summary:
+) -> compare.Summary:
     """Of batches of uint8 images (n, side, side, 3), as many in all as labels."""
     count = len(labels)
     images = ImageSet(
         "samples", (count, side, side, 3), lambda _: iter(batches), labels
     )
-    return summarise(features, images, count, MANIFOLD, bar=False)
+    return compare.summarise(features, images, count, compare.MANIFOLD, bar=False)
 
 
 class Observer:
@@ -81,7 +75,7 @@ class Observer:
             return
         if e.features:
             held = open_images(e.reference, self.config.data.resolution)
-            self.reference = summarise_reference(features, held, batch)
+            self.reference = compare.summarise_reference(features, held, batch)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)
@@ -126,7 +120,7 @@ class Observer:
         assert self.features is not None
         side = self.config.data.resolution
         found = _summary(self.features, images, labels, side)
-        return compare(self.features, found, self.reference, neighbours=False)
+        return compare.compare(self.features, found, self.reference, neighbours=False)
 
     def grid_classes(self) -> np.ndarray:
         """The class of each row of a sample grid, spread over all classes."""

@@ -31,14 +31,12 @@ def coefficients(
         half = jnp.pi / 2
         cos, sin = jnp.cos(half * t), jnp.sin(half * t)
         return cos, sin, -half * sin, half * cos
-    if path == "vp":
-        spread = VP_MAX - VP_MIN
-        log_alpha = -0.25 * spread * t**2 - 0.5 * VP_MIN * t
-        d_log_alpha = -0.5 * spread * t - 0.5 * VP_MIN
-        alpha = jnp.exp(log_alpha)
-        sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
-        return alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma
-    raise ValueError(f"unknown path {path!r}")
+    spread = VP_MAX - VP_MIN
+    log_alpha = -0.25 * spread * t**2 - 0.5 * VP_MIN * t
+    d_log_alpha = -0.5 * spread * t - 0.5 * VP_MIN
+    alpha = jnp.exp(log_alpha)
+    sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
+    return alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma
 
 
 def _time_of_noise_ratio(path: str, ratio: Array) -> Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.peer_jax import Worker
+from tests.test_reference import read
 
 # Answers like a peer that computes FACTOR times what ours does, and takes as many
 # seconds as its answers so far.

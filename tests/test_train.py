@@ -25,7 +25,7 @@ from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.log import Log
 from sra2_jax.metrics.features import make_features
-from sra2_jax.metrics.kernel import kernel_distance
+from sra2_jax.metrics.moments import kernel_distance
 from sra2_jax.observe import Observer
 from sra2_jax.programs import sample
 from sra2_jax.run import Run

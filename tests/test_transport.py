@@ -75,8 +75,3 @@ def test_time_shift():
     t = shifted.sample_times(jax.random.key(0), 20_000)
     shares = [float((t < bound).mean()) for bound in (0.5, 0.75, 0.9)]
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.75], atol=0.01)
-
-
-def test_unknown_path():
-    with pytest.raises(ValueError, match="unknown path"):
-        coefficients("cubic", T)

@@ -173,7 +173,9 @@ class Build:
             made_with = {**made_with, "statistics": text}
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
         self._made_with = {**made_with, "order": "shuffled"}
-        self._versions = _versions()
+        packages = ("jax", "flax", "pillow")
+        self._versions = {"sra2_jax": sra2_jax.__version__}
+        self._versions |= {name: importlib.metadata.version(name) for name in packages}
 
     def complete(self) -> bool:
         """Whether the dataset is there already, and nothing else."""
@@ -341,9 +343,3 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in dict.fromkeys([*now, *there])
         if there.get(key) != now.get(key)
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "pillow")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"sra2_jax": sra2_jax.__version__, **found}

@@ -155,15 +155,11 @@ class DINOv2(nn.Module):
         """Tokens of the last layer after its norm, the class token first.
 
         pixels: (B, H, W, 3) as `preprocess` returns them. Returns float32
-        (B, 1 + H/p * W/p, hidden_size), row-major.
-
-        Raises ValueError: patch_size p does not divide H or W.
+        (B, 1 + H/p * W/p, hidden_size), row-major; patch_size p divides H and W.
         """
         cfg = self.config
         p, d = cfg.patch_size, cfg.hidden_size
         b, height, width, _ = pixels.shape
-        if height % p or width % p:
-            raise ValueError(f"{height}x{width} pixels are no whole patches of {p}")
         x = dense(self, d, "patch")(patchify(pixels, p))
         if cfg.use_mask_token:
             self.param("mask_token", ZEROS, (1, d))

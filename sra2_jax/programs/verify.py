@@ -31,6 +31,7 @@ from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
+from sra2_jax.weights.files import read_npz
 from sra2_jax.weights.inception import from_torch_fidelity
 from sra2_jax.weights.ldm import from_ldm
 from sra2_jax.weights.sit import from_reference
@@ -283,15 +284,6 @@ CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
 }
 
 
-def passes(where: str, ours: ArrayLike, reference: ArrayLike, tolerance: float) -> bool:
-    """Print a line about a case; whether it is within its tolerance."""
-    error = relative_error(ours, reference)
-    ok = error <= tolerance  # false for NaN
-    verdict = "ok" if ok else "FAILED"
-    print(f"{where}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
-    return ok
-
-
 def verify(folder: Path) -> int:
     """Check every .npz below `folder`; print a line a case; return the exit status.
 
@@ -303,15 +295,16 @@ def verify(folder: Path) -> int:
     for path in files:
         name = str(path.relative_to(folder))
         try:
-            # Opened here: np.load leaves a file that is no archive open.
-            with path.open("rb") as file, np.load(file) as archive:
-                data = dict(archive)
+            data = read_npz(path)
             check = next((check for key, check in CHECKS.items() if key in data), None)
             if check is None:
                 print(f"{name}: kind not covered yet")
                 continue
             for case, ours, tolerance in check(path, data):
-                passed.append(passes(f"{name}: {case}", ours, data[case], tolerance))
+                error = relative_error(ours, data[case])
+                passed.append(error <= tolerance)  # false for NaN
+                verdict = "ok" if passed[-1] else "FAILED"
+                print(f"{name}: {case}: {error:.1e} (<= {tolerance:.0e}) {verdict}")
         except (BadZipFile, KeyError, OSError, ValueError) as error:
             passed.append(False)
             print(f"{name}: FAILED: {type(error).__name__}: {error}")

@@ -222,7 +222,7 @@ def read_file(path: Path) -> Contents:
 def _read(path: Path) -> dict[str, Any]:
     """The names of a file and what they hold: arrays, or of PyTorch plain values."""
     readers: dict[str, Callable[[Path], dict[str, Any]]]
-    readers = {".npz": _read_npz, ".safetensors": load_file}
+    readers = {".npz": read_npz, ".safetensors": load_file}
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
     if path.suffix not in readers or not path.is_file():
         raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
@@ -230,7 +230,8 @@ def _read(path: Path) -> dict[str, Any]:
         return readers[path.suffix](path)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz without pickled objects, by name."""
     # Opened here: np.load leaves a file that is no archive open.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return dict(archive)

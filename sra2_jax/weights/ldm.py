@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import DOWN, UP, AutoencoderKL, VAEConfig
 from sra2_jax.weights import files, tree
 from sra2_jax.weights.vae import FORMAT, read_statistics
@@ -61,10 +61,8 @@ def from_ldm(
             name = re.sub(pattern, new, name)
         matrix = ".attentions." in name and tensor.ndim == 4
         renamed[name] = tensor[:, :, 0, 0] if matrix else tensor
-    try:
+    with explained(FOREIGN, kinds=KeyError):  # a tensor that is missing
         config = _config(renamed, levels, numbers)
-    except KeyError as error:
-        raise UserError(f"{FOREIGN}: {error.args[0]} is missing") from error
     network = AutoencoderKL(config)
     return network, tree.read(renamed, network.shapes(), FORMAT.name, FOREIGN)
 
