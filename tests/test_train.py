@@ -288,6 +288,7 @@ def test_samples_that_cannot_be_scored_stop_nothing(tiny):
         _between=lambda batches: batches,
     )
     observer.metrics = functools.partial(Observer.metrics, observer)
+    observer._summary = functools.partial(Observer._summary, observer)
     assert Observer._score(observer, 2, None) == {}
     assert "step 2: not scored: samples: 80 images, all with the same" in heard[0]
 

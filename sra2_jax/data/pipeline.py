@@ -34,16 +34,11 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches start_step, start_step + 1, ...
 
-    Args:
-      folder: dataset of latents, local or gs://.
-      start_step: batches to skip; nothing is read for that.
-      fields: "image" and "features", to read them as well, in the same order.
-      process_count: divides the batch, whose rows follow from order and step alone.
+    folder: dataset of latents, local or gs://; start_step: batches to skip, of which
+    nothing is read; fields: "image" and "features", to read them as well, in the same
+    order; process_count: divides a batch, whose rows follow from order and step alone.
 
-    Returns:
-      An endless iterator of `mean`, `std` (local_B, h, w, c) float16, not scaled,
-      `label` (local_B,) int32, `index` (local_B,) int64, and as asked for `image`
-      (local_B, R, R, 3) uint8, `features` (local_B, tokens, width) float16.
+    Returns an endless iterator of what `records.read` gives, latents not scaled.
 
     Raises UserError: at once, a split, a field or shards that do not fit; while
     iterating, a record that cannot be read.

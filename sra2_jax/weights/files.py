@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from etils import epath
@@ -34,6 +34,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SETS = {"model": "raw", "ema": "ema"}
 READ = SETS | {"ema_model": "ema"}  # of other code
 WRITTEN = (".safetensors", ".npz")
+Network = TypeVar("Network", bound=Any)
 REVERSED = "noise to data"  # note of a network that runs so
 AGAIN = (
     "fetch it again, or save a dict of plain tensors as .safetensors; PyTorch's files "
@@ -98,7 +99,7 @@ def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Format(Generic[Network]):
     """How a library keeps a network in a folder.
 
     Attributes:
@@ -109,14 +110,14 @@ class Format:
     """
 
     weights: str
-    network: Callable[[Any], Any]
+    network: Callable[[Any], Network]
     config: type[Any]
     newer: Mapping[str, Any]
     only: Mapping[str, Any]
     name: tree.Name
     current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
-    def describe(self, source: str) -> tuple[Path, Any]:
+    def describe(self, source: str) -> tuple[Path, Network]:
         """The folder of `source` and its network.
 
         Raises UserError: as `fetch`, no JSON, or no network that is implemented.
@@ -135,8 +136,19 @@ class Format:
                 values[key] = tuple(value) if isinstance(value, list) else value
             return folder, self.network(self.config(**values))
 
-    def load(self, source: str) -> tuple[Any, tree.Params]:
-        """The network and its parameters. Raises UserError as `describe` and `read`."""
+    def load(self, source: str) -> tuple[Network, tree.Params]:
+        """Read a network from a folder or from the Hugging Face hub.
+
+        source: a folder as the library's `save_pretrained` writes it, a hub id
+        `owner/name[@revision]`, or "digits", see `fetch`.
+
+        Returns the module (float32 compute; `module.clone(dtype=jnp.bfloat16)` for
+        less) and its parameters: nested dict of float32 numpy arrays, the value of
+        "params" in `module.apply`. Put them on the device once with `jax.device_put`.
+
+        Raises UserError: no such folder or file, hub not reachable, a malformed file,
+        another kind of model, or tensors that do not fit the config.
+        """
         folder, module = self.describe(source)
         with explained(f"{folder / CONFIG}: makes no network", "choose another model"):
             wanted = module.shapes()

@@ -9,7 +9,6 @@ import numpy as np
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights.files import Format, read_file
-from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
@@ -54,22 +53,7 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 FORMAT = Format(
     WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, ONLY_VALUE, _name, _current_names
 )
-
-
-def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
-    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
-
-    source: a folder as `save_pretrained` of diffusers writes it, a hub id
-    `owner/name[@revision]`, or "digits", see `files.fetch`.
-
-    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
-    its parameters: nested dict of float32 numpy arrays, the value of "params" in
-    `vae.apply`. Put them on the device once with `jax.device_put`.
-
-    Raises UserError: no such folder or file, hub not reachable, a malformed file,
-    another kind of model, or tensors that do not fit the config.
-    """
-    return FORMAT.load(source)
+load_vae = FORMAT.load
 
 
 def read_statistics(file: Path, config: VAEConfig) -> VAEConfig:
