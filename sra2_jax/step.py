@@ -64,10 +64,8 @@ class Program:
     def network(self) -> DiT:
         """The backbone, for its shapes; `running` computes."""
         size, _, channels = self.config.latent_shape
-        settings = vars(self.config.model) | {"attention": "xla"}
-        settings["dtype"] = jnp.dtype(self.config.model.dtype)
-        classes = self.config.data.num_classes
-        return DiT(size=size, channels=channels, num_classes=classes, **settings)
+        model, classes = self.config.model, self.config.data.num_classes
+        return DiT(model, size, channels, classes, dtype=jnp.dtype(model.dtype))
 
     @cached_property
     def running(self) -> DiT:
@@ -97,7 +95,7 @@ class Program:
 
     def init(self) -> State:
         """Step 0; the EMA starts as a copy of the parameters."""
-        d = self.network.width
+        d = self.config.model.width
         shapes = self.config.latent_shape, (self.network.grid**2, d), (d,)
         x, tokens, c = (jnp.zeros((1, *shape)) for shape in shapes)
         inputs = x, jnp.zeros(1), jnp.zeros(1, int)
@@ -288,7 +286,7 @@ class Program:
         their forward pass, targets 1 x; what rematerialisation computes again does not
         count."""
         network, heads = self.network, self.abstract.params["heads"]
-        macs = 3 * network.macs(network.depth)
+        macs = 3 * network.macs(network.model.depth)
         macs += 3 * sum(head_macs(h, network.grid**2) for h in heads.values())
         macs += sum(a.macs(network) for a in self.alignments.values())
         return 2.0 * macs * self.config.batch_size

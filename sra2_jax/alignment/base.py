@@ -114,11 +114,11 @@ class MLPAlignment(config_align.MLPAlignment, Alignment):
     def head(self, network: DiT) -> nn.Module:
         """SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
         SRA: 2 back to D. With `head_final_layer` the last hidden layer returns to D."""
-        sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
+        sizes = [self.head_width or 2 * network.model.width] * (self.head_layers - 1)
         if self.head_final_layer and sizes:
-            sizes[-1] = network.width
+            sizes[-1] = network.model.width
         features = self.features(network)
-        final = network.norm if self.head_final_layer else None
+        final = network.model.norm if self.head_final_layer else None
         return MLPHead(tuple(sizes), features, final, network.dtype)
 
 

@@ -22,7 +22,7 @@ from sra2_jax import sampler
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.alignment.base import MLPHead, elementwise
 from sra2_jax.command import Parser
-from sra2_jax.config import Latents
+from sra2_jax.config import Latents, Model
 from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
@@ -67,14 +67,11 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
     """The network of a golden file, and the arguments of the reference's class."""
     config = defaultdict(bool, json.loads(str(data["config"])))
     rms: Any = "rms" if config["use_rmsnorm"] else "layer"
-    network = DiT(
-        size=config["input_size"],
-        channels=config["in_channels"],
+    model = Model(
         patch_size=config["patch_size"],
         width=config["hidden_size"],
         depth=config["depth"],
         heads=config["num_heads"],
-        num_classes=config["num_classes"],
         norm=rms,
         qk_norm=rms if config["use_qknorm"] else "none",
         mlp="swiglu" if config["use_swiglu"] else "gelu",
@@ -82,13 +79,14 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
         shift=not config["wo_shift"],
         learn_sigma=config["learn_sigma"],
     )
-    return network, config
+    sizes = (config[key] for key in ("input_size", "in_channels", "num_classes"))
+    return DiT(model, *sizes), config
 
 
 def sit(path: Path, data: Arrays) -> Cases:
     """The backbone with reference weights, and REPA's or SRA's head on its block; or
     LightningDiT's, with the gradient of its mean square."""
-    model, config = network_of(data)
+    network, config = network_of(data)
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     layers = {}
     for section, (prefix, _) in HEAD_NAMES.items():
@@ -96,11 +94,12 @@ def sit(path: Path, data: Arrays) -> Cases:
         if own:
             *widths, features = (weights[k].size for k in own)
             layers[section] = MLPHead(tuple(widths), features)
-    token = np.zeros((1, 1, model.width)), np.zeros((1, model.width))
+    width = network.model.width
+    token = np.zeros((1, 1, width)), np.zeros((1, width))
     wanted = {section: shapes(head, *token) for section, head in layers.items()}
-    params, trees = from_reference(weights, model, wanted, HEAD_NAMES)
+    params, trees = from_reference(weights, network, wanted, HEAD_NAMES)
     depth = config["encoder_depth"] or config["align_depth"] or 1
-    run: Any = jax.jit(model.apply, static_argnums=4)
+    run: Any = jax.jit(network.apply, static_argnums=4)
     inputs = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"])
     out, kept, c = run({"params": params}, *inputs, (depth,))
     results = {"out": nchw(out), "hidden": kept[depth]}
@@ -113,7 +112,7 @@ def sit(path: Path, data: Arrays) -> Cases:
     if "grad_x" in data:
 
         def square(params: Any, x: jax.Array) -> jax.Array:
-            return jnp.mean(jnp.square(apply(model, params, x, *inputs[1:])[0]))
+            return jnp.mean(jnp.square(apply(network, params, x, *inputs[1:])[0]))
 
         gradient = jax.jit(jax.value_and_grad(square, (0, 1)))
         results["loss"], found = gradient(params, inputs[0])

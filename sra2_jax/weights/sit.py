@@ -89,7 +89,7 @@ def from_reference(
         rows = network.num_classes + 1
         weights[LABELS] = weights[LABELS][-1:].repeat(rows, axis=0)
     tables = {POSITIONS: weights.pop(POSITIONS, None)}
-    if network.rope:
+    if network.model.rope:
         tables |= {name: weights.pop(name, None) for name in ROTATIONS}
     found = {}
     kinds = [(k, prefix, _head_name(prefix, i)) for k, (prefix, i) in names.items()]
@@ -104,7 +104,7 @@ def from_reference(
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
     wanted = shapes(network, x, t, t.astype(int))
-    rule, patch = NAMES.__getitem__, network.patch_size
+    rule, patch = NAMES.__getitem__, network.model.patch_size
     params = tree.read(weights, wanted, rule, FOREIGN, patch)
     for key, table in tables.items():
         if table is not None:
@@ -117,14 +117,14 @@ def _check_table(name: str, table: np.ndarray, network: DiT, resize: bool) -> No
     table = table.reshape(-1, table.shape[-1])
     grid = math.isqrt(len(table))
     if name == POSITIONS:
-        fixed = sincos_positions(network.width, grid)
+        fixed = sincos_positions(network.model.width, grid)
     else:
-        of = rotations(network.width // network.heads, grid)
+        of = rotations(network.model.width // network.model.heads, grid)
         fixed = of[ROTATIONS.index(name)]
     if table.shape != fixed.shape or np.abs(table - fixed).max() > POSITION_TOLERANCE:
         raise UserError(f"{name} is not the fixed table: unsupported")
     if grid != network.grid and not resize:
-        size = grid * network.patch_size
+        size = grid * network.model.patch_size
         raise UserError(f"it needs --config.latents.size={size} (now {network.size})")
 
 
