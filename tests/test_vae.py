@@ -17,7 +17,7 @@ from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_vae
 from sra2_jax.weights.files import CONFIG, INDEX, fetch
 from sra2_jax.weights.ldm import from_ldm
-from sra2_jax.weights.vae import FORMAT, NEWER_KEYS, WEIGHTS
+from sra2_jax.weights.vae import FORMAT, WEIGHTS
 from tests.conftest import ROOT, one_line
 from tests.test_weights import assert_same_tree, edit_config, refused
 
@@ -118,7 +118,11 @@ def test_attention_names_of_sd_vae_ft_ema(folder, golden_vae, as_convolution):
 
 
 def test_config_of_an_early_diffusers(folder):
-    edit_config(folder, **dict.fromkeys((*NEWER_KEYS, "latents_mean", "latents_std")))
+    newer = (
+        *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
+        *("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"),
+    )
+    edit_config(folder, **dict.fromkeys(newer))
     assert load_vae(str(folder))[0].config.scaling_factor == 0.18215
 
 

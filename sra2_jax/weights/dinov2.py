@@ -6,8 +6,6 @@ from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.weights.files import Format
 
 WEIGHTS = "model.safetensors"
-# What transformers assumes where a file was written before the key existed.
-NEWER_KEYS = {"use_mask_token": True}
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {
     "model_type": "dinov2",
@@ -47,7 +45,6 @@ FORMAT = Format(
     WEIGHTS,
     DINOv2,
     DINOv2Config,
-    NEWER_KEYS,
     ONLY_VALUE,
     NAMES.__getitem__,
     _current_names,

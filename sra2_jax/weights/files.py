@@ -104,7 +104,6 @@ class Format(Generic[Network]):
 
     Attributes:
       weights: name of the safetensors file; network, config: our classes.
-      newer: what stands for a key of config.json that is missing or null.
       only: keys with one value that we implement.
       name: of our modules in the file; current: tensors by the names of today.
     """
@@ -112,7 +111,6 @@ class Format(Generic[Network]):
     weights: str
     network: Callable[[Any], Network]
     config: type[Any]
-    newer: Mapping[str, Any]
     only: Mapping[str, Any]
     name: tree.Name
     current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -125,13 +123,14 @@ class Format(Generic[Network]):
         folder = fetch(source, self.weights)
         path = folder / CONFIG
         found = {k: v for k, v in read_json(path).items() if v is not None}
-        fields = {**self.newer, **found}
         for key, only in self.only.items():
-            if (value := fields.get(key)) != only:
+            if (value := found.get(key)) != only:
                 wanted = f"only {only!r} is supported, choose another model"
                 raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
         with explained(f"{path}: not of this kind of network", "choose another model"):
-            values = {f.name: fields[f.name] for f in dataclasses.fields(self.config)}
+            # A key that is missing, since it is younger than the file, has its default.
+            known = {f.name for f in dataclasses.fields(self.config)} & found.keys()
+            values = {key: found[key] for key in known}
             for key, value in values.items():
                 values[key] = tuple(value) if isinstance(value, list) else value
             return folder, self.network(self.config(**values))

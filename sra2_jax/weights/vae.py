@@ -18,16 +18,6 @@ OLD_ATTENTION = {
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-# What diffusers assumes where a file was written before the key existed.
-NEWER_KEYS = {
-    "scaling_factor": 0.18215,
-    "shift_factor": 0.0,
-    "latents_mean": [],
-    "latents_std": [],
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-}
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 
@@ -50,9 +40,7 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-FORMAT = Format(
-    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, ONLY_VALUE, _name, _current_names
-)
+FORMAT = Format(WEIGHTS, AutoencoderKL, VAEConfig, ONLY_VALUE, _name, _current_names)
 load_vae = FORMAT.load
 
 
