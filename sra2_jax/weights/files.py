@@ -6,13 +6,14 @@ PyTorch's. No code that a file brings is run.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +31,7 @@ from sra2_jax.weights import tree
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
+LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
 READ = SETS | {"ema_model": "ema"}  # of other code
@@ -52,7 +54,7 @@ def fetch(source: str, weights: str) -> Path:
     the one shipped with this package. A commit as revision pins what is loaded. With
     HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file wanted in it.
 
-    Raises UserError: neither a folder nor a hub id, or the hub does not deliver it.
+    Raises UserError: a whole pipeline, or as `from_hub`.
     """
     if source == "digits":
         return next(ASSETS.glob(f"*/{weights}")).parent
@@ -61,26 +63,36 @@ def fetch(source: str, weights: str) -> Path:
         if not (folder / CONFIG).exists() and (folder / "vae" / CONFIG).exists():
             raise UserError(f"{source}: is a whole pipeline: give {source}/vae")
         return folder
-    hub_id = HUB_ID.fullmatch(source)
-    wanted = f"give a folder with {CONFIG} and {weights}"
-    if folder.exists() or hub_id is None:
-        raise UserError(
-            f"{source}: no such folder, and not a hub id either; {wanted}, or "
-            "owner/name[@revision]"
-        )
-    # Imported here: it takes a second, and local folders do not need it.
-    from huggingface_hub import snapshot_download
-
     shards = weights.replace(".safetensors", "-*.safetensors")
-    advice = f"check the name, the network and HF_HUB_OFFLINE, or {wanted}"
-    with explained(f"{source}: not from the hub", advice):
-        return Path(
-            snapshot_download(
-                hub_id["repo"],
-                revision=hub_id["revision"],
-                allow_patterns=[CONFIG, weights, weights + INDEX, shards],
-            )
-        )
+    advice = f"give a folder with {CONFIG} and {weights}, or owner/name[@revision]"
+    return from_hub(source, advice, [CONFIG, weights, weights + INDEX, shards])
+
+
+def from_hub(
+    source: str,
+    advice: str,
+    patterns: Sequence[str] | None,
+    kinds: Sequence[str] = ("model",),
+) -> Path:
+    """The local folder of `owner/name[@revision]`, downloaded: the files that fit one
+    of the patterns, of the first of these kinds of repository that there is.
+
+    Raises UserError: no hub id, or the hub does not deliver it.
+    """
+    hub_id = HUB_ID.fullmatch(source)
+    if hub_id is None or Path(source).exists():
+        raise UserError(f"{source}: no such folder, and not a hub id either; {advice}")
+    # Imported here: it takes a second, and local folders do not need it.
+    from huggingface_hub import errors, snapshot_download
+
+    none = errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError
+    where: Any = {"revision": hub_id["revision"], "allow_patterns": patterns}
+    check = f"check the name, the network and HF_HUB_OFFLINE, or {advice}"
+    with explained(f"{source}: not from the hub", check):
+        for kind in kinds[:-1]:
+            with contextlib.suppress(*none):
+                return Path(snapshot_download(hub_id["repo"], repo_type=kind, **where))
+        return Path(snapshot_download(hub_id["repo"], repo_type=kinds[-1], **where))
 
 
 def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
@@ -132,6 +144,10 @@ class Format(Generic[Network]):
             known = {f.name for f in dataclasses.fields(self.config)} & found.keys()
             values = {key: found[key] for key in known}
             for key, value in values.items():
+                parts = value if isinstance(value, list) else [value]
+                numbers = [x for x in parts if isinstance(x, int | float)]
+                if not all(abs(x) <= LARGEST for x in numbers):  # also refuses NaN
+                    raise ValueError(f"{key} is {value!r:.80}, at most {LARGEST}")
                 values[key] = tuple(value) if isinstance(value, list) else value
             return folder, self.network(self.config(**values))
 
