@@ -118,11 +118,8 @@ def sit(path: Path, data: Arrays) -> Cases:
         results["loss"], found = gradient(params, inputs[0])
         results["grad_norm"], results["grad_x"] = optax.tree.norm(found[0]), found[1]
         results["grad_x"] = nchw(results["grad_x"])
-    for name in (
-        "out", "hidden", "projected", "projection_loss", "z",
-        "loss", "grad_x", "grad_norm",
-    ):  # fmt: skip
-        if name in data:
+    for name in sorted(data.keys() - {"config", "x", "t", "y", "target"}):
+        if not name.startswith("w/"):
             yield name, results[name], FLOAT32
 
 
