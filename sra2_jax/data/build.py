@@ -245,10 +245,14 @@ class Build:
             for start in range(0, len(left), at_once):
                 group, done = left[start : start + at_once], self.finished()
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with writing(self.folder, options.split, shard_of, group) as writer:
-                    writer.skipped = sum(len(f.unreadable) for f in done.values())
-                    for count in write(writer, listed(group)):
-                        bar.update(count)
+                try:
+                    with writing(self.folder, options.split, shard_of, group) as writer:
+                        writer.skipped = sum(len(f.unreadable) for f in done.values())
+                        for count in write(writer, listed(group)):
+                            bar.update(count)
+                finally:
+                    with contextlib.suppress(OSError):  # it is not empty
+                        self.folder.rmdir()
                 for shard, facts in writer.facts.items():
                     row = {"made_with": self._begun} | dataclasses.asdict(facts)
                     path = self.folder / FACTS.replace("*", f"{shard:05d}")
