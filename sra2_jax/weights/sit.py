@@ -121,7 +121,8 @@ def _check_table(name: str, table: np.ndarray, network: DiT, resize: bool) -> No
     else:
         of = rotations(network.model.width // network.model.heads, grid)
         fixed = of[ROTATIONS.index(name)]
-    if table.shape != fixed.shape or np.abs(table - fixed).max() > POSITION_TOLERANCE:
+    alike = table.shape == fixed.shape
+    if not (alike and np.abs(table - fixed).max() <= POSITION_TOLERANCE):
         raise UserError(f"{name} is not the fixed table: unsupported")
     if grid != network.grid and not resize:
         size = grid * network.model.patch_size
