@@ -1,8 +1,5 @@
 """FID's distance, Inception Score, kernel distance, and the statistics they need."""
 
-from collections import defaultdict
-from typing import Any
-
 import numpy as np
 import scipy.linalg
 from scipy.linalg.blas import dsyrk
@@ -128,10 +125,8 @@ class InceptionScore:
 
     def __init__(self, split: int = 5000) -> None:
         self._split, self._seen = split, 0
-        # of each split
-        self._counts: dict[int, int] = defaultdict(int)
-        self._totals: dict[int, Any] = defaultdict(float)
-        self._entropies: dict[int, float] = defaultdict(float)
+        # of each split the sum of probabilities (K,), then of entropies, then the count
+        self._sums: dict[int, np.ndarray] = {}
 
     def add(self, probabilities: np.ndarray) -> None:
         """Take the probabilities (n, K) of the next n images; 0 log 0 is 0."""
@@ -140,18 +135,14 @@ class InceptionScore:
         self._seen += len(probabilities)
         for split in np.unique(splits).tolist():
             part = probabilities[splits == split]
-            self._counts[split] += len(part)
-            self._totals[split] += part.sum(axis=0)
-            self._entropies[split] += entr(part).sum()
+            sums = np.append(part.sum(axis=0), [entr(part).sum(), len(part)])
+            self._sums[split] = self._sums.get(split, np.zeros(len(sums))) + sums
 
     def value(self) -> float:
         """The score of the images so far, at least one."""
         # The mean divergence is the entropy of the mean less the mean entropy.
-        scores = [
-            np.exp(entr(self._totals[k] / n).sum() - self._entropies[k] / n)
-            for k, n in self._counts.items()
-        ]
-        return float(np.mean(scores))
+        means = [sums[:-1] / sums[-1] for sums in self._sums.values()]
+        return float(np.mean([np.exp(entr(m[:-1]).sum() - m[-1]) for m in means]))
 
 
 def kernel_distance(
