@@ -128,8 +128,8 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             raise UserError(f"unknown flag {flag}: {hint}")
         for name in [name for name in vars(arguments) if name.startswith("config.")]:
-            text = vars(arguments).pop(name)
-            arguments.overrides |= {name.removeprefix("config."): text}
+            key, text = name.removeprefix("config."), vars(arguments).pop(name)
+            arguments.overrides = arguments.overrides | {key: text}
         return arguments
 
     def parse_config(self, default: str) -> tuple[argparse.Namespace, Config]:
