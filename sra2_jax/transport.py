@@ -115,7 +115,7 @@ class Transport(config.Transport):
         return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
 
     def towards(self, clean: Array, x_t: Array, t: Array) -> Array:
-        """Velocity dx_t/dt where E[x | x_t] is `clean`, the inverse of `data`.
+        """Velocity dx_t/dt where E[x | x_t] is `clean`.
 
         The noise is (x_t - alpha clean) / sigma, without bound as t goes to 0: there t
         counts as 1e-3, where training on "data" begins.
@@ -132,8 +132,3 @@ class Transport(config.Transport):
         alpha, sigma, d_alpha, d_sigma = self._at(t, x_t)
         denominator = sigma * (d_alpha * sigma - alpha * d_sigma)
         return (alpha * velocity - d_alpha * x_t) / denominator
-
-    def data(self, velocity: Array, x_t: Array, t: Array) -> Array:
-        """The clean sample E[x | x_t] that a velocity implies."""
-        alpha, sigma, d_alpha, d_sigma = self._at(t, x_t)
-        return (d_sigma * x_t - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
