@@ -18,7 +18,7 @@ from sra2_jax.weights import load_dinov2
 from sra2_jax.weights.dinov2 import FORMAT, WEIGHTS
 from sra2_jax.weights.files import CONFIG, fetch
 from tests.test_weights import assert_same_tree, edit_config, refused, shard
-from tools.train_digits_encoder import pooled_features
+from tools.train_encoder import pooled_features
 
 # Channel 7 of the second golden image's tokens, cut to 42x56 pixels, so that the 4x4
 # positions become 3x4: transformers 5.23 Dinov2Model as it is, ...

@@ -8,27 +8,20 @@ fits a DINOv2 network to the train part of scikit-learn's digits without their l
 minutes on two CPU cores, about 1.3 GB of memory.
 """
 
-import functools
 from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.scipy.ndimage import map_coordinates
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
-from sra2_jax.models import apply
-from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
+from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.weights.dinov2 import FORMAT, load_dinov2
-from sra2_jax.weights.tree import Params
-from tools.digits import SEED, halved, minimise, run
+from tools.digits import run
+from tools.minimise import SEED, halved
+from tools.train_encoder import judged, pooled_features, train
 
 CONFIG = DINOv2Config(
     hidden_size=64,
@@ -41,9 +34,7 @@ CONFIG = DINOv2Config(
 STEPS = 1000
 BATCH = 128  # digits, each seen in two views
 LEARNING_RATE = 2e-3
-WEIGHT_DECAY = 0.05
-TEMPERATURE = 0.1
-# How far a view may be from its digit; like the temperature, chosen by the nearest
+# How far a view may be from its digit; chosen by the nearest
 # neighbours among the train digits, not by the held-out ones.
 MAX_TURN = 0.2  # radians
 MAX_STRETCH = 0.2  # log of the factor, each axis by itself
@@ -53,7 +44,7 @@ MIN_CONTRAST = 0.6
 MAX_NOISE = 0.1  # standard deviation, pixels in [0, 1]
 
 
-def view(key: jax.Array, ink: jax.Array) -> jax.Array:
+def distorted(key: jax.Array, ink: jax.Array) -> jax.Array:
     """One digit turned, stretched, sheared, shifted, faded and made noisy.
 
     ink: (32, 32) in [0, 1], black = 0. Returns the same shape, not clipped.
@@ -80,50 +71,9 @@ def view(key: jax.Array, ink: jax.Array) -> jax.Array:
     return faded + deviation * jax.random.normal(noise, ink.shape)
 
 
-def contrast(first: jax.Array, second: jax.Array) -> jax.Array:
-    """Find each view's partner among all views (SimCLR: Chen et al. 2020, eq. 1).
-
-    first, second: (B, d), two views of the same B digits. Returns the mean loss.
-    """
-    both = jnp.concatenate([first, second])
-    both = both / jnp.linalg.norm(both, axis=-1, keepdims=True)
-    alike = both @ both.T / TEMPERATURE
-    alike = jnp.where(jnp.eye(len(both), dtype=bool), -jnp.inf, alike)
-    partner = jnp.roll(jnp.arange(len(both)), len(first))
-    return optax.softmax_cross_entropy_with_integer_labels(alike, partner).mean()
-
-
-def train(model: DINOv2, pixels: np.ndarray, steps: int = STEPS) -> Params:
-    """The encoder's parameters after STEPS of AdamW; pixels: uint8 (N, 32, 32, 3)."""
-    inks = jnp.asarray(pixels[..., 0], jnp.float32) / 255
-    projector = nn.Sequential([nn.Dense(256), nn.gelu, nn.Dense(64)])
-
-    def batch_loss(params: Params, key: jax.Array) -> jax.Array:
-        draw, distort = jax.random.split(key)
-        batch = inks[jax.random.permutation(draw, len(inks))[:BATCH]]
-        keys = jax.random.split(distort, 2 * BATCH)
-        views = jax.vmap(view)(keys, jnp.concatenate([batch, batch]))
-        rgb = jnp.repeat(views[..., None], 3, axis=-1)
-        tokens = apply(model, params["encoder"], standardise(rgb))
-        # The patches alone: they are what an alignment takes.
-        found = apply(projector, params["projector"], tokens[:, 1:].mean(1))
-        return contrast(*jnp.split(found, 2))
-
-    keys = jax.random.split(jax.random.key(SEED))
-    image, token = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, CONFIG.hidden_size))
-    params = {
-        "encoder": model.init(keys[0], image)["params"],
-        "projector": projector.init(keys[1], token)["params"],
-    }
-    adamw = functools.partial(optax.adamw, weight_decay=WEIGHT_DECAY)
-    return minimise(batch_loss, params, adamw, LEARNING_RATE, steps)["encoder"]
-
-
-def pooled_features(model: DINOv2, params: Params, pixels: np.ndarray) -> np.ndarray:
-    """Mean of the patch features of uint8 images, scaled to length 1: (N, D)."""
-    patches = patch_features(model, params, jnp.asarray(pixels), model.config.grid)
-    pooled = np.asarray(patches.mean(1))
-    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+def view(key: jax.Array, image: jax.Array) -> jax.Array:
+    """The same of an image (32, 32, 3), which is grey."""
+    return jnp.repeat(distorted(key, image[..., 0])[..., None], 3, axis=-1)
 
 
 def measure(folder: Path) -> dict[str, str]:
@@ -132,22 +82,14 @@ def measure(folder: Path) -> dict[str, str]:
     image = jnp.zeros((1, 32, 32, 3))
     untrained = model.init(jax.random.key(SEED), image)["params"]
     (train_pixels, train_labels), (pixels, labels) = map(load_digits, ("train", "test"))
-    figures = {}
+    figures: dict[str, str] = {}
     for name, describe in {
         "features": lambda x: pooled_features(model, params, x),
         "features, untrained": lambda x: pooled_features(model, untrained, x),
         "pixels, 8x8": to_8x8,
     }.items():
-        known, new = describe(train_pixels), describe(pixels)
-        for kind, classifier in {
-            "1 nearest neighbour": KNeighborsClassifier(1),
-            "5 nearest neighbours": KNeighborsClassifier(5),
-            "linear probe": make_pipeline(
-                StandardScaler(), LogisticRegression(max_iter=5000)
-            ),
-        }.items():
-            right = classifier.fit(known, train_labels).score(new, labels)
-            figures[f"{name}: {kind}"] = f"{100 * right:.2f} %"
+        right = judged(describe, (train_pixels, train_labels), (pixels, labels))
+        figures |= {f"{name}: {kind}": value for kind, value in right.items()}
     return figures
 
 
@@ -178,7 +120,9 @@ features are the mean of the 16 patch tokens, scaled to length 1:
 
 def save(pixels: np.ndarray, folder: Path) -> None:
     """Train and write the weights."""
-    FORMAT.save(folder, CONFIG, halved(train(DINOv2(CONFIG), pixels)))
+    numbers = STEPS, BATCH, LEARNING_RATE
+    params = train(DINOv2(CONFIG), pixels, *numbers, view=view, class_token=False)
+    FORMAT.save(folder, CONFIG, halved(params))
 
 
 if __name__ == "__main__":

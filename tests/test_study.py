@@ -1,0 +1,211 @@
+"""The study of methods: its images, its networks, its runner, on small made-up data."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image, ImageDraw
+
+from benchmarks.study import __main__ as study
+from benchmarks.study import data, report
+from sra2_jax.data.digits import load_digits
+from sra2_jax.weights import load_dinov2, load_vae
+from sra2_jax.weights.dinov2 import FORMAT
+from tests.conftest import one_line
+from tools import minimise, train_encoder, train_vae
+
+
+def size_of(path):
+    with Image.open(path) as picture:
+        return picture.size
+
+
+def program(monkeypatch, main, *words):
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    main()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """Folders of pictures, a few of each digit."""
+    for split in ("train", "test"):
+        images, labels = load_digits(split)
+        for i in range(60):
+            folder = tmp_path / "data" / split / str(labels[i])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_drawings(tmp_path, monkeypatch):
+    """Cut out and centred; no copies, nothing grey or tiny; an eighth held out."""
+    root = tmp_path / "packages"
+    monkeypatch.setattr(data, "unpacked", lambda package, *_: root / package)
+    for package, *_ in (data.CLIPS, data.STAMPS):
+        (root / package / "usr/share/doc" / package).mkdir(parents=True)
+        (root / package / "usr/share/doc" / package / "copyright").write_text("free")
+    for number, (name, sources) in enumerate(data.DRAWINGS.items()):
+        folder = root.joinpath(*sources[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(8 if name == "food" else 1):
+            picture = Image.new("RGBA", (300, 200))
+            draw = ImageDraw.Draw(picture)
+            draw.rectangle((20, 30, 60 + 25 * i, 90 + number), fill=(230, 20, 40))
+            picture.save(folder / f"{i}.png")
+        Image.new("RGBA", (300, 200), "grey").save(folder / "grey.png")
+        picture.save(folder / "copy.png")
+    program(monkeypatch, data.main, "drawings", f"--out={tmp_path / 'out'}")
+    found = sorted((tmp_path / "out").rglob("*.png"))
+    assert len(found) == 8 + 6 + 1  # and the contact sheet
+    assert [p.parts[-3:-1] for p in found if "test" in p.parts] == [("test", "food")]
+    with Image.open(next(p for p in found if "food" in p.parts)) as picture:
+        pixels = np.asarray(picture)
+    rows, columns = (np.flatnonzero((pixels < 250).any((2, k))) for k in (1, 0))
+    assert pixels.shape == (64, 64, 3)
+    assert abs(rows[0] + rows[-1] - 63) <= 1
+    assert abs(columns[0] + columns[-1] - 63) <= 1
+    assert max(np.ptp(rows), np.ptp(columns)) == 59
+    with one_line("exists already"):
+        program(monkeypatch, data.main, "drawings", f"--out={tmp_path / 'out'}")
+
+
+def test_held_out_crops_lie_in_a_field_of_their_own(tmp_path, monkeypatch):
+    """A photograph whose fields have a colour each: none is in both parts."""
+    monkeypatch.setattr(data, "PHOTOGRAPHS", [("package", "root", "a.png")])
+    monkeypatch.setattr(data, "CROPS", 80)
+    folder = tmp_path / "package" / "root"
+    folder.mkdir(parents=True)
+    picture = np.random.default_rng(0).integers(0, 30, (400, 800, 3), np.uint8)
+    fields = np.arange(8).reshape(2, 4).repeat(200, 0).repeat(200, 1)
+    Image.fromarray(picture + 25 * fields[..., None].astype(np.uint8)).save(
+        folder / "a.png"
+    )
+    crops = list(data.textures({"package": tmp_path / "package"}, 32))
+    assert len(crops) == 80
+    seen = {True: set(), False: set()}
+    for _, held_out, crop in crops:
+        assert crop.size == (32, 32)
+        seen[held_out].add(round((np.asarray(crop).mean() - 14.5) / 25))
+    assert len(seen[True]) == 1
+    assert not seen[True] & seen[False]
+    assert sum(held_out for _, held_out, _ in crops) == 10
+
+
+def test_a_training_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    def loss(params, key):
+        return jnp.square(params["x"] - 3).sum()
+
+    def run(kept):
+        start = {"x": jnp.arange(4.0)}
+        return minimise.minimise(loss, start, optax.adam, 0.1, 20, kept)["x"]
+
+    clock = iter(range(0, 10**6, 61))  # every step is written
+    monkeypatch.setattr(minimise.time, "monotonic", lambda: next(clock))
+    whole, real, left = run(None), minimise.whole_file, [7]
+
+    def failing(path):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError("No space left")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minimise, "whole_file", failing)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path / "state")
+    np.testing.assert_array_equal(run(tmp_path / "state"), whole)
+    (tmp_path / "state").write_bytes(b"another")
+    with one_line("cannot be gone on from"):
+        run(tmp_path / "state")
+
+
+def test_networks_of_a_folder_of_images(digits, tmp_path, monkeypatch):
+    """Both learn something in a few steps, and load as any other."""
+    folders = digits / "train", f"--held_out={digits / 'test'}", "--resolution=16"
+    steps = "--steps=20", "--batch_size=8", "--learning_rate=5e-3"
+    vae = tmp_path / "vae"
+    program(
+        monkeypatch, train_vae.main, *folders, *steps, f"--out={vae}", "--widths=8,16"
+    )
+    network, params = load_vae(str(vae))
+    assert network.config.downsample == 2
+    pixels, _ = train_vae.read_images(str(digits / "test"), "test", 16)
+    figures, rebuilt = train_vae.measure(vae, pixels)
+    black = train_vae.psnr(pixels, 0 * pixels)
+    assert train_vae.psnr(pixels, rebuilt) > black + 1
+    assert figures["images"] == "60"
+    mean, std = train_vae.encoded(network, params, pixels)
+    own = np.sqrt(mean.var() + np.square(std).mean()) * network.config.scaling_factor
+    assert own == pytest.approx(1, abs=0.1)
+    assert size_of(vae / "reconstructions.png")[0] > 200
+    with one_line("is trained already"):
+        program(monkeypatch, train_vae.main, *folders, f"--out={vae}")
+    encoder = tmp_path / "encoder"
+    small = "--width=32", "--depth=1", f"--out={encoder}"
+    program(monkeypatch, train_encoder.main, *folders, *steps, *small)
+    assert load_dinov2(str(encoder))[0].config.hidden_size == 32
+    assert "trained: 1 nearest neighbour" in (encoder / "README.md").read_text()
+
+
+PLAN = """
+config = "{config}"
+keys = {{"data.dir": "{latents}", "sampling.steps": 2, "model.depth": 1, {depths}}}
+methods = {{"SiT": {{"align.vae.enabled": False}}, "SRA 2": {{}}}}
+baseline, stages, seeds, samples = "SiT", (2,), 1, 24
+"""
+
+
+def test_a_study_stops_and_goes_on(
+    digits, latents, tiny, as_file, tmp_path, monkeypatch, capsys
+):
+    """Then the table, and curves, of all."""
+    encoder, params = load_dinov2("digits")
+    FORMAT.save(digits / "judge", encoder.config, params)
+    plan = tmp_path / "plan.py"
+    depths = "'align.teacher.teacher_depth': 1"
+    names = {"config": as_file(tiny), "latents": latents, "depths": depths}
+    plan.write_text(PLAN.format(**names))
+    out = tmp_path / "out"
+    words = plan, f"--data={digits}", f"--out={out}"
+    program(monkeypatch, study.main, *words, "--budget=0.001")
+    assert "the same command goes on" in capsys.readouterr().out
+    assert report.read(out / "scores.jsonl") == []
+    program(monkeypatch, study.main, *words)
+    assert "finished" in capsys.readouterr().out
+    rows = report.read(out / "scores.jsonl")
+    assert [(row["step"], row["method"]) for row in rows] == [(2, "SiT"), (2, "SRA 2")]
+    assert rows[1]["flops"] > rows[0]["flops"]
+    table = (out / "study.md").read_text()
+    assert f"| SRA 2 | {rows[1]['fd own']:.4g} (" in table
+    assert size_of(out / "study.png")[1] > 500
+    levels = json.loads((out / "study.json").read_text())["levels"]
+    assert levels["fd own, training images"] < rows[1]["fd own"]
+    plan.write_text(plan.read_text().replace("24", "25"))
+    with one_line("is of another plan"):
+        program(monkeypatch, study.main, *words)
+
+
+def test_all_have_equal_progress():
+    plan = study.Plan("", {}, {"a": {}, "b": {}}, "a", (10, 20), 2, 1)
+    work = list(plan.runs())
+    assert work[:4] == [(10, 0, "a"), (10, 0, "b"), (10, 1, "a"), (10, 1, "b")]
+    assert work[4:] == [(20, *rest) for _, *rest in work[:4]]
+
+
+def test_differences_hold_what_was_put_in():
+    """A shift by 1 along an axis is a distance of 1 more; none is none."""
+    draw = np.random.default_rng(0)
+    held = draw.normal(size=(500, 4))
+    noise = draw.normal(size=(2, 400, 4))
+    sets = {
+        "base": list(noise),
+        "same": list(noise),
+        "off": list(noise + np.eye(4)[0]),
+    }
+    found = report.differences(sets, "base", held)
+    assert found["same"] == (0, 0)
+    low, high = found["off"]
+    assert 0.7 < low < 1 < high < 1.4
