@@ -103,7 +103,7 @@ def measure(config: Config, rounds: int) -> list[dict[str, Any]]:
     for name, case in cases.items():
         rate = spread(images / np.array(case.seconds))
         evaluated = network_rows(case.config)
-        flops = 2.0 * network.macs(network.depth) * evaluated * rate["p50"]
+        flops = 2.0 * network.macs(network.model.depth) * evaluated * rate["p50"]
         ratio = float(np.median(np.array(case.seconds) / np.array(base)))
         row = {
             "case": f"{config.name}, {name}",

@@ -17,7 +17,7 @@ from sra2_jax.errors import Restart, UserError, explained, one_line
 from sra2_jax.fingerprint import fingerprints, kinds
 from sra2_jax.run import ASIDE, Run, digest
 from sra2_jax.runtime import AGAIN, agree
-from sra2_jax.storage import absolute, is_remote
+from sra2_jax.storage import is_remote
 
 FORMAT = 1
 # Errors that say nothing of what is on the disk: Python's, JAX's (a full device), and
@@ -66,7 +66,8 @@ class Checkpoints:
         score: Callable[[int], float] = lambda step: float("inf"),
         report: Callable[[str], None] = print,
     ) -> None:
-        self.folder = absolute(run.checkpoints)
+        remote = is_remote(run.checkpoints)
+        self.folder = run.checkpoints if remote else run.checkpoints.absolute()
         self._run, self._report = run, report
         self._saved: int | None = None  # a step that was not looked at yet
         policy: Any = None
@@ -92,7 +93,6 @@ class Checkpoints:
             },
         )
         # A bucket has no folders, but the run's config.
-        remote = is_remote(self.folder)
         self._sign = run.folder / "config.json" if remote else self.folder
         self._began = self._sign.exists()
 
@@ -107,9 +107,8 @@ class Checkpoints:
     def save(self, step: int, state: Any, unlogged: Unlogged = ()) -> None:
         """Save in the background; a step saved already is left alone.
 
-        Raises:
-          UserError: a value that is not finite, or a folder that is lost.
-          Restart: an earlier save has failed.
+        Raises UserError: a value that is not finite, or a folder that is lost; Restart:
+        an earlier save has failed.
         """
         if step == self.latest():
             return
@@ -164,8 +163,7 @@ class Checkpoints:
 
         Damaged ones, newer than that, are set aside, with a line to `report`.
 
-        Raises:
-          UserError: all are damaged, or the newest is of another model.
+        Raises UserError: all are damaged, or the newest is of another model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -199,9 +197,8 @@ class Checkpoints:
         """The state of a step, the newest by default, placed as `abstract` says: all
         of it, or, of nested dicts, that part alone; nothing else is read then.
 
-        Raises:
-          UserError: no such step, the checkpoint is of another model (the first array
-            that differs is named), or it is damaged.
+        Raises UserError: no such step, the checkpoint is of another model (the first
+        array that differs is named), or it is damaged.
         """
         steps = sorted(self._manager.all_steps())
         there = f"{self.folder} has steps {', '.join(map(str, steps)) or 'none'}"

@@ -88,7 +88,12 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     """
     name, _, shape = topology.partition(":")
     if name == "cpu" and shape.isdigit() and int(shape):
-        return _processors(int(shape)), None
+        with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
+            jax.config.update("jax_num_cpu_devices", int(shape))
+        if len(devices := jax.devices("cpu")) < int(shape):
+            have = f"this process has {len(devices)} devices"
+            raise UserError(f"--topology={topology}: {have}")
+        return devices[: int(shape)], None
     unknown, chip = f"unknown --topology={topology}", CHIPS.get(name)
     if not chip or chip.compiler == CUDA or not shape:
         raise UserError(f"{unknown}: known are {KNOWN}")
@@ -104,12 +109,3 @@ def find_devices(topology: str) -> tuple[list[Any], Chip | None]:
     with explained(unknown, f"known are {KNOWN}", jax.errors.JaxRuntimeError):
         made = topologies.get_topology_desc(topology, "tpu", **options)
     return list(made.devices), chip
-
-
-def _processors(n: int) -> list[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX runs already, with what it has
-        jax.config.update("jax_num_cpu_devices", n)
-    devices = jax.devices("cpu")
-    if len(devices) < n:
-        raise UserError(f"--topology=cpu:{n}: this process has {len(devices)} devices")
-    return devices[:n]

@@ -79,8 +79,7 @@ def set_xla_flags() -> None:
 def writable(text: str) -> Path:
     """argparse's type of a file to write at the end: it complains at the start.
 
-    Raises:
-      argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
+    Raises argparse.ArgumentTypeError: no folder to write it into, or it is a folder.
     """
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
@@ -92,8 +91,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, with its complaints in one line, no abbreviations, and the keys of
     the config as flags where a program has them.
 
-    Raises:
-      UserError: by `parse_args`, a flag that is wrong or unknown.
+    Raises UserError: by `parse_args`, a flag that is wrong or unknown.
     """
 
     def __init__(self, **named: Any) -> None:
@@ -106,9 +104,7 @@ class Parser(argparse.ArgumentParser):
         """Flags --config.KEY=VALUE, to be found in `overrides`: {key: text}."""
         self.set_defaults(overrides={})
         for name in fields(Config):
-            self.add_argument(
-                f"--config.{name}", action=_Override, default=SUPPRESS, help=SUPPRESS
-            )
+            self.add_argument(f"--config.{name}", default=SUPPRESS, help=SUPPRESS)
 
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
         """The flags. Unlike argparse's it names the flag that was meant, perhaps; and
@@ -131,6 +127,9 @@ class Parser(argparse.ArgumentParser):
             near += [f"--config.{k}" for k in fields(Config) if f"--{k}" == flag]
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             raise UserError(f"unknown flag {flag}: {hint}")
+        for name in [name for name in vars(arguments) if name.startswith("config.")]:
+            key, text = name.removeprefix("config."), vars(arguments).pop(name)
+            arguments.overrides = arguments.overrides | {key: text}
         return arguments
 
     def parse_config(self, default: str) -> tuple[argparse.Namespace, Config]:
@@ -151,14 +150,6 @@ class Parser(argparse.ArgumentParser):
                 print(f"--config.{name}={value}  {about} ({allowed(f)})")
             sys.exit()
         return arguments, config
-
-
-class _Override(argparse.Action):
-    def __call__(
-        self, parser: Any, namespace: Any, value: Any, option: str | None = None
-    ) -> None:
-        name = str(option).removeprefix("--config.")
-        namespace.overrides = namespace.overrides | {name: value}
 
 
 def add_distributed(parser: argparse.ArgumentParser) -> None:

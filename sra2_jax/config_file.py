@@ -133,30 +133,24 @@ def check_paths(config: Config, workdir: str) -> None:
             f"--workdir={workdir}: its whole path must have no [, * or ?, which Orbax "
             "takes for patterns: it would lose all checkpoints"
         )
-    data = config.data.dir or f"{workdir}/latents"
-    wanted: dict[str, tuple[str, str]] = {}  # key -> value, what it must be
+    hub = "no such folder, and no owner/name[@revision] of the Hugging Face hub"
+    file = "no such file: docs/evaluation.md says how to get it"
+    wanted = {"vae": (config.vae, hub)}  # key -> value, what is wrong with another
+    data, e = config.data.dir or f"{workdir}/latents", config.eval
     if not exists(f"{data}/latents.json"):
         if not config.data.images:
             raise no_latents(data)
         how = "no such folder; it has a sub-folder for each class; or tfds:NAME, digits"
         wanted["data.images"] = config.data.images, how
-    networks, e = {"vae": config.vae}, config.eval
-    how = "no such file: docs/evaluation.md says how to get it"
-    if e.features == "inception":
-        wanted["eval.inception"] = e.inception, how
-    if e.features == "dinov2":
-        networks["eval.dinov2"] = e.dinov2
     if e.features in ("inception", "dinov2"):
-        wanted["eval.reference"] = e.reference, how
+        wanted["eval.reference"] = e.reference, file
+        how = file if e.features == "inception" else hub
+        wanted[f"eval.{e.features}"] = getattr(e, e.features), how
     for name, section in vars(config.align).items():
         if section.enabled and getattr(section, "source", "") == "images":
-            networks[f"align.{name}.model"] = section.model
-    for name, source in networks.items():
-        if not HUB_ID.fullmatch(source):
-            how = "no such folder, and no owner/name[@revision] of the Hugging Face hub"
-            wanted[name] = source, how
+            wanted[f"align.{name}.model"] = section.model, hub
     for name, (value, how) in wanted.items():
-        if not exists(value):
+        if not exists(value) and not (how == hub and HUB_ID.fullmatch(value)):
             raise UserError(f"config.{name}={value}: {how}")
 
 

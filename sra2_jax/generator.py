@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from sra2_jax import sampler
+from sra2_jax import sampler, sharding
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError
@@ -21,14 +21,6 @@ from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.run import Run
 from sra2_jax.runtime import versions
 from sra2_jax.section import fields, parse
-from sra2_jax.sharding import (
-    batch_sharding,
-    make_mesh,
-    replicated,
-    rounded,
-    spread,
-    within,
-)
 from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
 
@@ -49,11 +41,6 @@ def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b 
     if rounding == "sit":
         return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
     return (255 * jnp.clip((images + 1) / 2, 0, 1)).astype(jnp.uint8)
-
-
-def guides(config: Config) -> bool:
-    """Whether samples are guided by the head of config.align.vae."""
-    return config.sampling.head_guidance != 1
 
 
 def _keys(config: Config, purpose: int, indices: Any) -> Array:
@@ -92,7 +79,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
         s.guidance, s.guidance_low, s.guidance_high, s.guidance_channels
     )
     head = sampler.Guidance(s.head_guidance, s.head_guidance_low, s.head_guidance_high)
-    align: Any = program.alignments["vae"] if guides(config) else None
+    align: Any = program.alignments["vae"] if s.head_guidance != 1 else None
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         keys = _keys(config, NOISE, indices)
@@ -106,7 +93,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 
         def velocity(x: Array, t: Array, y: Array) -> Any:
             network, inputs = program.running, (params["network"], x, t, y)
-            with within(mesh):
+            with sharding.within(mesh):
                 if not align:
                     return transport.velocity(apply(network, *inputs)[0], x, t)
                 output, kept, c = apply(network, *inputs, (align.depth,))
@@ -115,7 +102,9 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             early = align.velocity(early, x, t, network, transport)
             return transport.velocity(output, x, t), early
 
-        x = jax.lax.with_sharding_constraint(noise(s.steps), batch_sharding(mesh))
+        x = jax.lax.with_sharding_constraint(
+            noise(s.steps), sharding.batch_sharding(mesh)
+        )
         return sampler.sample(
             velocity,
             x,
@@ -129,7 +118,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             noise=noise,
         )
 
-    return jax.jit(run, out_shardings=batch_sharding(mesh))
+    return jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,7 @@ class Generator:
     def of(cls, program: Program, **named: Any) -> "Generator":
         """With the VAE of the config. Raises UserError: there is none."""
         vae, params = load_vae(program.config.vae)
-        params = jax.device_put(params, replicated(program.mesh))
+        params = jax.device_put(params, sharding.replicated(program.mesh))
         return cls(program, vae, params, **named)
 
     @property
@@ -160,7 +149,7 @@ class Generator:
     @property
     def batch(self) -> int:
         """Images at a time: a multiple of the devices."""
-        return rounded(self.config.sampling.batch_size, self.program.mesh.size)
+        return sharding.rounded(self.config.sampling.batch_size, self.program.mesh.size)
 
     def override(self, values: Mapping[str, Any]) -> "Generator":
         """The same with other keys of its config."""
@@ -180,7 +169,7 @@ class Generator:
     @cached_property
     def _decode(self) -> Callable[[Any, Array], tuple[Array, Array]]:
         """`_pixels` of scaled latents, the same on all devices."""
-        latents, place = self.config.latents, replicated(self.program.mesh)
+        latents, place = self.config.latents, sharding.replicated(self.program.mesh)
 
         @jax.jit
         def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
@@ -206,8 +195,8 @@ class Generator:
     def _split(self, function: Callable[..., Array], x: np.ndarray) -> np.ndarray:
         """A function of the VAE's parameters and x, whose rows the devices share."""
         mesh = self.program.mesh
-        rows = spread(x, rounded(len(x), mesh.size), mesh)
-        run = jax.jit(function, out_shardings=replicated(mesh))
+        rows = sharding.spread(x, sharding.rounded(len(x), mesh.size), mesh)
+        run = jax.jit(function, out_shardings=sharding.replicated(mesh))
         return np.asarray(run(self.vae_params, rows))[: len(x)]
 
     def __call__(
@@ -286,12 +275,12 @@ def open_run(
 
     Raises UserError: no such run, checkpoint, weights or VAE.
     """
-    program = Program(config, make_mesh())
+    program = Program(config, sharding.make_mesh())
     generator = Generator.of(program)
     path = program.weights(weights)
     held = reduce(getitem, path, vars(program.abstract))
     params = {"network": held["network"]}
-    if guides(config):
+    if config.sampling.head_guidance != 1:
         params["heads"] = {"vae": held["heads"]["vae"]}
     wanted: Any = reduce(lambda tree, name: {name: tree}, reversed(path), params)
     with Checkpoints(Run(workdir)) as checkpoints:

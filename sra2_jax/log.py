@@ -276,8 +276,7 @@ class Guard:
     """Finds updates that were skipped and losses that jump; writes them to the log's
     events, with the ids of the batch's records.
 
-    Args:
-      most_skipped: skipped updates in a row that are borne.
+    most_skipped: skipped updates in a row that are borne.
     """
 
     def __init__(self, most_skipped: int, log: Log) -> None:
@@ -292,8 +291,7 @@ class Guard:
 
         records: gives the `index` of each record of the batch.
 
-        Raises:
-          UserError: more updates skipped in a row than are borne.
+        Raises UserError: more updates skipped in a row than are borne.
         """
         if metrics["skipped"]:
             self._skip(step, metrics, records())

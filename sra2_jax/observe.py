@@ -13,13 +13,7 @@ from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.generator import Generator, describe, draw_labels, grid
 from sra2_jax.log import Log
-from sra2_jax.metrics.compare import (
-    MANIFOLD,
-    Summary,
-    compare,
-    summarise,
-    summarise_reference,
-)
+from sra2_jax.metrics import compare
 from sra2_jax.metrics.features import Features, make_features
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.report.page import write_report
@@ -38,17 +32,6 @@ NOTES = {
     "many samples can be compared. Papers print 50,000.",
 }
 NOTES["dinov2"] = NOTES["inception"]
-
-
-def _summary(
-    features: Features, batches: Iterable[np.ndarray], labels: np.ndarray, side: int
-) -> Summary:
-    """Of batches of uint8 images (n, side, side, 3), as many in all as labels."""
-    count = len(labels)
-    images = ImageSet(
-        "samples", (count, side, side, 3), lambda _: iter(batches), labels
-    )
-    return summarise(features, images, count, MANIFOLD, bar=False)
 
 
 class Observer:
@@ -77,23 +60,22 @@ class Observer:
             self.features = features
         self._levels: dict[str, float] = {}
         if e.features == "digits":
-            self._digits(features)
+            self._digits()
             return
         if e.features:
             held = open_images(e.reference, self.config.data.resolution)
-            self.reference = summarise_reference(features, held, batch, manifold=True)
+            self.reference = compare.summarise_reference(features, held, batch)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)
         means = next(batches(dataset, order))["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
 
-    def _digits(self, features: Features) -> None:
+    def _digits(self) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""
         images, labels = load_digits("test")
         columns = self.config.run.grid_columns
-        side = self.config.data.resolution
-        self.reference = _summary(features, [images], labels, side)
+        self.reference = self._summary([images], labels)
         decoded = self.generate.decode(self.generate.encode(images))
         rows = [np.flatnonzero(labels == k)[:columns] for k in self.grid_classes()]
         chosen = np.concatenate(rows)
@@ -119,14 +101,24 @@ class Observer:
                 path.write_bytes(to_png(large))
         return picture
 
+    def _summary(
+        self, batches: Iterable[np.ndarray], labels: np.ndarray
+    ) -> compare.Summary:
+        """Of batches of uint8 images, as many in all as labels."""
+        assert self.features is not None
+        count, side = len(labels), self.config.data.resolution
+        shape = count, side, side, 3
+        images = ImageSet("samples", shape, lambda _: iter(batches), labels)
+        keep = compare.MANIFOLD
+        return compare.summarise(self.features, images, count, keep, bar=False)
+
     def metrics(
         self, images: Iterable[np.ndarray], labels: np.ndarray
     ) -> dict[str, float]:
         """What batches of uint8 images score. UserError where they cannot be scored."""
         assert self.features is not None
-        side = self.config.data.resolution
-        found = _summary(self.features, images, labels, side)
-        return compare(self.features, found, self.reference, neighbours=False)
+        found = self._summary(images, labels)
+        return compare.compare(self.features, found, self.reference, neighbours=False)
 
     def grid_classes(self) -> np.ndarray:
         """The class of each row of a sample grid, spread over all classes."""

@@ -35,8 +35,7 @@ ASIDE = "damaged-"  # and the step: what a damaged checkpoint is renamed to
 class Run:
     """The folder of a run, local or remote; making the object touches nothing.
 
-    Args:
-      writes: whether this process writes; of several the first does.
+    writes: whether this process writes; of several the first does.
     """
 
     def __init__(self, folder: Any, writes: bool = True) -> None:
@@ -139,9 +138,8 @@ class Run:
 
         Of a run that goes on it prints each key of the config that has changed.
 
-        Raises:
-          UserError: its run has another value of a key that a resumed run must not
-            change, or its config cannot be read. Nothing is changed then.
+        Raises UserError: its run has another value of a key that a resumed run must not
+        change, or its config cannot be read. Nothing is changed then.
         """
         if self.steps():
             try:
@@ -184,9 +182,8 @@ class Lock:
     every 10 seconds, tells a living run from a dead one. Losing the folder (gone,
     read-only, or taken over) ends the process: status 2.
 
-    Raises:
-      UserError: another process of this machine holds it, or it cannot be made.
-      Restart: a process of another machine held it less than a minute ago.
+    Raises UserError: another process of this machine holds it, or it cannot be made;
+    Restart: a process of another machine held it less than a minute ago.
     """
 
     def __init__(self, run: Run) -> None:

@@ -200,23 +200,20 @@ def find(cls: Any, name: str) -> Field:
 
 
 def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
-    """{"section.key": value} of {"section.key": value as a text}.
+    """{"section.key": value} of {"section.key": value as a text}; a text that is no
+    such value stays one, for the section to refuse.
 
-    Raises UserError: no such key, or a value it may not have.
+    Raises UserError: no such key.
     """
-    values: dict[str, Any] = {}
-    for name, text in texts.items():
-        f = find(cls, name)
-        value: Any = None
-        if f.type is bool:
-            value = {"true": True, "false": False}.get(text.lower())
-        else:
-            with contextlib.suppress(ValueError):
-                value = f.type(text) if f.type in (int, float) else text
-                if f.type == NUMBERS:
-                    value = tuple(map(float, filter(None, text.strip("()").split(","))))
-        if value is None or not fits(f, value):
-            given = shown(text if value is None else value)
-            raise UserError(f"config.{name}={given}: {allowed(f)}")
-        values[name] = value
-    return values
+    return {name: _value(find(cls, name).type, text) for name, text in texts.items()}
+
+
+def _value(kind: Any, text: str) -> Any:
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    with contextlib.suppress(ValueError):
+        if kind == NUMBERS:
+            return tuple(map(float, filter(None, text.strip("()").split(","))))
+        if kind in (int, float):
+            return kind(text)
+    return text

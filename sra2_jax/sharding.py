@@ -70,19 +70,17 @@ def make_mesh(
     return jax.make_mesh((data, fsdp, tensor), AXES, auto, devices=devices)
 
 
-def mesh(config: config.Config) -> Mesh:
-    """The mesh of a config over all devices. Raises UserError as `make_mesh`."""
-    return make_mesh(config.mesh)
-
-
-def check_batch(config: config.Config, mesh: Mesh) -> None:
-    """Raise UserError where a batch does not divide over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def mesh(config: config.Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a config trains on. Raises UserError: as `make_mesh`, or its batch
+    does not divide over it."""
+    made = make_mesh(config.mesh, devices)
+    parts = made.shape["data"] * made.shape["fsdp"]
     if config.batch_size % (parts * config.accumulate):
         raise UserError(
             f"config.batch_size={config.batch_size} is not divisible by {parts} devices"
             f" x config.accumulate={config.accumulate}"
         )
+    return made
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -64,10 +64,8 @@ class Program:
     def network(self) -> DiT:
         """The backbone, for its shapes; `running` computes."""
         size, _, channels = self.config.latent_shape
-        settings = vars(self.config.model) | {"attention": "xla"}
-        settings["dtype"] = jnp.dtype(self.config.model.dtype)
-        classes = self.config.data.num_classes
-        return DiT(size=size, channels=channels, num_classes=classes, **settings)
+        model, classes = self.config.model, self.config.data.num_classes
+        return DiT(model, size, channels, classes, dtype=jnp.dtype(model.dtype))
 
     @cached_property
     def running(self) -> DiT:
@@ -92,17 +90,12 @@ class Program:
         return Transport(**vars(self.config.transport))
 
     @cached_property
-    def schedule(self) -> optax.Schedule:
-        """The learning rate of a step."""
-        return optimizer.schedule(self.config.optim)
-
-    @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         return optimizer.optimizer(self.config.optim)
 
     def init(self) -> State:
         """Step 0; the EMA starts as a copy of the parameters."""
-        d = self.network.width
+        d = self.config.model.width
         shapes = self.config.latent_shape, (self.network.grid**2, d), (d,)
         x, tokens, c = (jnp.zeros((1, *shape)) for shape in shapes)
         inputs = x, jnp.zeros(1), jnp.zeros(1, int)
@@ -158,9 +151,8 @@ class Program:
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
         label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
-        (B, T, d) float16. Raises UserError where it does not divide."""
+        (B, T, d) float16."""
         c = self.config
-        sharding.check_batch(c, self.mesh)
         side = c.data.resolution
         readers = (a for a in self.alignments.values() if "features" in a.fields)
         width = next((a.features(self.network) for a in readers), 0)
@@ -267,7 +259,8 @@ class Program:
         for name, align in self.alignments.items():
             weighted = align.weight_at(state.step) * metrics[f"loss_align_{name}"]
             metrics[f"ratio_align_{name}"] = weighted / metrics["loss_denoise"]
-        metrics["learning_rate"] = jnp.asarray(self.schedule(state.step), jnp.float32)
+        rate = optimizer.schedule(self.config.optim)(state.step)
+        metrics["learning_rate"] = jnp.asarray(rate, jnp.float32)
         metrics["skipped"] = 1 - finite.astype(jnp.float32)
         return State(state.step + 1, params, ema, opt_state), metrics
 
@@ -293,7 +286,7 @@ class Program:
         their forward pass, targets 1 x; what rematerialisation computes again does not
         count."""
         network, heads = self.network, self.abstract.params["heads"]
-        macs = 3 * network.macs(network.depth)
+        macs = 3 * network.macs(network.model.depth)
         macs += 3 * sum(head_macs(h, network.grid**2) for h in heads.values())
         macs += sum(a.macs(network) for a in self.alignments.values())
         return 2.0 * macs * self.config.batch_size

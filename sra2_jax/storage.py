@@ -51,10 +51,6 @@ def expand(text: str) -> str:
     raise UserError(f"{text}: buckets need more packages: pip install -e '.[gcs]'")
 
 
-def absolute(path: epath.Path) -> epath.Path:
-    return path if is_remote(path) else path.absolute()
-
-
 def patiently(action: Callable[[], Made]) -> Made:
     """Do it, again where it fails. Raises its OSError after three and a half seconds,
     if it still does."""

@@ -54,15 +54,12 @@ def frame(data: bytes) -> bytes:
 
 class Shard:
     """The records of a file, by number. A local file is read when a record is asked
-    for, a remote one is read whole at once.
-
-    starts: where the records begin, as `Shard.starts` of the same file says; found by
-    reading their lengths where not given.
+    for, a remote one is read whole at once. Lengths of all records are read first.
 
     Raises OSError: it cannot be read; Damaged.
     """
 
-    def __init__(self, path: epath.Path, starts: array[int] | None = None) -> None:
+    def __init__(self, path: epath.Path) -> None:
         self.path, self._remote, self._file = path, b"", -1
         if is_remote(path):
             self._remote = patiently(path.read_bytes)
@@ -71,7 +68,7 @@ class Shard:
             weakref.finalize(self, os.close, self._file)
             if hasattr(os, "posix_fadvise"):  # all of it will be read
                 os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_WILLNEED)
-        self.starts = starts or self._scan()
+        self._starts = self._scan()
 
     def _scan(self) -> array[int]:
         local = self._file >= 0
@@ -90,15 +87,15 @@ class Shard:
         return starts
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self._starts) - 1
 
     def size(self, number: int) -> int:
         """Bytes of a record, and 4 of its checksum."""
-        return self.starts[number + 1] - self.starts[number] - 12
+        return self._starts[number + 1] - self._starts[number] - 12
 
     def read(self, number: int, into: Any) -> None:
         """Read a record and its checksum into uint8 (size,)."""
-        start, count = self.starts[number] + 12, len(into)
+        start, count = self._starts[number] + 12, len(into)
         if self._file >= 0:
             count = os.preadv(self._file, [into], start)
         else:

@@ -2,48 +2,48 @@
 
 import itertools
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 
 from sra2_jax import runtime
 from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.chips import chip_of
 from sra2_jax.config import Config
+from sra2_jax.config_file import no_latents
 from sra2_jax.data import pipeline
+from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.data.order import Order
-from sra2_jax.data.prepare import prepare, with_statistics
-from sra2_jax.data.records import LatentsInfo, check
+from sra2_jax.data.records import ENCODE, FILE, LatentsInfo, check
 from sra2_jax.errors import RESTART, Restart, UserError, one_line
 from sra2_jax.log import Guard, Log, Profile
 from sra2_jax.observe import Observer
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch
-from sra2_jax.sharding import batch_sharding, check_batch, make_mesh
+from sra2_jax.sharding import batch_sharding, mesh
 from sra2_jax.step import Program, State, count_parameters
+from sra2_jax.storage import sha256
 
 
 def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
     """Run the whole job in `workdir`, from its newest checkpoint on if it has one.
 
-    Args:
-      watch: looks after the run; None: nobody does.
+    watch: looks after the run; None: nobody does.
 
-    Raises:
-      UserError: anything in the config, the data or the folder that a person must mend.
-      Restart: SIGTERM, with the last finished step saved; a save that failed; another
-        process that is lost. KeyboardInterrupt: Ctrl-C, as SIGTERM.
+    Raises UserError: anything in the config, the data or the folder that a person must
+    mend; Restart: SIGTERM, with the last finished step saved; a save that failed;
+    another process that is lost. KeyboardInterrupt: Ctrl-C, as SIGTERM.
     """
     watch = watch or Watch()
     run = Run(workdir, jax.process_index() == 0)
     folder = run.latents(config)
     config = with_statistics(config, folder)
-    program = Program(config, make_mesh(config.mesh))
-    check_batch(config, program.mesh)
+    program = Program(config, mesh(config))
     run.claim(config, runtime.versions())
     runtime.keep_compiled(run.compiled)
     dataset = prepare(config, folder, program.fields, watch)
@@ -83,6 +83,62 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
         log.message(f"done: {run.report}")
 
 
+def with_statistics(config: Config, folder: epath.Path) -> Config:
+    """The config with the statistics by channel of a dataset that has them, where its
+    own are not given."""
+    if config.latents.mean or not (folder / FILE).exists():
+        return config
+    info = LatentsInfo.read(folder)
+    if len(info.channel_mean) != config.latents.channels:
+        return config
+    found = {"latents.mean": info.channel_mean, "latents.std": info.channel_std}
+    return config.override(found)
+
+
+def prepare(
+    config: Config, folder: epath.Path, fields: Sequence[str], watch: Watch
+) -> dict[str, Any]:
+    """See that a run's dataset is in `folder`: encodes config.data.images where it is
+    missing.
+
+    fields: what the run reads besides latents and labels, see `batches`; watch: is told
+    of progress.
+
+    Returns what the run's run.json says of it.
+
+    Raises UserError: no dataset and no images, or one that contradicts the config.
+    """
+    if not (folder / FILE).exists():
+        if not config.data.images:
+            raise no_latents(folder)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"no latents dataset in {folder}: encode it on one machine first "
+                f"({ENCODE})"
+            )
+        encoders = [s.model for s in config.feature_readers().values()]
+        options = EncodeOptions(
+            out=str(folder),
+            vae=config.vae,
+            resolution=config.data.resolution,
+            images=config.data.images,
+            store_images="image" in fields,
+            encoder=encoders[0] if encoders else "",
+            grid=config.grid if encoders else 0,
+        )
+        encode(options, lambda count: watch.progress("start"))
+    info = LatentsInfo.read(folder)
+    check(info, folder, config, fields)
+    return {
+        "folder": str(folder),
+        "sha256": sha256(folder / FILE),
+        "num_examples": info.num_examples,
+        "scaling_factor": info.scaling_factor,
+        "mean": info.latent_mean,
+        "std": info.latent_std,
+    }
+
+
 def batches(
     config: Config, program: Program, start: int = 0, folder: Any = None
 ) -> Generator[dict[str, jax.Array]]:
@@ -90,8 +146,7 @@ def batches(
 
     folder: of the dataset, config.data.dir by default.
 
-    Raises:
-      UserError: as `data.pipeline.batches`.
+    Raises UserError: as `data.pipeline.batches`.
     """
     order, processes = Order.of(config), jax.process_count()
     process = jax.process_index()
@@ -131,8 +186,7 @@ class Loop:
     Step k is dispatched before the metrics of k - 1 are read, so the device never waits
     for the host, and all processes see a stop at the same step.
 
-    Args:
-      update: the compiled step, (state, batch) -> (state, metrics).
+    update: the compiled step, (state, batch) -> (state, metrics).
     """
 
     program: Program

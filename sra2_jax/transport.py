@@ -31,14 +31,12 @@ def coefficients(
         half = jnp.pi / 2
         cos, sin = jnp.cos(half * t), jnp.sin(half * t)
         return cos, sin, -half * sin, half * cos
-    if path == "vp":
-        spread = VP_MAX - VP_MIN
-        log_alpha = -0.25 * spread * t**2 - 0.5 * VP_MIN * t
-        d_log_alpha = -0.5 * spread * t - 0.5 * VP_MIN
-        alpha = jnp.exp(log_alpha)
-        sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
-        return alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma
-    raise ValueError(f"unknown path {path!r}")
+    spread = VP_MAX - VP_MIN
+    log_alpha = -0.25 * spread * t**2 - 0.5 * VP_MIN * t
+    d_log_alpha = -0.5 * spread * t - 0.5 * VP_MIN
+    alpha = jnp.exp(log_alpha)
+    sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
+    return alpha, sigma, alpha * d_log_alpha, -(alpha**2) * d_log_alpha / sigma
 
 
 def _time_of_noise_ratio(path: str, ratio: Array) -> Array:
@@ -117,7 +115,7 @@ class Transport(config.Transport):
         return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
 
     def towards(self, clean: Array, x_t: Array, t: Array) -> Array:
-        """Velocity dx_t/dt where E[x | x_t] is `clean`, the inverse of `data`.
+        """Velocity dx_t/dt where E[x | x_t] is `clean`.
 
         The noise is (x_t - alpha clean) / sigma, without bound as t goes to 0: there t
         counts as 1e-3, where training on "data" begins.
@@ -134,8 +132,3 @@ class Transport(config.Transport):
         alpha, sigma, d_alpha, d_sigma = self._at(t, x_t)
         denominator = sigma * (d_alpha * sigma - alpha * d_sigma)
         return (alpha * velocity - d_alpha * x_t) / denominator
-
-    def data(self, velocity: Array, x_t: Array, t: Array) -> Array:
-        """The clean sample E[x | x_t] that a velocity implies."""
-        alpha, sigma, d_alpha, d_sigma = self._at(t, x_t)
-        return (d_sigma * x_t - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)

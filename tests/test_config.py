@@ -16,7 +16,7 @@ from sra2_jax.config_align import Align
 from sra2_jax.errors import UserError
 from sra2_jax.run import Run
 from sra2_jax.section import fields, fits, parse
-from sra2_jax.sharding import check_batch, make_mesh
+from sra2_jax.sharding import make_mesh, mesh
 from sra2_jax.step import Program
 from tests.conftest import ROOT, one_line
 
@@ -170,7 +170,7 @@ def test_config_files_that_are_none(text, message, tmp_path):
 def test_mesh_refuses(tiny, changes, message):
     config = Config.of(tiny).override({"batch_size": 24} | changes)
     with pytest.raises(UserError, match=message):
-        check_batch(config, make_mesh(config.mesh))
+        mesh(config)
     assert make_mesh().shape == {"data": 8, "fsdp": 1, "tensor": 1}
 
 

@@ -188,15 +188,15 @@ def refused(path, config, run, **flags):
     [
         (
             {"model.depth": 3, "data.num_classes": 9, "eval.features": ""},
-            "--config.model.depth=2 (now 3), --config.data.num_classes=10 (now 9)",
+            "blocks.2.adaLN_modulation.1.bias is missing, (96,) expected",
         ),
         (
             {"data.num_classes": 11, "eval.features": ""},
-            "its 11 labels leave none for the null label",
+            "y_embedder.embedding_table.weight is (11, 16), (12, 16) expected",
         ),
-        ({"model.mlp_ratio": 2.0}, "--config.model.mlp_ratio=4.0 (now 2.0)"),
+        ({"model.mlp_ratio": 2.0}, "blocks.0.mlp.fc1.bias is (64,), (32,) expected"),
         ({"model.heads": 4}, "--config.model.heads=2 (now 4)"),
-        ({"align.vae.head_width": 8}, "linear_0/bias is (32,), (8,) expected"),
+        ({"align.vae.head_width": 8}, "sra2_head.0.bias is (32,), (8,) expected"),
         ({"steps": 2}, "step 3 must lie between 1 and config.steps=2"),
     ],
 )
@@ -222,7 +222,7 @@ def test_damaged_and_foreign_files(tiny, tmp_path):
     np.savez(path, a=np.array([{}], object))
     assert "fetch it again" in refused(path, tiny, run)
     np.savez(path, a=np.zeros(3, np.float32))
-    assert f"{path}: not a SiT checkpoint: " in refused(path, tiny, run)
+    assert f"{path}: no SiT of this config" in refused(path, tiny, run)
     assert "step 0" in refused(path, tiny, run, step=0)
     np.savez(path, **{"model.a": np.zeros(3), "loss.b": np.ones(3)})
     assert "loss.b and 0 more tensors are in none of" in refused(path, tiny, run)
@@ -241,7 +241,7 @@ def test_what_torch_refuses(tiny, tmp_path, monkeypatch):
         (pickle.UnpicklingError(long), "(ValueError: Unsupported global: os.system)"),
         (EOFError("Ran out of input"), "EOFError: Ran out of input"),
         ([1, 2], "expected (frozen)dict"),
-        ({"lr": 0.1}, "not a SiT checkpoint: x_embedder.proj.weight is missing"),
+        ({"lr": 0.1}, "no SiT of this config"),
     ):
 
         def load(path, answer=answer):

@@ -32,9 +32,9 @@ def test_published_forward_macs(size, grid, macs):
     config.align.vae.enabled = False
     program = describe(Config.of(config))
     network, batch = program.network, program.config.batch_size
-    assert network.macs(network.depth) / 1e9 == pytest.approx(macs, rel=3e-3)
+    assert network.macs(network.model.depth) / 1e9 == pytest.approx(macs, rel=3e-3)
     # A step is three forward passes.
-    assert program.flops() == 6 * network.macs(network.depth) * batch
+    assert program.flops() == 6 * network.macs(network.model.depth) * batch
 
 
 def test_xl_costs_what_the_paper_says():

@@ -5,6 +5,7 @@ import pytest
 
 from sra2_jax.alignment.vae import LatentAlignment
 from sra2_jax.attention import implementation
+from sra2_jax.config import Model
 from sra2_jax.config_align import AlignVAE
 from sra2_jax.config_file import SIZES
 from sra2_jax.models import shapes
@@ -16,10 +17,10 @@ def count_parameters(tree):
 
 
 def make(**changes) -> DiT:
-    fields = dict(
-        size=8, channels=3, patch_size=2, width=16, depth=2, heads=2, num_classes=5
-    )
-    return DiT(**(fields | changes))
+    fields = dict(size=8, channels=3, num_classes=5) | changes
+    own = {k: fields.pop(k) for k in list(fields) if k not in DiT.__annotations__}
+    own = dict(patch_size=2, width=16, depth=2, heads=2, remat="none") | own
+    return DiT(Model(**own), **fields)
 
 
 def inputs(model: DiT, batch: int = 2):
@@ -75,7 +76,7 @@ def test_head_parameter_counts(size, layers, final, millions):
     """The paper's 8M (B), 18M (XL) and 1M (two layers), as method.md derives them."""
     width = SIZES[size][0]
     section = AlignVAE(head_layers=layers, head_final_layer=final)
-    network = DiT(32, 4, 2, width, 12, 12, 1000)
+    network = DiT(Model(width, 12, 12), 32, 4, 1000)
     head = LatentAlignment(**vars(section)).head(network)
     count = count_parameters(
         shapes(head, jnp.zeros((1, 4, width)), jnp.zeros((1, width)))

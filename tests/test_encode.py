@@ -16,11 +16,11 @@ from sra2_jax.config import Config
 from sra2_jax.data import images, records
 from sra2_jax.data.encode import EncodeOptions, encode, main
 from sra2_jax.data.pixels import center_crop, decode_rgb
-from sra2_jax.data.prepare import with_statistics
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.sets import open_images
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.runtime import tensorflow
+from sra2_jax.train import with_statistics
 from sra2_jax.weights import load_dinov2, load_vae
 from tests.conftest import one_line
 from tests.test_pipeline import BATCH, read_all, take

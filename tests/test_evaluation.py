@@ -7,7 +7,7 @@ from sra2_jax.config import Config
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.generator import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
-from sra2_jax.metrics.features import DigitsFeatures
+from sra2_jax.metrics.features import make_features
 from sra2_jax.metrics.moments import frechet_distance, gaussian
 from sra2_jax.metrics.sets import ImageSet
 from sra2_jax.weights import load_vae
@@ -135,7 +135,7 @@ def image_set(parts, labels=None):
 
 
 def test_proxy_knows_real_digits():
-    features = DigitsFeatures()
+    features = make_features("digits", "", None, 0)
     images, labels = load_digits("test")
 
     def scores(images, labels):
@@ -162,5 +162,5 @@ def test_some_features_are_kept_evenly():
     images, _ = load_digits("test")
     parts = image_set(np.split(images, [7, 200]))
     rows = [0, 90, 180, 269, 359]
-    kept = summarise(DigitsFeatures(), parts, 0, keep=5).kept
+    kept = summarise(make_features("digits", "", None, 0), parts, 0, keep=5).kept
     np.testing.assert_allclose(kept, to_8x8(images[rows]), atol=1e-6)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.features import InceptionFeatures
+from sra2_jax.metrics.features import make_features
 from sra2_jax.models.inception import resize_bilinear
 from sra2_jax.programs import convert
 from sra2_jax.programs.verify import inception_weights, relative_error
@@ -40,7 +40,7 @@ def test_features_over_all_devices(data, file):
     """Golden values, in uneven batches: rows that fill up a batch are left out."""
     rows = np.arange(3) % 2
     mesh = make_mesh(devices=jax.devices()[:2])
-    features = InceptionFeatures(str(file), mesh, batch=4)
+    features = make_features("inception", str(file), mesh, batch=4)
     out = features(data["images"][rows])
     assert relative_error(out["pool"], data["pool3"][rows]) < 1e-4
     spatial = data["spatial7"][rows].reshape(3, -1)

@@ -8,8 +8,13 @@ from sra2_jax.data.digits import load_digits
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import neighbours
 from sra2_jax.metrics.features import make_features
-from sra2_jax.metrics.kernel import kernel_distance
-from sra2_jax.metrics.moments import InceptionScore, Moments, frechet_distance, gaussian
+from sra2_jax.metrics.moments import (
+    InceptionScore,
+    Moments,
+    frechet_distance,
+    gaussian,
+    kernel_distance,
+)
 from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import preprocess

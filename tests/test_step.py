@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax.contrib import muon
 
-from sra2_jax import sharding
+from sra2_jax import optimizer, sharding
 from sra2_jax.config import Config, Latents
 from sra2_jax.models.dit import patchify
 from sra2_jax.step import Program
@@ -191,7 +191,7 @@ def test_decay_of_the_rate(tiny, decay, halfway):
     """From step 100 over 40 steps, here 3/4 of the way; after a warm-up of 10."""
     tiny.optim.update(learning_rate=2.0, warmup_steps=10, decay=decay)
     tiny.optim.update(decay_start=100, decay_steps=40)
-    schedule = program_of(tiny).schedule
+    schedule = optimizer.schedule(Config.of(tiny).optim)
     rates = [float(schedule(step)) for step in (0, 4, 9, 100, 130, 140, 999)]
     expected = [0.2, 1.0, 2.0, 2.0, 2.0 * halfway, 0.0, 0.0]
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)

@@ -13,7 +13,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study import data, report
 from sra2_jax.data.digits import load_digits
 from sra2_jax.weights import load_dinov2, load_vae
-from sra2_jax.weights.folders import save_dinov2
+from sra2_jax.weights.dinov2 import FORMAT
 from tests.conftest import one_line
 from tools import minimise, train_encoder, train_vae
 
@@ -165,7 +165,7 @@ def test_a_study_stops_and_goes_on(
 ):
     """Then the table, and curves, of all."""
     encoder, params = load_dinov2("digits")
-    save_dinov2(digits / "judge", encoder.config, params)
+    FORMAT.save(digits / "judge", encoder.config, params)
     plan = tmp_path / "plan.py"
     depths = "'align.teacher.teacher_depth': 1"
     names = {"config": as_file(tiny), "latents": latents, "depths": depths}

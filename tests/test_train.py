@@ -24,8 +24,8 @@ from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError
 from sra2_jax.log import Log
-from sra2_jax.metrics.features import DigitsFeatures
-from sra2_jax.metrics.kernel import kernel_distance
+from sra2_jax.metrics.features import make_features
+from sra2_jax.metrics.moments import kernel_distance
 from sra2_jax.observe import Observer
 from sra2_jax.programs import sample
 from sra2_jax.run import Run
@@ -281,13 +281,14 @@ def test_samples_that_cannot_be_scored_stop_nothing(tiny):
     black = np.zeros((80, 32, 32, 3), np.uint8)
     observer = types.SimpleNamespace(
         config=Config.of(tiny),
-        features=DigitsFeatures(),
+        features=make_features("digits", "", None, 0),
         reference="not reached",
         generate=lambda *_: iter([black]),
         log=types.SimpleNamespace(message=heard.append),
         _between=lambda batches: batches,
     )
     observer.metrics = functools.partial(Observer.metrics, observer)
+    observer._summary = functools.partial(Observer._summary, observer)
     assert Observer._score(observer, 2, None) == {}
     assert "step 2: not scored: samples: 80 images, all with the same" in heard[0]
 

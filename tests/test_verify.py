@@ -1,5 +1,3 @@
-import shutil
-
 import numpy as np
 import pytest
 
@@ -26,12 +24,6 @@ def test_golden_files_pass(golden, capsys):
     assert not [x for x in lines if x.endswith("FAILED")]
     skipped = [x for x in lines if x.endswith("kind not covered yet")]
     assert len(skipped) == len(LATER)
-
-
-def test_strict_fails_on_kinds_not_covered(tmp_path, golden):
-    shutil.copy(golden / "mmdit.npz", tmp_path)
-    assert verify(tmp_path) == 0
-    assert verify(tmp_path, strict=True) == 1
 
 
 @pytest.mark.parametrize("value", [1.01, np.nan])
@@ -66,10 +58,7 @@ def test_a_lost_head_fails(tmp_path, golden, capsys):
     assert "projected" in capsys.readouterr().out
 
 
-def test_without_golden_files(tmp_path, capsys):
-    """Closed forms are checked all the same; a folder that is named must hold some."""
-    assert verify(None) == 0
-    assert "3 passed, 0 failed" in capsys.readouterr().out
+def test_without_golden_files(tmp_path):
     with pytest.raises(UserError, match="no golden"):
         verify(tmp_path)
 

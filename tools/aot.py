@@ -15,7 +15,7 @@ from sra2_jax.chips import CHIPS, Chip
 from sra2_jax.command import run_program
 from sra2_jax.config import Config
 from sra2_jax.programs import fit
-from sra2_jax.sharding import make_mesh
+from sra2_jax.sharding import mesh
 from sra2_jax.step import Program
 from tools import absent_gpu, hlo
 from tools.roofline import BANDWIDTH_SHARE, MATMUL_SHARE, estimate
@@ -41,10 +41,9 @@ def describe(
       UserError: no such topology, no compiler, or a mesh or batch that does not fit it.
     """
     devices, chip = find_devices(topology)
-    mesh = make_mesh(config.mesh, devices)
     absent = chip is CHIPS["h200"]
     attention = absent_gpu.attention(config.model) if absent else "xla"
-    program = Program(config, mesh, attention)
+    program = Program(config, mesh(config, devices), attention)
     with absent_gpu.present() if absent else contextlib.nullcontext():
         facts, compiled = fit.describe(program, topology, chip, memory_gb)
     facts |= {"program": None, "estimate": None}

@@ -77,10 +77,10 @@ def counted(config: Config, title: str) -> dict[str, Any]:
     config = of_method(config, title)
     program = describe(config)
     network, params = program.network, program.abstract.params
-    tokens, macs = network.grid**2, network.macs(network.depth)
+    tokens, macs = network.grid**2, network.macs(network.model.depth)
     extra = sum(head_macs(head, tokens) for head in params["heads"].values())
     extra += sum(a.macs(network) for a in program.alignments.values())
-    positions = tokens * network.width
+    positions = tokens * network.model.width
     heads, external = map(count_parameters, (params["heads"], program.frozen))
     return {
         "method": title,

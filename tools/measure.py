@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sra2_jax.config import Config
-from sra2_jax.sharding import make_mesh
+from sra2_jax.sharding import mesh
 from sra2_jax.step import Program
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def prepare(config: Config) -> Timed:
     Raises:
       UserError: the mesh or the batch does not fit the devices.
     """
-    program = Program(config, make_mesh(config.mesh))
+    program = Program(config, mesh(config))
     return begin(program, *compiled(program))
 
 

@@ -7,7 +7,7 @@ reads off them.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -137,9 +137,9 @@ class Subject:
         part = {"ema": {"network": abstract.ema["network"]}, "step": abstract.step}
         with Checkpoints(self.run) as checkpoints:
             state = checkpoints.restore(part)
-        network = self.program.network.clone(
-            dtype=jnp.float32, attention="xla", remat="none"
-        )
+        network = self.program.network
+        model = replace(network.model, remat="none")
+        network = network.clone(model=model, dtype=jnp.float32, attention="xla")
 
         @jax.jit
         def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
@@ -148,7 +148,7 @@ class Subject:
             noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
             x_t, _ = transport.interpolate(z, noise, t)
             _, found, _ = apply(network, params, x_t, t, y, tuple(blocks))
-            return found | {0: patchify(x_t, network.patch_size)}
+            return found | {0: patchify(x_t, network.model.patch_size)}
 
         def forward(images: Images, t: float) -> Iterator[dict[int, np.ndarray]]:
             params, size = state["ema"]["network"], min(CHUNK, len(images))

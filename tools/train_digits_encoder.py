@@ -18,8 +18,7 @@ from jax.scipy.ndimage import map_coordinates
 from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
-from sra2_jax.weights.dinov2 import load_dinov2
-from sra2_jax.weights.folders import save_dinov2
+from sra2_jax.weights.dinov2 import FORMAT, load_dinov2
 from tools.digits import run
 from tools.minimise import SEED, halved
 from tools.train_encoder import judged, pooled_features, train
@@ -123,7 +122,7 @@ def save(pixels: np.ndarray, folder: Path) -> None:
     """Train and write the weights."""
     numbers = STEPS, BATCH, LEARNING_RATE
     params = train(DINOv2(CONFIG), pixels, *numbers, view=view, class_token=False)
-    save_dinov2(folder, CONFIG, halved(params))
+    FORMAT.save(folder, CONFIG, halved(params))
 
 
 if __name__ == "__main__":

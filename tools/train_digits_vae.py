@@ -20,7 +20,7 @@ from sra2_jax.command import run_program
 from sra2_jax.data.digits import load_digits, to_8x8
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae
-from sra2_jax.weights.folders import save_vae
+from sra2_jax.weights.vae import FORMAT
 from tools import train_vae
 from tools.digits import run
 from tools.minimise import SEED, halved
@@ -111,7 +111,7 @@ def save(pixels: np.ndarray, folder: Path) -> None:
     params = train_vae.train(model, pixels, *numbers, augment=augment)
     scale = 1 / train_vae.latent_std(model, params, pixels)
     config = dataclasses.replace(CONFIG, scaling_factor=round(scale, 6))
-    save_vae(folder, config, halved(params))
+    FORMAT.save(folder, config, halved(params))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, standardise
 from sra2_jax.weights import load_dinov2
-from sra2_jax.weights.folders import save_dinov2
+from sra2_jax.weights.dinov2 import FORMAT
 from sra2_jax.weights.tree import Params
 from tools.minimise import SEED, halved, minimise
 from tools.train_vae import STATE, read_images
@@ -192,7 +192,7 @@ def main() -> None:
     model, kept = DINOv2(config), a.out / STATE
     numbers = a.steps, a.batch_size, a.learning_rate
     params = train(model, known[0], *numbers, seed=a.seed, kept=kept)
-    save_dinov2(a.out, config, halved(params))
+    FORMAT.save(a.out, config, halved(params))
     kept.unlink()
     model, params = load_dinov2(str(a.out))
     image = jnp.zeros((1, a.resolution, a.resolution, 3))

@@ -26,8 +26,8 @@ from sra2_jax.generator import grid
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae
-from sra2_jax.weights.folders import save_vae
 from sra2_jax.weights.tree import Params
+from sra2_jax.weights.vae import FORMAT
 from tools.minimise import SEED, halved, minimise
 
 # On the KL mean over latent numbers, against errors mean over pixel values. Chosen so
@@ -194,7 +194,7 @@ def main() -> None:
     params = train(model, pixels, *numbers, kl_weight=a.kl_weight, kept=kept)
     std = latent_std(model, params, pixels[:10_000])
     config = dataclasses.replace(config, scaling_factor=round(1 / std, 6))
-    save_vae(a.out, config, halved(params))
+    FORMAT.save(a.out, config, halved(params))
     kept.unlink()
     held = held[np.linspace(0, len(held) - 1, min(len(held), 1000)).astype(int)]
     figures, rebuilt = measure(a.out, held)

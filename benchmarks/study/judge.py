@@ -11,8 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sra2_jax.metrics.compare import summarise
 from sra2_jax.metrics.features import make_features
-from sra2_jax.metrics.kernel import kernel_distance
-from sra2_jax.metrics.moments import frechet_distance
+from sra2_jax.metrics.moments import frechet_distance, kernel_distance
 from sra2_jax.metrics.sets import ImageSet
 from sra2_jax.sharding import make_mesh
 from tools.train_vae import read_images

@@ -102,7 +102,7 @@ class Alignment(config_align.Alignment):
         """Mean loss over the batch, unweighted. Samples with t outside [t_min, t_max]
         count as zero: the expectation is that of 1[t in range] times the loss."""
         if self.zscore:
-            prediction, target = zscore(prediction), zscore(target)
+            prediction, target = (standardise(x, 1, 2) for x in (prediction, target))
         losses = elementwise(self.loss, prediction, target, self.beta)
         losses = losses.reshape(losses.shape[0], -1).mean(axis=1)
         return jnp.mean(losses * ((t >= self.t_min) & (t <= self.t_max)))
@@ -114,11 +114,11 @@ class MLPAlignment(config_align.MLPAlignment, Alignment):
     def head(self, network: DiT) -> nn.Module:
         """SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
         SRA: 2 back to D. With `head_final_layer` the last hidden layer returns to D."""
-        sizes = [self.head_width or 2 * network.width] * (self.head_layers - 1)
+        sizes = [self.head_width or 2 * network.model.width] * (self.head_layers - 1)
         if self.head_final_layer and sizes:
-            sizes[-1] = network.width
+            sizes[-1] = network.model.width
         features = self.features(network)
-        final = network.norm if self.head_final_layer else None
+        final = network.model.norm if self.head_final_layer else None
         return MLPHead(tuple(sizes), features, final, network.dtype)
 
 
@@ -161,10 +161,10 @@ def head_macs(shapes: Any, tokens: int) -> int:
     return sum(times[path] * x.size for path, x in kernels.items())
 
 
-def zscore(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Each sample to mean 0 and deviation 1 over all of its numbers."""
-    x = x - x.mean(axis=(1, 2), keepdims=True)
-    return x / jnp.sqrt(jnp.square(x).mean(axis=(1, 2), keepdims=True) + 1e-6)
+def standardise(x: Float[Array, "b t d"], *axes: int) -> Float[Array, "b t d"]:
+    """To mean 0 and deviation 1 over these axes."""
+    x = x - x.mean(axis=axes, keepdims=True)
+    return x / jnp.sqrt(jnp.square(x).mean(axis=axes, keepdims=True) + 1e-6)
 
 
 def elementwise(loss: str, a: Array, b: Array, beta: float) -> Array:

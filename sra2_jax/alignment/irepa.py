@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sra2_jax import config_align
-from sra2_jax.alignment.base import Arrays
+from sra2_jax.alignment.base import Arrays, standardise
 from sra2_jax.alignment.encoder import EncoderTarget
 from sra2_jax.models.dit import DiT
 
@@ -26,14 +26,8 @@ class SpatialAlignment(config_align.AlignIREPA, EncoderTarget):
     def compute_target(
         self, network: DiT, frozen: Any, ema: Any, draws: Arrays
     ) -> Array:
-        return standardise(super().compute_target(network, frozen, ema, draws))
-
-
-def standardise(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """Each channel of each image to mean 0 and deviation 1 over its tokens."""
-    x = jnp.asarray(x, jnp.float32)
-    x = x - x.mean(axis=1, keepdims=True)
-    return x / jnp.sqrt(jnp.square(x).mean(axis=1, keepdims=True) + 1e-6)
+        features = super().compute_target(network, frozen, ema, draws)
+        return standardise(jnp.asarray(features, jnp.float32), 1)
 
 
 class ConvHead(nn.Module):

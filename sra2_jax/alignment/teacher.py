@@ -1,5 +1,6 @@
 """SRA (arXiv 2505.02831): a later block of the EMA network at a lower noise level."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
     reference_linear = "linear{next}"
 
     def features(self, network: DiT) -> int:
-        return network.width
+        return network.model.width
 
     def teacher_times(
         self, t: Float[Array, " b"], u: Float[Array, " b"]
@@ -46,7 +47,8 @@ class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
         params["blocks"] = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
         inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
         # Its final layer is not asked for and compiled away.
-        teacher = network.clone(depth=depth, remat="none")
+        model = replace(network.model, depth=depth, remat="none")
+        teacher = network.clone(model=model)
         _, kept, _ = apply(teacher, params, *inputs, (depth,))
         return kept[depth]
 

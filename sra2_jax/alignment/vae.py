@@ -28,7 +28,7 @@ class LatentAlignment(config_align.AlignVAE, MLPAlignment):
         return "the velocity" if self.target == "velocity" else "the same latents"
 
     def features(self, network: DiT) -> int:
-        return network.patch_size**2 * network.channels
+        return network.model.patch_size**2 * network.channels
 
     def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
         if self.target == "velocity":
@@ -41,13 +41,13 @@ class LatentAlignment(config_align.AlignVAE, MLPAlignment):
     def compute_target(
         self, network: DiT, frozen: Any, ema: Any, draws: Arrays
     ) -> Array:
-        return patchify(draws[f"latent_{self.target}"], network.patch_size)
+        return patchify(draws[f"latent_{self.target}"], network.model.patch_size)
 
     def velocity(
         self, tokens: Array, x_t: Array, t: Array, network: DiT, transport: Any
     ) -> Array:
         """dx_t/dt, shaped like x_t (B, h, w, c), that the head's tokens mean."""
-        predicted = unpatchify(tokens, network.patch_size)
+        predicted = unpatchify(tokens, network.model.patch_size)
         if self.target == "velocity":
             return predicted
         return transport.towards(predicted, x_t, t)

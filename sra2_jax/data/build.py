@@ -24,13 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 import sra2_jax
+from sra2_jax import tfrecord
 from sra2_jax.data import records
 from sra2_jax.data.options import Options
 from sra2_jax.data.order import permutation
 from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import VAEConfig
 from sra2_jax.storage import sha256, write_whole
-from sra2_jax.tfrecord import frame
 from sra2_jax.weights import read_statistics
 
 UNREADABLE, LOCK, FACTS = "unreadable.txt", "lock", "facts-*.json"
@@ -78,12 +78,13 @@ class ShardWriter:
     def write(
         self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
     ) -> None:
-        """Append one record, see `records.serialize`; `arrays` are made float16.
+        """Append one record: the label, the index in the source, `arrays` (see
+        `LatentsInfo.arrays`), made float16, and the PNG of the crop where it is stored.
 
         Raises UserError: numbers that float16 does not hold.
         """
         with np.errstate(over="ignore"):
-            halves = {name: x.astype(np.float16) for name, x in arrays.items()}
+            halves = {name: x.astype("<f2") for name, x in arrays.items()}
         for name, x in halves.items():
             if not np.isfinite(x).all():
                 raise UserError(
@@ -91,8 +92,11 @@ class ShardWriter:
                     "float16: encode it with --dtype=float32, or check the weights"
                 )
         shard = self.shard(index)
-        record = records.serialize(label=label, index=index, image=image, **halves)
-        self._files[shard].write(frame(record))
+        texts = {name: x.tobytes() for name, x in halves.items()}
+        if image is not None:
+            texts["image"] = image
+        record = tfrecord.serialize({"label": label, "index": index, **texts})
+        self._files[shard].write(tfrecord.frame(record))
         mean, std = (halves[name].astype(np.float64) for name in records.MOMENTS)
         sums, facts = np.stack([mean, mean**2 + std**2]).sum((1, 2)), self.facts[shard]
         if facts.records:
@@ -173,7 +177,10 @@ class Build:
             made_with = {**made_with, "statistics": text}
         self.folder = self.out.absolute().parent / f".{self.out.name}.incomplete"
         self._made_with = {**made_with, "order": "shuffled"}
-        self._versions = _versions()
+        packages = ("jax", "flax", "pillow")
+        self._versions = {"sra2_jax": sra2_jax.__version__}
+        self._versions |= {name: importlib.metadata.version(name) for name in packages}
+        self._begun = self._made_with | self._versions  # what goes on is of the same
 
     def complete(self) -> bool:
         """Whether the dataset is there already, and nothing else."""
@@ -191,16 +198,16 @@ class Build:
 
     def finished(self) -> dict[int, Facts]:
         """Facts of the finished shards, of all processes, by number."""
-        found, wanted = {}, {**self._made_with, **self._versions}
+        found = {}
         for path in self.folder.glob(FACTS):
             # Without the shard's file, or cut off by a crash, it is not finished.
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 fields = json.loads(path.read_text())
                 there = fields.pop("made_with", {})
-                if there != wanted:
+                if there != self._begun:
                     raise UserError(
                         f"{self.folder}: begun with other options: use those, or "
-                        f"remove it ({_differences(there, wanted)})"
+                        f"remove it ({_differences(there, self._begun)})"
                     )
                 shard, facts = int(path.stem.removeprefix("facts-")), Facts(**fields)
                 if self._path(shard).stat().st_size == facts.bytes:
@@ -236,30 +243,21 @@ class Build:
             total=total, initial=total - missing, delay=10, mininterval=10, unit="image"
         ) as bar:
             for start in range(0, len(left), at_once):
-                group = left[start : start + at_once]
-                with self._writing(shard_of, group) as writer:
-                    for count in write(writer, listed(group)):
-                        bar.update(count)
+                group, done = left[start : start + at_once], self.finished()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    with writing(self.folder, options.split, shard_of, group) as writer:
+                        writer.skipped = sum(len(f.unreadable) for f in done.values())
+                        for count in write(writer, listed(group)):
+                            bar.update(count)
+                finally:
+                    with contextlib.suppress(OSError):  # it is not empty
+                        self.folder.rmdir()
+                for shard, facts in writer.facts.items():
+                    row = {"made_with": self._begun} | dataclasses.asdict(facts)
+                    path = self.folder / FACTS.replace("*", f"{shard:05d}")
+                    write_whole(path, json.dumps(row) + "\n")
         return self._finish(fields)
-
-    @contextlib.contextmanager
-    def _writing(
-        self, shard_of: np.ndarray, group: Sequence[int]
-    ) -> Iterator[ShardWriter]:
-        """A writer of the group's shards; they are finished when it ends well."""
-        options, done = self.options, self.finished().values()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with writing(self.folder, options.split, shard_of, group) as writer:
-                writer.skipped = sum(len(facts.unreadable) for facts in done)
-                yield writer
-        finally:
-            with contextlib.suppress(OSError):  # it is not empty
-                self.folder.rmdir()
-        made_with = {"made_with": {**self._made_with, **self._versions}}
-        for shard, facts in writer.facts.items():
-            text = json.dumps(made_with | dataclasses.asdict(facts)) + "\n"
-            write_whole(self.folder / FACTS.replace("*", f"{shard:05d}"), text)
 
     def _finish(self, fields: dict[str, Any]) -> records.LatentsInfo | None:
         """Complete the dataset if every shard is finished, else None."""
@@ -341,9 +339,3 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         for key in dict.fromkeys([*now, *there])
         if there.get(key) != now.get(key)
     )
-
-
-def _versions() -> dict[str, str]:
-    packages = ("jax", "flax", "pillow")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"sra2_jax": sra2_jax.__version__, **found}

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from sra2_jax.config_file import HUB_ID
-from sra2_jax.errors import UserError, explained
+from sra2_jax.errors import UserError
+from sra2_jax.weights.files import from_hub
 
 LISTING = "dataset.json"
 SAVED = "state.json"  # of datasets' save_to_disk
@@ -61,24 +61,10 @@ def fetch(source: str, inside: str, labels: str) -> tuple[str, Path]:
     path = Path(source).expanduser()
     if path.exists():
         return source, path
-    hub_id = HUB_ID.fullmatch(source)
-    if hub_id is None:
-        raise UserError(f"{source}: no such file or folder, and not a hub id either")
-    from huggingface_hub import errors, snapshot_download
-
-    advice = "check the name, the network and HF_HUB_OFFLINE"
-    with explained(f"{source}: not from the hub", advice):
-        get = functools.partial(
-            snapshot_download,
-            hub_id["repo"],
-            revision=hub_id["revision"],
-            allow_patterns=[f"{inside.rstrip('/')}/**", labels] if inside else None,
-        )
-        try:
-            path = Path(get(repo_type="dataset"))
-        except (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError):
-            path = Path(get())
-    return f"{hub_id['repo']}@{path.name}", path
+    wanted = [f"{inside.rstrip('/')}/**", labels] if inside else None
+    advice = "give a file, a folder or owner/name[@revision]"
+    path = from_hub(source, advice, wanted, ("dataset", "model"))
+    return f"{source.partition('@')[0]}@{path.name}", path
 
 
 def open_latents(source: Path, split: str, labels: Path | None = None) -> Latents:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,20 +34,14 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches start_step, start_step + 1, ...
 
-    Args:
-      folder: dataset of latents, local or gs://.
-      start_step: batches to skip; nothing is read for that.
-      fields: "image" and "features", to read them as well, in the same order.
-      process_count: divides the batch, whose rows follow from order and step alone.
+    folder: dataset of latents, local or gs://; start_step: batches to skip, of which
+    nothing is read; fields: "image" and "features", to read them as well, in the same
+    order; process_count: divides a batch, whose rows follow from order and step alone.
 
-    Returns:
-      An endless iterator of `mean`, `std` (local_B, h, w, c) float16, not scaled,
-      `label` (local_B,) int32, `index` (local_B,) int64, and as asked for `image`
-      (local_B, R, R, 3) uint8, `features` (local_B, tokens, width) float16.
+    Returns an endless iterator of what `records.read` gives, latents not scaled.
 
-    Raises:
-      UserError: at once, a split, a field or shards that do not fit; while iterating, a
-        record that cannot be read.
+    Raises UserError: at once, a split, a field or shards that do not fit; while
+    iterating, a record that cannot be read.
     """
     info = records.LatentsInfo.read(folder)
     records.check_fields(info, folder, fields)
@@ -68,18 +61,14 @@ def batches(
                 "when it was encoded; copy it again or encode again"
             )
 
-    starts: dict[int, array[int]] = {}  # of the records of each shard, once known
-
-    def open_shard(number: int) -> Shard:
-        shard = Shard(paths[number], starts.get(number))
-        starts[number] = shard.starts
-        return shard
+    local = order.batch_size // process_count
+    own = slice(process_index * local, (process_index + 1) * local)
 
     def read(parts: Sequence[Part]) -> dict[str, np.ndarray]:
-        places = [(opened, *row) for opened, own in parts for row in own.tolist()]
+        places = [(opened, *row) for opened, part in parts for row in part.tolist()]
         rows, shard = [], 0
         try:
-            for opened, shard, number in places:
+            for opened, shard, number in places[own]:
                 rows.append((opened[shard].result(), number))
             return records.read(rows, info, fields)
         except (Damaged, OSError) as error:
@@ -90,18 +79,16 @@ def batches(
             ) from error
 
     def generate() -> Iterator[dict[str, np.ndarray]]:
-        local = order.batch_size // process_count
         pool = ThreadPoolExecutor(4, thread_name_prefix="shards")
 
         def opened(rows: np.ndarray) -> Part:
             needed = np.unique(rows[:, 0]).tolist()
-            return {s: pool.submit(open_shard, s) for s in needed}, rows
+            return {s: pool.submit(Shard, paths[s]) for s in needed}, rows
 
         rows = order.blocks(shards.records, start_step)
-        own = _own(rows, local, process_index, process_count)
         # A block's shards are opened while those of the one before are read.
-        blocks = (block for block, _ in itertools.pairwise(map(opened, own)))
-        groups = _regrouped(blocks, local)
+        blocks = (block for block, _ in itertools.pairwise(map(opened, rows)))
+        groups = _regrouped(blocks, order.batch_size)
         try:
             for _, batch in in_threads(read, groups, THREADS, THREADS):
                 yield batch
@@ -109,17 +96,6 @@ def batches(
             pool.shutdown(wait=False, cancel_futures=True)
 
     return generate()
-
-
-def _own(
-    blocks: Iterable[np.ndarray], local: int, index: int, count: int
-) -> Iterator[np.ndarray]:
-    """The rows of a process of `count`: `local` ones of each global batch."""
-    at = 0
-    for rows in blocks:
-        process = np.arange(at, at + len(rows)) // local % count
-        at += len(rows)
-        yield rows[process == index]
 
 
 def _regrouped(blocks: Iterable[Part], size: int) -> Iterator[list[Part]]:

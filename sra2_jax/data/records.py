@@ -207,17 +207,6 @@ def shard_path(
     return epath.Path(folder) / f"latents-{split}.tfrecord-{shard:05d}-of-{shards:05d}"
 
 
-def serialize(
-    label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
-) -> bytes:
-    """One record: the label, the index in the source, float16 `arrays` (see
-    `LatentsInfo.arrays`), and the PNG of the crop where it is stored."""
-    texts = {k: np.ascontiguousarray(x, "<f2").tobytes() for k, x in arrays.items()}
-    if image is not None:
-        texts["image"] = image
-    return tfrecord.serialize({"label": label, "index": index, **texts})
-
-
 def read(
     rows: Sequence[tuple[Shard, int]], info: LatentsInfo, fields: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:

@@ -11,15 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sra2_jax.errors import UserError
-from sra2_jax.metrics import METRICS
+from sra2_jax.metrics import METRICS, moments
 from sra2_jax.metrics.features import Features
-from sra2_jax.metrics.kernel import kernel_distance
-from sra2_jax.metrics.moments import (
-    Gaussian,
-    InceptionScore,
-    Moments,
-    frechet_distance,
-)
 from sra2_jax.metrics.sets import ImageSet
 
 MANIFOLD = 10_000  # reference images whose features precision and recall use, as ADM
@@ -31,7 +24,7 @@ class Summary:
 
     name: str  # for messages
     count: int | None
-    gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial" features
+    gaussians: dict[str, moments.Gaussian]  # of "pool" and perhaps "spatial" features
     kept: np.ndarray | None = None  # pool features (n, D), for all but Gaussians
     inception_score: float | None = None
     accuracy: float | None = None
@@ -51,13 +44,13 @@ def summarise(
 
     Raises UserError: too few images, features that are not finite or all the same.
     """
-    moments: dict[str, Moments] = {}
-    score, seen, kept, predicted = InceptionScore(), 0, [], []
+    sums: dict[str, moments.Moments] = {}
+    score, seen, kept, predicted = moments.InceptionScore(), 0, [], []
     chosen = evenly(len(images), keep)
     for part in watched(images.batches(batch), len(images), images.name, bar):
         outputs = features(part)
         for kind in outputs.keys() & {"pool", "spatial"}:
-            moments.setdefault(kind, Moments(images.name)).add(outputs[kind])
+            sums.setdefault(kind, moments.Moments(images.name)).add(outputs[kind])
         if "probabilities" in outputs:
             score.add(outputs["probabilities"])
         if "predicted" in outputs and images.labels is not None:
@@ -68,7 +61,7 @@ def summarise(
     return Summary(
         images.name,
         seen,
-        {kind: (m.mean, m.cov()) for kind, m in moments.items()},
+        {kind: (m.mean, m.cov()) for kind, m in sums.items()},
         np.concatenate(kept) if keep else None,
         score.value() if "probabilities" in outputs else None,
         float(np.mean(np.concatenate(predicted) == images.labels))
@@ -88,13 +81,10 @@ def watched(
             yield part
 
 
-def summarise_reference(
-    features: Features, reference: ImageSet, batch: int, manifold: bool
-) -> Summary:
-    """The reference's own statistics where it brings them, else those of its images.
-
-    manifold: also run the network over its images (at most MANIFOLD of them, evenly
-    spaced, where they are many) for precision and recall, if it has images.
+def summarise_reference(features: Features, reference: ImageSet, batch: int) -> Summary:
+    """The reference's own statistics where it brings them, else those of its images;
+    and of its images, if it has any, the features of at most MANIFOLD, evenly spaced,
+    for precision, recall and the kernel distance.
 
     Raises UserError: statistics of other features than `features` gives, or unusable
     images.
@@ -106,9 +96,9 @@ def summarise_reference(
             f"{features.kind}: give --features={made_with} or another reference"
         )
     own = Summary(reference.name, None, reference.gaussians)
-    if own.gaussians and not (manifold and len(reference)):
+    if own.gaussians and not len(reference):
         return own
-    found = summarise(features, reference, batch, MANIFOLD if manifold else 0)
+    found = summarise(features, reference, batch, MANIFOLD)
     return replace(own, kept=found.kept) if own.gaussians else found
 
 
@@ -124,13 +114,13 @@ def compare(
     ours, theirs = samples.gaussians, reference.gaussians
     for kind, name in (("pool", features.distance), ("spatial", "sfid")):
         if kind in ours and kind in theirs:
-            found[name] = frechet_distance(*ours[kind], *theirs[kind])
+            found[name] = moments.frechet_distance(*ours[kind], *theirs[kind])
     if samples.kept is not None and reference.kept is not None:
         if neighbours:
             from sra2_jax.metrics.neighbours import precision_recall  # takes seconds
 
             precision, recall = precision_recall(reference.kept, samples.kept)
             found |= {"precision": precision, "recall": recall}
-        found["kernel_distance"] = kernel_distance(reference.kept, samples.kept)
+        found["kernel_distance"] = moments.kernel_distance(reference.kept, samples.kept)
     ordered = ((name, found.get(name)) for name in METRICS)
     return {name: value for name, value in ordered if value is not None}

@@ -1,7 +1,4 @@
-"""FID's distance, Inception Score, and the statistics they need, batch by batch."""
-
-from collections import defaultdict
-from typing import Any
+"""FID's distance, Inception Score, kernel distance, and the statistics they need."""
 
 import numpy as np
 import scipy.linalg
@@ -72,12 +69,12 @@ class Moments:
 def check_gaussian(mean: np.ndarray, cov: np.ndarray) -> None:
     """See that a mean is (D,), its covariance (D, D), symmetric, and both finite.
 
-    Raises UserError: they are not; it names no file.
+    Raises ValueError: they are not.
     """
     fits = mean.ndim == 1 and mean.size and cov.shape == (mean.size, mean.size)
     finite = fits and np.isfinite(mean).all() and np.isfinite(cov).all()
     if not finite or np.abs(cov - cov.T).max() > ROUNDING * np.abs(cov).max():
-        raise UserError(
+        raise ValueError(
             f"mean {mean.shape} and covariance {cov.shape}: finite numbers (D,) and "
             "(D, D), symmetric, expected"
         )
@@ -128,10 +125,8 @@ class InceptionScore:
 
     def __init__(self, split: int = 5000) -> None:
         self._split, self._seen = split, 0
-        # of each split
-        self._counts: dict[int, int] = defaultdict(int)
-        self._totals: dict[int, Any] = defaultdict(float)
-        self._entropies: dict[int, float] = defaultdict(float)
+        # of each split the sum of probabilities (K,), then of entropies, then the count
+        self._sums: dict[int, np.ndarray] = {}
 
     def add(self, probabilities: np.ndarray) -> None:
         """Take the probabilities (n, K) of the next n images; 0 log 0 is 0."""
@@ -140,15 +135,47 @@ class InceptionScore:
         self._seen += len(probabilities)
         for split in np.unique(splits).tolist():
             part = probabilities[splits == split]
-            self._counts[split] += len(part)
-            self._totals[split] += part.sum(axis=0)
-            self._entropies[split] += entr(part).sum()
+            sums = np.append(part.sum(axis=0), [entr(part).sum(), len(part)])
+            self._sums[split] = self._sums.get(split, np.zeros(len(sums))) + sums
 
     def value(self) -> float:
         """The score of the images so far, at least one."""
         # The mean divergence is the entropy of the mean less the mean entropy.
-        scores = [
-            np.exp(entr(self._totals[k] / n).sum() - self._entropies[k] / n)
-            for k, n in self._counts.items()
-        ]
-        return float(np.mean(scores))
+        means = [sums[:-1] / sums[-1] for sums in self._sums.values()]
+        return float(np.mean([np.exp(entr(m[:-1]).sum() - m[-1]) for m in means]))
+
+
+def kernel_distance(
+    reference: np.ndarray, samples: np.ndarray, block: int = 1000
+) -> float:
+    """The unbiased squared maximum mean discrepancy of k(x, y) = (x.y / D + 1)^3.
+
+    The mean over blocks of at most `block` features of either set, (N, D) and (M, D),
+    drawn without replacement in a fixed order; about 0 for sets of one distribution,
+    below it by chance. Unlike Fréchet distances it does not fall with the sets' size.
+
+    Raises UserError: a set with fewer than two.
+
+    Source: Bińkowski et al. 2018 (arXiv 1801.01401), eq. 4, and its kernel; torch's
+    codes draw 100 blocks of 1,000 with replacement.
+    """
+    least = min(len(reference), len(samples))
+    if least < 2:
+        raise UserError("the kernel distance needs at least 2 images in each set")
+    size = min(block, least)
+    draw = np.random.default_rng(0)
+    orders = [draw.permutation(len(x)) for x in (reference, samples)]
+    values = []
+    for start in range(0, least - size + 1, size):
+        x, y = (
+            features[order[start : start + size]].astype(np.float64)
+            for features, order in zip((reference, samples), orders, strict=True)
+        )
+        within = [(kernel.sum() - np.trace(kernel)) for kernel in (_k(x, x), _k(y, y))]
+        pairs = size * (size - 1)
+        values.append(sum(within) / pairs - 2 * _k(x, y).mean())
+    return float(np.mean(values))
+
+
+def _k(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (x @ y.T / x.shape[1] + 1) ** 3

@@ -1,23 +1,13 @@
 """Precision and recall of a set of features by nearest neighbours."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import pairwise_distances_chunked
 
 from sra2_jax.errors import UserError
 
 MEMORY = 256  # MiB of distances at a time
-
-
-def _radii(points: np.ndarray, k: int) -> np.ndarray:
-    """Distances (N,) to the k-th nearest other point."""
-
-    def farthest(distances: np.ndarray, _: int) -> np.ndarray:
-        return np.partition(distances, k)[:, k]  # the nearest is the point itself
-
-    parts = pairwise_distances_chunked(
-        points, reduce_func=farthest, working_memory=MEMORY
-    )
-    return np.concatenate([*parts])
 
 
 def precision_recall(
@@ -38,7 +28,14 @@ def precision_recall(
     """
     if min(len(reference), len(samples)) <= k:
         raise UserError(f"precision and recall need more than {k} images in each set")
-    real, fake = _radii(reference, k), _radii(samples, k)
+
+    def radii(points: np.ndarray) -> np.ndarray:
+        # The nearest is the point itself.
+        farthest = lambda distances, _: np.partition(distances, k)[:, k]  # noqa: E731
+        how: Any = {"reduce_func": farthest, "working_memory": MEMORY}
+        return np.concatenate([*pairwise_distances_chunked(points, **how)])
+
+    real, fake = radii(reference), radii(samples)
     precise, recalled = np.zeros(len(samples), bool), np.zeros(0, bool)
     for rows in pairwise_distances_chunked(reference, samples, working_memory=MEMORY):
         own = real[len(recalled) :][: len(rows)]

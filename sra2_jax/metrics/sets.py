@@ -21,7 +21,7 @@ from etils import epath
 
 from sra2_jax.data import images as sources
 from sra2_jax.data.pixels import center_crop, decode_rgb
-from sra2_jax.errors import UserError, one_line
+from sra2_jax.errors import UserError, explained
 from sra2_jax.metrics.moments import Gaussian, check_gaussian
 from sra2_jax.storage import whole_file
 
@@ -90,12 +90,9 @@ def _decoded(
     """A set of `count` entries; without a resolution all are of the first one's."""
 
     def load(entry: sources.Entry) -> np.ndarray:
-        try:
+        with explained(f"{spec}: {entry.name} cannot be used"):
             image = entry.load()
             return center_crop(image, resolution) if resolution else image
-        except Exception as error:  # Pillow raises nearly anything
-            line = f"{spec}: {entry.name} cannot be used ({one_line(error)})"
-            raise UserError(line) from error
 
     side = resolution or len(load(next(iter(entries()))))
 
@@ -132,15 +129,13 @@ def _folder(folder: Path, resolution: int | None) -> ImageSet:
 @contextlib.contextmanager
 def _opened(spec: str) -> Iterator[Any]:
     """An .npz to read; whatever is found wrong while it is open becomes a UserError."""
-    try:
-        file = epath.Path(spec).open("rb")
-        with file, np.load(file, allow_pickle=False) as archive:
-            yield archive
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds
-        raise UserError(
-            f"{spec}: no whole .npz in ADM's format ({one_line(error)}): give one, a "
-            "folder of images, tfds:NAME[:SPLIT] or digits"
-        ) from error
+    advice = "give one, a folder of images, tfds:NAME[:SPLIT] or digits"
+    with (
+        explained(f"{spec}: no whole .npz in ADM's format", advice),
+        epath.Path(spec).open("rb") as file,
+        np.load(file, allow_pickle=False) as archive,
+    ):
+        yield archive
 
 
 def _image_shape(member: IO[bytes]) -> Shape:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from sra2_jax.config import Model
 from sra2_jax.sharding import BATCH, constrain
 
 XAVIER = nn.initializers.xavier_uniform()
@@ -68,11 +69,10 @@ def dense(
     return nn.Dense(size, bias, dtype=module.dtype, kernel_init=init, name=name)
 
 
-def hidden_width(width: int, ratio: float, mlp: str) -> int:
+def hidden_width(model: Model) -> int:
     """Hidden channels of a block's perceptron; of SwiGLU 2/3, as LightningDiT."""
-    # The ratio may come from hidden / width of a checkpoint, off by rounding.
-    hidden = int(width * ratio + 1e-6)
-    return int(2 / 3 * hidden) if mlp == "swiglu" else hidden
+    hidden = int(model.width * model.mlp_ratio + 1e-6)  # the ratio may be rounded
+    return int(2 / 3 * hidden) if model.mlp == "swiglu" else hidden
 
 
 def block_macs(tokens: int, width: int, hidden: int, matrices: int = 2) -> int:
@@ -116,40 +116,34 @@ class SplitDense(nn.Module):
 class Block(nn.Module):
     """Transformer block with adaLN-Zero conditioning (DiT), attributes as of `DiT`."""
 
-    heads: int
-    mlp_ratio: float
+    model: Model
     attention: Literal["xla", "cudnn"]
     dtype: Any
-    norm: Literal["layer", "rms"]
-    qk_norm: Literal["none", "rms", "layer"]
-    mlp: Literal["gelu", "swiglu"]
-    rope: bool
-    shift: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        b, t, d = x.shape
+        m, (b, t, d) = self.model, x.shape
         # In x's type: 1 + scale would lose half of scale's digits in bf16.
-        n = 6 if self.shift else 4
+        n = 6 if m.shift else 4
         modulation = dense(self, n * d, "modulation", ZEROS)(nn.silu(c))
         modulation = constrain(modulation.astype(x.dtype), BATCH, None)
         parts: list[Any] = jnp.split(modulation, n, axis=-1)
-        if not self.shift:
+        if not m.shift:
             parts = [None, *parts[:2], None, *parts[2:]]
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
 
-        qkv = SplitDense(3, (self.heads, d // self.heads), self.dtype, name="qkv")
-        q, k, v = qkv(modulate(normalised(x, self.norm, "norm1"), shift1, scale1))
+        qkv = SplitDense(3, (m.heads, d // m.heads), self.dtype, name="qkv")
+        q, k, v = qkv(modulate(normalised(x, m.norm, "norm1"), shift1, scale1))
         q, k = self._placed(q, "q_norm"), self._placed(k, "k_norm")
         mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
         mixed = checkpoint_name(mixed, "attention")
         mixed = dense(self, d, "attention_out")(mixed.reshape(b, t, d))
         x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
 
-        y = modulate(normalised(x, self.norm, "norm2"), shift2, scale2)
-        width = hidden_width(d, self.mlp_ratio, self.mlp)
+        y = modulate(normalised(x, m.norm, "norm2"), shift2, scale2)
+        width = hidden_width(m)
         # Saved for the backward pass are inputs alone, the rest is computed again.
-        if self.mlp == "swiglu":
+        if m.mlp == "swiglu":
             gate, hidden = SplitDense(2, (width,), self.dtype, name="gated_in")(y)
             hidden = jax.checkpoint(lambda gate, x: nn.silu(gate) * x)(gate, hidden)
             hidden = dense(self, d, "gated_out")(hidden)
@@ -161,11 +155,11 @@ class Block(nn.Module):
     def _placed(self, x: Array, name: str) -> Array:
         """Queries or keys (B, T, H, D / H), normalised, then turned; in float32."""
         kind = jnp.promote_types(x.dtype, jnp.float32)
-        if self.qk_norm == "rms":
+        if self.model.qk_norm == "rms":
             x = nn.RMSNorm(dtype=kind, name=name)(x)
-        if self.qk_norm == "layer":
+        if self.model.qk_norm == "layer":
             x = nn.LayerNorm(1e-5, kind, use_fast_variance=False, name=name)(x)
-        x = rotate(x.astype(kind)) if self.rope else x
+        x = rotate(x.astype(kind)) if self.model.rope else x
         return x.astype(self.dtype)
 
 

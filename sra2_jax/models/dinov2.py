@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from sra2_jax.errors import UserError
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.block import block_macs, dense
 from sra2_jax.models.dit import patchify
@@ -33,8 +32,6 @@ class DINOv2Config:
 
     `image_size` is that of the position table. The mask token is used by DINOv2's
     training alone; it is here so that files keep all of their tensors.
-
-    Raises UserError: numbers that make no network.
     """
 
     hidden_size: int = 768
@@ -46,19 +43,6 @@ class DINOv2Config:
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     use_mask_token: bool = True
-
-    def __post_init__(self) -> None:
-        width, heads, patch = (
-            self.hidden_size,
-            self.num_attention_heads,
-            self.patch_size,
-        )
-        counts = width, heads, patch, self.num_hidden_layers, self.mlp_ratio
-        if min(counts) < 1 or width % heads or self.image_size < patch:
-            raise UserError(
-                f"{self}: counts must be above 0, num_attention_heads divide "
-                "hidden_size, image_size be at least patch_size"
-            )
 
     @property
     def grid(self) -> int:
@@ -171,15 +155,11 @@ class DINOv2(nn.Module):
         """Tokens of the last layer after its norm, the class token first.
 
         pixels: (B, H, W, 3) as `preprocess` returns them. Returns float32
-        (B, 1 + H/p * W/p, hidden_size), row-major.
-
-        Raises ValueError: patch_size p does not divide H or W.
+        (B, 1 + H/p * W/p, hidden_size), row-major; patch_size p divides H and W.
         """
         cfg = self.config
         p, d = cfg.patch_size, cfg.hidden_size
         b, height, width, _ = pixels.shape
-        if height % p or width % p:
-            raise ValueError(f"{height}x{width} pixels are no whole patches of {p}")
         x = dense(self, d, "patch")(patchify(pixels, p))
         if cfg.use_mask_token:
             self.param("mask_token", ZEROS, (1, d))

@@ -12,15 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sra2_jax.config import Model
 from sra2_jax.models.block import Block, FinalLayer, block_macs, dense, hidden_width
 from sra2_jax.sharding import BATCH, constrain
 
 NORMAL = nn.initializers.normal(0.02)
 TIME_FEATURES = 256
-OF_BLOCKS = (
-    "heads", "mlp_ratio", "attention", "dtype",
-    "norm", "qk_norm", "mlp", "rope", "shift",
-)  # fmt: skip
 
 
 def _keeps_attention(primitive: Any, *avals: Any, **params: Any) -> bool:
@@ -87,58 +84,38 @@ class DiT(nn.Module):
     """SiT/DiT backbone on latents of any square size and channel number.
 
     Attributes:
+      model: the keys of the config; its attention and dtype do not count. RMSNorm and
+        QK-norm have weights, LayerNorm none. RoPE turns beside the fixed table. With
+        learn_sigma 2 * channels are predicted and the second half dropped, as published
+        SiT and DiT weights do. A loop compiles fast, unrolled blocks take less memory
+        without rematerialisation; the parameters are the same stacked tree either way.
       size: side of the latent grid; channels: latent channels.
-      patch_size, width, depth, heads, mlp_ratio: as in DiT.
       num_classes: labels run over [0, num_classes); num_classes is the null label.
-      norm: "layer", LayerNorm without weights, or "rms", RMSNorm with a weight.
-      qk_norm: of each head's queries and keys: "none", "rms", or "layer" with weights.
-      mlp: "gelu", or "swiglu" with 2/3 of the hidden channels.
-      rope: queries and keys turn with their token's place (beside the fixed table).
-      shift: adaLN of the blocks shifts besides scaling and gating.
-      time_scale: factor on t before its sinusoidal features (reference: 1).
-      learn_sigma: predict 2 * channels and drop the second half, as published SiT and
-        DiT weights do.
-      scan: run the blocks as a loop (fast compile) or unrolled (less memory without
-        rematerialisation); the parameters are the same stacked tree either way.
-      remat: "none", "dots", "attention" or "full", see `REMAT_POLICIES`.
       attention: "xla" or "cudnn".
       dtype: compute type of the matrix products.
     """
 
+    model: Model
     size: int
     channels: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
     num_classes: int
-    mlp_ratio: float = 4.0
-    norm: Literal["layer", "rms"] = "layer"
-    qk_norm: Literal["none", "rms", "layer"] = "none"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    rope: bool = False
-    shift: bool = True
-    time_scale: float = 1.0
-    learn_sigma: bool = False
-    scan: bool = True
-    remat: str = "none"
     attention: Literal["xla", "cudnn"] = "xla"
     dtype: Any = jnp.float32
 
     @property
     def grid(self) -> int:
         """Tokens on a side."""
-        return self.size // self.patch_size
+        return self.size // self.model.patch_size
 
     def macs(self, depth: int, final: bool = True) -> int:
         """Multiply-accumulates of the first `depth` blocks for one image."""
-        d, patch = self.width, self.patch_size**2 * self.channels
-        tokens, hidden = self.grid**2, hidden_width(d, self.mlp_ratio, self.mlp)
-        block = block_macs(tokens, d, hidden, 3 if self.mlp == "swiglu" else 2)
-        block += d * (6 if self.shift else 4) * d
+        m, tokens, d = self.model, self.grid**2, self.model.width
+        patch = m.patch_size**2 * self.channels
+        block = block_macs(tokens, d, hidden_width(m), 3 if m.mlp == "swiglu" else 2)
+        block += d * (6 if m.shift else 4) * d
         ends = tokens * patch * d + TIME_FEATURES * d + d * d
         if final:
-            out = patch * (2 if self.learn_sigma else 1)
+            out = patch * (2 if m.learn_sigma else 1)
             ends += d * 2 * d + tokens * d * out
         return ends + depth * block
 
@@ -160,7 +137,7 @@ class DiT(nn.Module):
         Returns:
           prediction (float32), {block: tokens (B, T, width)}, the condition vector.
         """
-        p, d = self.patch_size, self.width
+        p, d = self.model.patch_size, self.model.width
         tokens = dense(self, d, "patch")(patchify(x, p))
         # Adding the float32 table makes the residual stream float32, as it is under
         # the reference's autocast.
@@ -168,15 +145,15 @@ class DiT(nn.Module):
         tokens = constrain(tokens, BATCH, None, None)
         c = constrain(self._condition(t, y), BATCH, None)
         tokens, kept = self._blocks(tokens, c, features)
-        channels = self.channels * (2 if self.learn_sigma else 1)
-        final = FinalLayer(p * p * channels, self.dtype, self.norm, name="final")
+        channels = self.channels * (2 if self.model.learn_sigma else 1)
+        final = FinalLayer(p * p * channels, self.dtype, self.model.norm, name="final")
         out = final(tokens, c)
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return unpatchify(out, p)[..., : self.channels], kept, c
 
     def _condition(self, t: Array, y: Array) -> Array:
-        d = self.width
-        hidden = timestep_features(t * self.time_scale)
+        d = self.model.width
+        hidden = timestep_features(t * self.model.time_scale)
         hidden = nn.silu(dense(self, d, "time_in", NORMAL)(hidden))
         hidden = dense(self, d, "time_out", NORMAL)(hidden)
         labels = nn.Embed(self.num_classes + 1, d, embedding_init=NORMAL, name="label")
@@ -188,10 +165,10 @@ class DiT(nn.Module):
         """Run the stack; keep the asked blocks' outputs in the carry: one token array
         for each, where returning every block's output would cost `depth` of them."""
         block_type = Block
-        if self.remat != "none":
-            policy = REMAT_POLICIES[self.remat]
+        if self.model.remat != "none":
+            policy = REMAT_POLICIES[self.model.remat]
             # Unrolled code needs the CSE barrier, or XLA would undo the remat.
-            block_type = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
+            block_type = nn.remat(Block, policy=policy, prevent_cse=not self.model.scan)
 
         def body(block: nn.Module, carry: Any, number: Any) -> tuple[Any, None]:
             x, kept = carry
@@ -202,12 +179,12 @@ class DiT(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.depth,
-            unroll=1 if self.scan else self.depth,
+            length=self.model.depth,
+            unroll=1 if self.model.scan else self.model.depth,
         )
-        block = block_type(**{n: getattr(self, n) for n in OF_BLOCKS}, name="blocks")
+        block = block_type(self.model, self.attention, self.dtype, name="blocks")
         kept = {n: jnp.zeros_like(tokens) for n in features}
         # NumPy's, a constant: unrolled, the compiler knows which blocks are kept.
-        numbers = np.arange(1, self.depth + 1)
+        numbers = np.arange(1, self.model.depth + 1)
         (tokens, kept), _ = scan(block, (tokens, kept), numbers)
         return tokens, kept

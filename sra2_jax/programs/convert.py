@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 
 import sra2_jax
 from sra2_jax import config_file
@@ -29,7 +28,6 @@ from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.models.block import hidden_width
 from sra2_jax.programs.sample import WEIGHTS
 from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
@@ -40,12 +38,6 @@ from sra2_jax.weights.inception import convert_inception
 from sra2_jax.weights.ldm import convert_ldm
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 
-# what a file says of its network -> where the config says it, if not in its model
-KEYS = {
-    "size": "latents.size",
-    "channels": "latents.channels",
-    "num_classes": "data.num_classes",
-}
 Trees = tuple[tree.Params, dict[str, tree.Params]]  # of a network and its heads
 
 
@@ -81,14 +73,28 @@ def import_file(
             f"{file}: step {step} must lie between 1 and config.steps={config.steps}: "
             "set --config.steps or --step"
         )
-    free = {"num_classes"} if classes else set()
-    sets = _trees(
-        file, contents, config, reverse, free | ({"size"} if resize else set())
-    )
+    if contents.heads not in (None, config.model.heads):
+        now = f"config.model.heads={contents.heads} (now {config.model.heads})"
+        raise UserError(f"{file} does not fit the config: it needs --{now}")
+    program = Program(config, make_mesh())
+    sets: dict[str, Trees] = {}
+    for name, weights in contents.sets.items():
+        try:
+            network, heads = from_reference(
+                weights,
+                program.network,
+                program.abstract.params["heads"],
+                HEAD_NAMES,
+                relabel=bool(classes),
+                resize=resize,
+            )
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        sets[name] = _turned(network, config) if reverse else network, heads
     contents.sets.clear()  # the trees hold copies; at XL size that counts
     only = next(iter(sets.values()))
     raw, ema = sets.get("raw", only), sets.get("ema", only)
-    state = _state(file, raw, ema, config, step, bool(classes))
+    state = _state(program, raw, ema, step, bool(classes))
     _write_run(run, state, config, step)
     both = ", taken for both raw and ema" if raw is ema else ""
     lines = [f"{file}: step {step}", f"{' and '.join(sets)} weights{both}"]
@@ -105,8 +111,8 @@ def import_file(
             "mostly comes from, runs the other way: --reverse_time"
         )
     if not contents.heads:
-        heads = config.model.heads
-        lines.append(f"attention: config.model.heads={heads}, the file does not say")
+        given = f"config.model.heads={config.model.heads}"
+        lines.append(f"attention: {given}, the file does not say")
     if classes:
         lines.append(f"labels: {classes} new ones; that of no class was kept")
     if resize:
@@ -115,73 +121,16 @@ def import_file(
     print("\n  ".join(lines))
 
 
-def _trees(
-    file: Path,
-    contents: files.Contents,
-    config: Config,
-    reverse: bool,
-    free: set[str],
-) -> dict[str, Trees]:
-    """The file's sets of weights, by name, of the config's network; free: settings that
-    may be others."""
-    sets = {}
-    for name, weights in contents.sets.items():
-        try:
-            settings, network, heads = from_reference(
-                weights, HEAD_NAMES, config.latents.size
-            )
-        except UserError as error:
-            raise UserError(f"{file}: {error}") from error
-        if contents.heads:
-            settings["heads"] = contents.heads
-        settings = {name: x for name, x in settings.items() if name not in free}
-        _check_settings(file, settings, config)
-        sets[name] = _turned(network, config) if reverse else network, heads
-    return sets
-
-
 def _turned(network: tree.Params, config: Config) -> tree.Params:
     velocity = config.transport.prediction == "velocity"
     return reverse_time(network, config.model.time_scale, velocity)
 
 
-def _check_settings(path: Path, settings: dict[str, Any], config: Config) -> None:
-    """Refuse a config of another network than the file's."""
-    # the file has a whole number of hidden channels
-    ratios, width = (config.model.mlp_ratio, settings["mlp_ratio"]), settings["width"]
-    ours, theirs = (hidden_width(width, ratio, settings["mlp"]) for ratio in ratios)
-    if ours == theirs:
-        settings["mlp_ratio"] = config.model.mlp_ratio
-    if settings.get("num_classes", -1) + 1 == config.data.num_classes:
-        raise UserError(
-            f"{path}: its {config.data.num_classes} labels leave none for the null "
-            "label, which guidance and label dropout need: it cannot be used here"
-        )
-    keys = {KEYS.get(name, f"model.{name}"): x for name, x in settings.items()}
-    now = config.flat()
-    wrong = [f"--config.{k}={x} (now {now[k]})" for k, x in keys.items() if x != now[k]]
-    if wrong:
-        raise UserError(f"{path} does not fit the config: it needs {', '.join(wrong)}")
-
-
-def _state(
-    path: Path, raw: Trees, ema: Trees, config: Config, step: int, relabel: bool
-) -> State:
+def _state(program: Program, raw: Trees, ema: Trees, step: int, relabel: bool) -> State:
     """The state at `step`, with fresh optimizer moments, what heads are missing, and if
     so asked labels but for the null label."""
-    program = Program(config, make_mesh())
     state = program.start()
     wanted = state.params["heads"]
-    for _, heads in (raw, ema):
-        for name in heads.keys() & wanted.keys():
-            ours = traverse_util.flatten_dict(wanted[name], sep="/")
-            tree.check(
-                traverse_util.flatten_dict(heads[name], sep="/"),
-                {key: leaf.shape for key, leaf in ours.items()},
-                f"{path} does not fit config.align.{name}, its head_layers, "
-                "head_width, head_final_layer or width: change it, or turn it off",
-            )
-
     fresh = np.asarray(state.params["network"]["label"]["embedding"])[:-1]
 
     def complete(network: tree.Params, heads: dict[str, tree.Params]) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from sra2_jax.command import Parser
+from sra2_jax.config import Eval
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
@@ -52,7 +53,7 @@ def evaluate(
             f"{samples.name} has images {samples.shape}, {reference.name} "
             f"{reference.shape}: compare images of one size"
         )
-    against = compare.summarise_reference(features, reference, batch, manifold=True)
+    against = compare.summarise_reference(features, reference, batch)
     keep = len(samples) if against.kept is not None else 0
     summary = compare.summarise(features, samples, batch, keep)
     metrics = compare.compare(features, summary, against)
@@ -110,9 +111,8 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name the network of the metrics, and how images are read."""
     add = parser.add_argument
     add("--features", choices=KINDS, default="inception", help="(%(default)s)")
-    weights = {"inception": "inception.safetensors", "dinov2": "facebook/dinov2-large"}
-    for kind, default in weights.items():
-        which = f"weights of {kind} (%(default)s)"
+    for kind in ("inception", "dinov2"):
+        default, which = getattr(Eval, kind), f"weights of {kind} (%(default)s)"
         add(f"--{kind}", default=default, metavar="WEIGHTS", help=which)
     crop = "centre-crop a folder or dataset to this side, as ADM does"
     add("--resolution", type=int, help=crop)

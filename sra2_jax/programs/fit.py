@@ -22,8 +22,7 @@ from sra2_jax import chips
 from sra2_jax.chips import Chip
 from sra2_jax.command import Parser, writable
 from sra2_jax.config import Config
-from sra2_jax.errors import UserError
-from sra2_jax.sharding import make_mesh
+from sra2_jax.sharding import mesh
 from sra2_jax.step import Program, count_parameters
 
 # Of the chip's memory, for what runs beside the step: the next batch, a sampler.
@@ -74,8 +73,6 @@ def describe(
     "fits" is None where nothing is known of the devices' memory.
 
     memory_gb: of a device, 10^9 bytes, instead of the chip's own.
-
-    Raises UserError: the batch does not divide over the devices.
     """
     config, state = program.config, program.abstract
     began = time.perf_counter()
@@ -148,8 +145,6 @@ def parse(about: str) -> tuple[argparse.Namespace, Config]:
     add("--memory_gb", type=float, help="of a device (the chip's)")
     add("--json", type=writable, metavar="FILE", help="write the figures there")
     arguments, config = parser.parse_config("sra2_xl")
-    if arguments.memory_gb is not None and not arguments.memory_gb > 0:
-        raise UserError(f"--memory_gb={arguments.memory_gb} must be above 0")
     chips.compile_only()
     return arguments, config
 
@@ -165,6 +160,6 @@ def report(facts: dict[str, Any], text: Iterable[str], file: Path | None) -> int
 def main() -> int:
     arguments, config = parse(__doc__ or "")
     devices, chip = chips.find_devices(arguments.topology)
-    program = Program(config, make_mesh(config.mesh, devices), "xla")
+    program = Program(config, mesh(config, devices), "xla")
     facts, _ = describe(program, arguments.topology, chip, arguments.memory_gb)
     return report(facts, lines(facts), arguments.json)

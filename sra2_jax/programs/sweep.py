@@ -103,13 +103,6 @@ def write(out: epath.Path, results: Results, settings: dict[str, Any]) -> None:
     (out / "sweep.md").write_text(table(results, settings))
 
 
-def read_finished(path: epath.Path, settings: dict[str, Any]) -> Results:
-    """The cells of an earlier call. Raises UserError: it had other settings."""
-    saved = read_json(path)
-    generator.refuse_others(path, saved["settings"], settings)
-    return {tuple(c[name] for name in NAMES): c["metrics"] for c in saved["cells"]}
-
-
 def draw(
     path: epath.Path,
     results: Results,
@@ -179,8 +172,13 @@ def main() -> None:
         "reference": a.reference,
         **features.facts,
     }
-    results = read_finished(out / FILE, settings) if (out / FILE).exists() else {}
-    reference = compare.summarise_reference(features, held, batch, manifold=True)
+    results: Results = {}
+    if (out / FILE).exists():
+        saved = read_json(out / FILE)
+        generator.refuse_others(out / FILE, saved["settings"], settings)
+        for cell in saved["cells"]:
+            results[tuple(cell[name] for name in NAMES)] = cell["metrics"]
+    reference = compare.summarise_reference(features, held, batch)
     for cell in cells:
         if cell not in results:
             guided = generate.override(guidance_of(cell, a.of))

@@ -25,12 +25,11 @@ def main() -> None:
 
     from sra2_jax import runtime
     from sra2_jax.run import Lock, Run
-    from sra2_jax.sharding import check_batch, make_mesh
+    from sra2_jax.sharding import mesh
 
     logging.disable()  # libraries' notes: what they raise is reported, in a line
     runtime.join(arguments)
-    # Refuses a mesh that does not fit the devices, before the workdir is made.
-    check_batch(config, make_mesh(config.mesh))
+    mesh(config)  # refuses what does not fit the devices, before the workdir is made
     run = Run(workdir, jax.process_index() == 0)
     with runtime.Watch(config.run.stall_seconds) as watch, Lock(run):
         from sra2_jax.train import train

@@ -1,14 +1,11 @@
-"""Published DINOv2 weights, read in the folder format of transformers."""
+"""Published DINOv2 weights, in the folder format of transformers."""
 
 import numpy as np
 
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.weights.files import Format
-from sra2_jax.weights.tree import Params
 
 WEIGHTS = "model.safetensors"
-# What transformers assumes where a file was written before the key existed.
-NEWER_KEYS = {"use_mask_token": True}
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {
     "model_type": "dinov2",
@@ -48,29 +45,15 @@ FORMAT = Format(
     WEIGHTS,
     DINOv2,
     DINOv2Config,
-    NEWER_KEYS,
-    lambda config: dict(ONLY_VALUE),
+    ONLY_VALUE,
     NAMES.__getitem__,
     _current_names,
 )
 
 
-def load_dinov2(source: str) -> tuple[DINOv2, Params]:
-    """Read a DINOv2 encoder from a folder or from the Hugging Face hub.
-
-    source: a folder as `save_pretrained` of transformers' Dinov2Model (or
-    Dinov2ForImageClassification, whose classifier is left out) writes it, a hub id,
-    such as facebook/dinov2-base, optionally with @revision, or "digits", see
-    `files.fetch`.
-
-    Returns the module (float32 compute, positions resized as REPA does; `clone` it for
-    others) and its parameters: nested dict of float32 numpy arrays, the value of
-    "params" in `module.apply`. Put them on the device once with `jax.device_put`.
-
-    Raises UserError: no such folder or file, hub not reachable, a malformed file,
-    another kind of model, or tensors that do not fit the config.
-    """
-    return FORMAT.load(source)
+# Of transformers' Dinov2Model, or of Dinov2ForImageClassification, whose classifier is
+# left out; positions are resized as REPA does.
+load_dinov2 = FORMAT.load
 
 
 def describe_dinov2(source: str) -> DINOv2:

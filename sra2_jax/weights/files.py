@@ -6,14 +6,16 @@ PyTorch's. No code that a file brings is run.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from etils import epath
@@ -34,6 +36,7 @@ LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 SETS = {"model": "raw", "ema": "ema"}
 READ = SETS | {"ema_model": "ema"}  # of other code
 WRITTEN = (".safetensors", ".npz")
+Network = TypeVar("Network", bound=Any)
 REVERSED = "noise to data"  # note of a network that runs so
 AGAIN = (
     "fetch it again, or save a dict of plain tensors as .safetensors; PyTorch's files "
@@ -51,7 +54,7 @@ def fetch(source: str, weights: str) -> Path:
     the one shipped with this package. A commit as revision pins what is loaded. With
     HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file wanted in it.
 
-    Raises UserError: neither a folder nor a hub id, or the hub does not deliver it.
+    Raises UserError: a whole pipeline, or as `from_hub`.
     """
     if source == "digits":
         return next(ASSETS.glob(f"*/{weights}")).parent
@@ -60,26 +63,36 @@ def fetch(source: str, weights: str) -> Path:
         if not (folder / CONFIG).exists() and (folder / "vae" / CONFIG).exists():
             raise UserError(f"{source}: is a whole pipeline: give {source}/vae")
         return folder
-    hub_id = HUB_ID.fullmatch(source)
-    wanted = f"give a folder with {CONFIG} and {weights}"
-    if folder.exists() or hub_id is None:
-        raise UserError(
-            f"{source}: no such folder, and not a hub id either; {wanted}, or "
-            "owner/name[@revision]"
-        )
-    # Imported here: it takes a second, and local folders do not need it.
-    from huggingface_hub import snapshot_download
-
     shards = weights.replace(".safetensors", "-*.safetensors")
-    advice = f"check the name, the network and HF_HUB_OFFLINE, or {wanted}"
-    with explained(f"{source}: not from the hub", advice):
-        return Path(
-            snapshot_download(
-                hub_id["repo"],
-                revision=hub_id["revision"],
-                allow_patterns=[CONFIG, weights, weights + INDEX, shards],
-            )
-        )
+    advice = f"give a folder with {CONFIG} and {weights}, or owner/name[@revision]"
+    return from_hub(source, advice, [CONFIG, weights, weights + INDEX, shards])
+
+
+def from_hub(
+    source: str,
+    advice: str,
+    patterns: Sequence[str] | None,
+    kinds: Sequence[str] = ("model",),
+) -> Path:
+    """The local folder of `owner/name[@revision]`, downloaded: the files that fit one
+    of the patterns, of the first of these kinds of repository that there is.
+
+    Raises UserError: no hub id, or the hub does not deliver it.
+    """
+    hub_id = HUB_ID.fullmatch(source)
+    if hub_id is None or Path(source).exists():
+        raise UserError(f"{source}: no such folder, and not a hub id either; {advice}")
+    # Imported here: it takes a second, and local folders do not need it.
+    from huggingface_hub import errors, snapshot_download
+
+    none = errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError
+    where: Any = {"revision": hub_id["revision"], "allow_patterns": patterns}
+    check = f"check the name, the network and HF_HUB_OFFLINE, or {advice}"
+    with explained(f"{source}: not from the hub", check):
+        for kind in kinds[:-1]:
+            with contextlib.suppress(*none):
+                return Path(snapshot_download(hub_id["repo"], repo_type=kind, **where))
+        return Path(snapshot_download(hub_id["repo"], repo_type=kinds[-1], **where))
 
 
 def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
@@ -98,67 +111,82 @@ def read_weights(folder: Path, weights: str) -> dict[str, np.ndarray]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
+class Format(Generic[Network]):
     """How a library keeps a network in a folder.
 
     Attributes:
       weights: name of the safetensors file; network, config: our classes.
-      newer: what stands for a key of config.json that is missing or null.
-      only: of a config, the keys with one value that we implement.
+      only: keys with one value that we implement.
       name: of our modules in the file; current: tensors by the names of today.
     """
 
     weights: str
-    network: Callable[[Any], Any]
-    config: Callable[..., Any]
-    newer: Mapping[str, Any]
-    only: Callable[[Any], dict[str, Any]]
+    network: Callable[[Any], Network]
+    config: type[Any]
+    only: Mapping[str, Any]
     name: tree.Name
     current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
 
-    def describe(self, source: str) -> tuple[Path, Any]:
+    def describe(self, source: str) -> tuple[Path, Network]:
         """The folder of `source` and its network.
 
-        Raises UserError: as `fetch`, no JSON, a field that is missing, of another type,
-        an absurd number, or a network that is not implemented.
+        Raises UserError: as `fetch`, no JSON, or no network that is implemented.
         """
         folder = fetch(source, self.weights)
         path = folder / CONFIG
         found = {k: v for k, v in read_json(path).items() if v is not None}
-        fields, values = {**self.newer, **found}, {}
-        for key, of in get_type_hints(self.config).items():
-            value = fields.get(key)
-            if not _is(value, of):
-                wanted = f"{getattr(of, '__name__', of)} expected, at most {LARGEST}"
-                raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
-            values[key] = (get_origin(of) or of)(value)
-        try:
-            config = self.config(**values)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        for key, only in self.only(config).items():
-            if (value := fields.get(key)) != only:
+        for key, only in self.only.items():
+            if (value := found.get(key)) != only:
                 wanted = f"only {only!r} is supported, choose another model"
                 raise UserError(f"{path}: {key} is {value!r:.80}; {wanted}")
-        return folder, self.network(config)
+        with explained(f"{path}: not of this kind of network", "choose another model"):
+            # A key that is missing, since it is younger than the file, has its default.
+            known = {f.name for f in dataclasses.fields(self.config)} & found.keys()
+            values = {key: found[key] for key in known}
+            for key, value in values.items():
+                parts = value if isinstance(value, list) else [value]
+                numbers = [x for x in parts if isinstance(x, int | float)]
+                if not all(abs(x) <= LARGEST for x in numbers):  # also refuses NaN
+                    raise ValueError(f"{key} is {value!r:.80}, at most {LARGEST}")
+                values[key] = tuple(value) if isinstance(value, list) else value
+            return folder, self.network(self.config(**values))
 
-    def load(self, source: str) -> tuple[Any, tree.Params]:
-        """The network and its parameters. Raises UserError as `describe` and `read`."""
+    def load(self, source: str) -> tuple[Network, tree.Params]:
+        """Read a network from a folder or from the Hugging Face hub.
+
+        source: a folder as the library's `save_pretrained` writes it, a hub id
+        `owner/name[@revision]`, or "digits", see `fetch`.
+
+        Returns the module (float32 compute; `module.clone(dtype=jnp.bfloat16)` for
+        less) and its parameters: nested dict of float32 numpy arrays, the value of
+        "params" in `module.apply`. Put them on the device once with `jax.device_put`.
+
+        Raises UserError: no such folder or file, hub not reachable, a malformed file,
+        another kind of model, or tensors that do not fit the config.
+        """
         folder, module = self.describe(source)
+        with explained(f"{folder / CONFIG}: makes no network", "choose another model"):
+            wanted = module.shapes()
         tensors = self.current(read_weights(folder, self.weights))
         complaint = f"{folder}: weights of another network than that of {CONFIG}"
         patch = getattr(module.config, "patch_size", 1)
-        return module, tree.read(tensors, module.shapes(), self.name, complaint, patch)
+        return module, tree.read(tensors, wanted, self.name, complaint, patch)
 
+    def save(self, folder: str | Path, config: Any, params: tree.Params) -> None:
+        """Write what `load`, and the library's `from_pretrained`, reads.
 
-def _is(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is tuple:
-        of = get_args(kind)[0]
-        return isinstance(value, list) and all(_is(part, of) for part in value)
-    if kind is str:
-        return isinstance(value, str)
-    kinds = (int, float) if kind is float else (kind,)
-    return type(value) in kinds and abs(value) <= LARGEST  # false for NaN
+        folder: made where missing; files of the same name are replaced. params: as of
+        `load`; each tensor is stored in its own dtype.
+        """
+        folder = Path(folder)
+        tensors = tree.write(params, self.name, getattr(config, "patch_size", 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        # A stale index would win over the new file, here and in the libraries.
+        (folder / (self.weights + INDEX)).unlink(missing_ok=True)
+        save_file(tensors, folder / self.weights, metadata={"format": "pt"})
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if v != ()}
+        text = json.dumps(fields | dict(self.only), indent=2, sort_keys=True)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 # State dicts
@@ -221,7 +249,7 @@ def read_file(path: Path) -> Contents:
 def _read(path: Path) -> dict[str, Any]:
     """The names of a file and what they hold: arrays, or of PyTorch plain values."""
     readers: dict[str, Callable[[Path], dict[str, Any]]]
-    readers = {".npz": _read_npz, ".safetensors": load_file}
+    readers = {".npz": read_npz, ".safetensors": load_file}
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
     if path.suffix not in readers or not path.is_file():
         raise UserError(f"{path}: no such file, or not one of {', '.join(readers)}")
@@ -229,7 +257,8 @@ def _read(path: Path) -> dict[str, Any]:
         return readers[path.suffix](path)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz without pickled objects, by name."""
     # Opened here: np.load leaves a file that is no archive open.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return dict(archive)

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sra2_jax.errors import UserError
+from sra2_jax.errors import UserError, explained
 from sra2_jax.models.vae import DOWN, UP, AutoencoderKL, VAEConfig
 from sra2_jax.weights import files, tree
-from sra2_jax.weights.folders import save_vae
 from sra2_jax.weights.vae import FORMAT, read_statistics
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -62,10 +61,8 @@ def from_ldm(
             name = re.sub(pattern, new, name)
         matrix = ".attentions." in name and tensor.ndim == 4
         renamed[name] = tensor[:, :, 0, 0] if matrix else tensor
-    try:
+    with explained(FOREIGN, kinds=KeyError):  # a tensor that is missing
         config = _config(renamed, levels, numbers)
-    except KeyError as error:
-        raise UserError(f"{FOREIGN}: {error.args[0]} is missing") from error
     network = AutoencoderKL(config)
     return network, tree.read(renamed, network.shapes(), FORMAT.name, FOREIGN)
 
@@ -87,7 +84,7 @@ def convert_ldm(
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     c = read_statistics(statistics, network.config) if statistics else network.config
-    save_vae(out, c, params)
+    FORMAT.save(out, c, params)
     print(
         f"{out}: latents of {c.latent_channels} channels, 1/{c.downsample} of the side"
     )

@@ -9,24 +9,22 @@ final layer alone is Internal Guidance's `final_layer_xr`.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
 from sra2_jax.errors import UserError
 from sra2_jax.models import shapes
 from sra2_jax.models.block import rotations
 from sra2_jax.models.dit import TIME_FEATURES, DiT, sincos_positions
 from sra2_jax.weights import tree
-from sra2_jax.weights.tree import Name, Params, Shape
+from sra2_jax.weights.tree import Name, Params
 
 POSITIONS = "pos_embed"
 LABELS = "y_embedder.embedding_table.weight"
 ROTATIONS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
-FOREIGN = "not a SiT checkpoint"
+FOREIGN = "no SiT of this config (its latents, model, perhaps learn_sigma)"
 FINAL = {
     "final.modulation": "final_layer.adaLN_modulation.1",
     "final.linear": "final_layer.linear",
@@ -61,46 +59,74 @@ POSITION_TOLERANCE = 5e-3
 
 
 def from_reference(
-    weights: Mapping[str, np.ndarray], names: HeadNames, size: int | None = None
-) -> tuple[dict[str, Any], Params, dict[str, Params]]:
+    weights: Mapping[str, np.ndarray],
+    network: DiT,
+    heads: Mapping[str, Any],
+    names: HeadNames,
+    *,
+    relabel: bool = False,
+    resize: bool = False,
+) -> tuple[Params, dict[str, Params]]:
     """Convert the state dict of a SiT, with or without heads.
 
     Args:
       weights: names -> float arrays; patch kernel (out, in, h, w), matrices (out, in).
         Prefixes of PyTorch's wrappers are dropped, and the `decoder_blocks` of older
         REPA files follow their `blocks`.
-      names: of the heads, see `alignment.HEAD_NAMES`.
-      size: of the latent grid, for a file without the fixed table of positions.
+      network: whose they must be; heads: shapes of those wanted, by the section of
+        config.align; names: of all, see `alignment.HEAD_NAMES`.
+      relabel: the file's labels may be others; each of the network gets the null label.
+      resize: the file's latents may be of another size.
 
-    Returns:
-      (settings, params, heads): the DiT attributes that the shapes determine (`heads`
-      is shown by QK-norm alone); the float32 tree of `models.dit.DiT`; section of
-      config.align -> tree of its head.
+    Returns the float32 tree of `network`, and that of each head in the file, empty
+    where it is not wanted.
 
-    Raises UserError: missing or foreign names, shapes that do not fit each other,
-    another position table than the fixed one.
+    Raises UserError: the first tensor that is missing, foreign or of another shape, or
+    another table of positions than the fixed one.
     """
     weights = _plain_names(weights)
-    settings = _settings(weights, size)
-    weights.pop(POSITIONS, None)
-    if settings["rope"]:
-        _check_rotations(
-            [weights.pop(name) for name in ROTATIONS if name in weights],
-            settings["size"] // settings["patch_size"],
-        )
-    heads = {}
-    for section, (prefix, linear) in names.items():
+    if relabel and LABELS in weights:
+        rows = network.num_classes + 1
+        weights[LABELS] = weights[LABELS][-1:].repeat(rows, axis=0)
+    tables = {POSITIONS: weights.pop(POSITIONS, None)}
+    if network.model.rope:
+        tables |= {name: weights.pop(name, None) for name in ROTATIONS}
+    found = {}
+    kinds = [(k, prefix, _head_name(prefix, i)) for k, (prefix, i) in names.items()]
+    for section, prefix, name in (*kinds, ("vae", EARLY, _early_name)):
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
-        if own:
-            heads[section] = _head(own, prefix, _head_name(prefix, linear))
-    if own := {k: weights.pop(k) for k in list(weights) if k.startswith(f"{EARLY}.")}:
-        heads["vae"] = _head(own, EARLY, _early_name)
-    network = DiT(**{"heads": 1} | settings)
+        if own and section in heads:
+            keys = "head_layers, head_width, head_final_layer or width"
+            foreign = f"the head of config.align.{section} is another (its {keys})"
+            found[section] = tree.read(own, heads[section], name, foreign)
+        elif own:
+            found[section] = {}
     x = np.zeros((1, network.size, network.size, network.channels), np.float32)
     t = np.zeros(1, np.float32)
     wanted = shapes(network, x, t, t.astype(int))
-    rule, patch = NAMES.__getitem__, network.patch_size
-    return settings, tree.read(weights, wanted, rule, FOREIGN, patch), heads
+    rule, patch = NAMES.__getitem__, network.model.patch_size
+    params = tree.read(weights, wanted, rule, FOREIGN, patch)
+    for key, table in tables.items():
+        if table is not None:
+            _check_table(key, table, network, resize)
+    return params, found
+
+
+def _check_table(name: str, table: np.ndarray, network: DiT, resize: bool) -> None:
+    """Raise UserError where a file's table is not the fixed one that is computed."""
+    table = table.reshape(-1, table.shape[-1])
+    grid = math.isqrt(len(table))
+    if name == POSITIONS:
+        fixed = sincos_positions(network.model.width, grid)
+    else:
+        of = rotations(network.model.width // network.model.heads, grid)
+        fixed = of[ROTATIONS.index(name)]
+    alike = table.shape == fixed.shape
+    if not (alike and np.abs(table - fixed).max() <= POSITION_TOLERANCE):
+        raise UserError(f"{name} is not the fixed table: unsupported")
+    if grid != network.grid and not resize:
+        size = grid * network.model.patch_size
+        raise UserError(f"it needs --config.latents.size={size} (now {network.size})")
 
 
 def to_reference(
@@ -158,7 +184,8 @@ def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
         re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): tensor
         for name, tensor in weights.items()
     }
-    first = _blocks(plain)
+    found = (re.match(r"blocks\.(\d+)\.", name) for name in plain)
+    first = max((int(m[1]) + 1 for m in found if m), default=0)
     plain = {
         re.sub(r"^decoder_blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + first}", k): v
         for k, v in plain.items()
@@ -166,79 +193,6 @@ def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     if len(plain) < len(weights):
         raise UserError("holds the same tensor under several prefixes: save one")
     return plain
-
-
-def _blocks(names: Iterable[str]) -> int:
-    """How many blocks the names count to."""
-    found = (re.match(r"blocks\.(\d+)\.", name) for name in names)
-    return max((int(m[1]) + 1 for m in found if m), default=0)
-
-
-def _settings(weights: Mapping[str, Any], size: int | None) -> dict[str, Any]:
-    """The DiT attributes that the shapes determine, each from one tensor."""
-
-    def shape(name: str, rank: int) -> Shape:
-        found = np.shape(weights.get(name, 0))
-        if len(found) != rank or 0 in found:
-            raise UserError(f"{FOREIGN}: {name} is {found or 'missing'}")
-        return found
-
-    width, channels, p, _ = shape("x_embedder.proj.weight", 4)
-    rows, _ = shape(LABELS, 2)
-    swiglu = "blocks.0.mlp.w3.weight" in weights
-    if swiglu:
-        _, hidden = shape("blocks.0.mlp.w3.weight", 2)
-        hidden = math.ceil(1.5 * hidden)  # of which SwiGLU has 2/3
-    else:
-        (hidden,) = shape("blocks.0.mlp.fc1.bias", 1)
-    (modulation,) = shape("blocks.0.adaLN_modulation.1.bias", 1)
-    of_head = [f"blocks.0.attn.q_norm.{leaf}" in weights for leaf in ("weight", "bias")]
-    # What is normalised shows the size of a head.
-    found = {}
-    if any(of_head):
-        (size_of_head,) = shape("blocks.0.attn.q_norm.weight", 1)
-        found["heads"] = width // size_of_head
-    (outputs,) = shape("final_layer.linear.bias", 1)
-    if size is None or POSITIONS in weights:
-        _, tokens, _ = shape(POSITIONS, 3)
-        size = _grid(weights[POSITIONS], tokens, width) * p
-    return found | {
-        "size": size,
-        "channels": channels,
-        "patch_size": p,
-        "width": width,
-        "depth": min(_blocks(weights), len(weights)),
-        "num_classes": rows - 1,
-        "mlp_ratio": hidden / width,
-        "norm": "rms" if "blocks.0.norm1.weight" in weights else "layer",
-        "qk_norm": ("none", "rms", "layer")[sum(of_head)],
-        "mlp": "swiglu" if swiglu else "gelu",
-        "rope": ROTATIONS[0] in weights,
-        "shift": modulation != 4 * width,
-        "learn_sigma": outputs == 2 * p * p * channels,
-    }
-
-
-def _grid(positions: np.ndarray, tokens: int, width: int) -> int:
-    """Tokens on a side of a (1, tokens, width) table that must be the fixed one."""
-    grid = math.isqrt(tokens)
-    if positions.shape == (1, grid**2, width) and width % 4 == 0:
-        error = np.abs(positions[0] - sincos_positions(width, grid)).max()
-        if error <= POSITION_TOLERANCE:
-            return grid
-    raise UserError(f"{POSITIONS} is not the fixed sine-cosine table: unsupported")
-
-
-def _check_rotations(tables: list[np.ndarray], grid: int) -> None:
-    """Raise UserError where a file's RoPE is not the fixed one."""
-    width = tables[0].shape[-1]
-    ours = rotations(width, grid) if width % 4 == 0 else ()
-    if [t.shape for t in tables] == [t.shape for t in ours] and all(
-        np.abs(a - b).max() <= POSITION_TOLERANCE
-        for a, b in zip(tables, ours, strict=True)
-    ):
-        return
-    raise UserError(f"{ROTATIONS[0]} is not the fixed table of rotations: unsupported")
 
 
 def _head_name(prefix: str, linear: str) -> Name:
@@ -255,18 +209,3 @@ def _head_name(prefix: str, linear: str) -> Name:
 
 def _early_name(module: str) -> str:
     return FINAL.get(module, module).replace("final_layer", EARLY)
-
-
-def _head(own: Mapping[str, np.ndarray], prefix: str, name: Name) -> Params:
-    """The tree of a head, from its tensors alone: nothing else shows its shapes."""
-    known = *FINAL, *(f"linear_{i}" for i in range(len(own)))
-    modules = {name(module): module for module in known}
-    wanted = {}
-    for key, tensor in own.items():
-        stem, _, leaf = key.rpartition(".")
-        module = modules.get(stem, stem.removeprefix(f"{prefix}."))
-        shape = tensor.shape
-        if leaf == "weight":
-            leaf, shape = "kernel", (*shape[2:], *shape[1::-1])
-        wanted[*module.split("."), leaf] = jax.ShapeDtypeStruct(shape, np.float32)
-    return tree.read(own, traverse_util.unflatten_dict(wanted), name, FOREIGN)

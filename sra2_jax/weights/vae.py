@@ -1,16 +1,14 @@
-"""Published autoencoder weights, read in the folder format of diffusers."""
+"""Published autoencoder weights, in the folder format of diffusers."""
 
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sra2_jax.errors import UserError
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights.files import Format, read_file
-from sra2_jax.weights.tree import Params
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
@@ -20,20 +18,8 @@ OLD_ATTENTION = {
     "value": "to_v",
     "proj_attn": "to_out.0",
 }
-# What diffusers assumes where a file was written before the key existed.
-NEWER_KEYS = {
-    "scaling_factor": 0.18215,
-    "shift_factor": 0.0,
-    "latents_mean": [],
-    "latents_std": [],
-    "mid_block_add_attention": True,
-    "use_quant_conv": True,
-    "use_post_quant_conv": True,
-}
-
-
-def _only(config: VAEConfig) -> dict[str, Any]:
-    return {"_class_name": "AutoencoderKL", "act_fn": "silu"}
+# Keys that change the network and have one value we implement.
+ONLY_VALUE = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 
 
 def _name(module: str) -> str:
@@ -54,25 +40,8 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return renamed
 
 
-FORMAT = Format(
-    WEIGHTS, AutoencoderKL, VAEConfig, NEWER_KEYS, _only, _name, _current_names
-)
-
-
-def load_vae(source: str) -> tuple[AutoencoderKL, Params]:
-    """Read an AutoencoderKL from a folder or from the Hugging Face hub.
-
-    source: a folder as `save_pretrained` of diffusers writes it, a hub id
-    `owner/name[@revision]`, or "digits", see `files.fetch`.
-
-    Returns the module (float32 compute; `vae.clone(dtype=jnp.bfloat16)` for less) and
-    its parameters: nested dict of float32 numpy arrays, the value of "params" in
-    `vae.apply`. Put them on the device once with `jax.device_put`.
-
-    Raises UserError: no such folder or file, hub not reachable, a malformed file,
-    another kind of model, or tensors that do not fit the config.
-    """
-    return FORMAT.load(source)
+FORMAT = Format(WEIGHTS, AutoencoderKL, VAEConfig, ONLY_VALUE, _name, _current_names)
+load_vae = FORMAT.load
 
 
 def read_statistics(file: Path, config: VAEConfig) -> VAEConfig:
