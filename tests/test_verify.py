@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,12 @@ def test_a_lost_head_fails(tmp_path, golden, capsys):
     np.savez(tmp_path / "sra.npz", **data)
     assert verify(tmp_path) == 1
     assert "projected" in capsys.readouterr().out
+
+
+def test_strict_fails_on_kinds_not_covered(tmp_path, golden):
+    shutil.copy(golden / "mmdit.npz", tmp_path)
+    assert verify(tmp_path) == 0
+    assert verify(tmp_path, strict=True) == 1
 
 
 def test_without_golden_files(tmp_path):

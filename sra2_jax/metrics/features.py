@@ -90,7 +90,8 @@ def _inception(weights: str) -> Network:
 
 def _dinov2(weights: str) -> Network:
     """DINOv2's class token after the last norm, float32, of images resized to 16
-    patches a side, 224 pixels; weights: see `load_dinov2`.
+    patches a side, 224 pixels, or a small network's own size; weights: see
+    `load_dinov2`.
 
     The distance is FD-DINOv2 (Stein et al. 2023, arXiv 2306.04675; their dgm-eval takes
     ViT-L/14 and Pillow's bicubic resize, this takes JAX's).
@@ -98,7 +99,8 @@ def _dinov2(weights: str) -> Network:
     encoder, params = load_dinov2(weights)
 
     def function(params: Any, images: Array) -> dict[str, Array]:
-        pixels = preprocess(images, 16 * encoder.config.patch_size)
+        side = min(16 * encoder.config.patch_size, encoder.config.image_size)
+        pixels = preprocess(images, side)
         return {"pool": apply(encoder, params, pixels)[:, 0]}
 
     facts = {"features": "DINOv2's class token", "dinov2": weights}

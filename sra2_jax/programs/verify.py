@@ -280,8 +280,10 @@ CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
 }
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path, strict: bool = False) -> int:
     """Check every .npz below `folder`; print a line a case; return the exit status.
+
+    strict: a kind that is not covered is a failure.
 
     Raises UserError: no golden file in `folder`.
     """
@@ -295,6 +297,7 @@ def verify(folder: Path) -> int:
             check = next((check for key, check in CHECKS.items() if key in data), None)
             if check is None:
                 print(f"{name}: kind not covered yet")
+                passed += [False] * strict
                 continue
             for case, ours, tolerance in check(path, data):
                 error = relative_error(ours, data[case])
@@ -314,9 +317,10 @@ def verify(folder: Path) -> int:
 
 def main() -> int:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
-    about = "folder of golden files"
-    parser.add_argument("folder", type=Path, metavar="DIR", help=about)
-    folder = parser.parse_args().folder
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder of golden files")
+    add("--strict", action="store_true", help="a kind that is not covered fails")
+    arguments = parser.parse_args()
     # Accelerators round float32 products to bf16 or TF32 unless told otherwise.
     with jax.default_matmul_precision("highest"):
-        return verify(folder)
+        return verify(arguments.folder, arguments.strict)
