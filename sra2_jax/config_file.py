@@ -143,9 +143,9 @@ def check_paths(config: Config, workdir: str) -> None:
         how = "no such folder; it has a sub-folder for each class; or tfds:NAME, digits"
         wanted["data.images"] = config.data.images, how
     if e.features in ("inception", "dinov2"):
-        wanted["eval.reference"] = e.reference, file
         how = file if e.features == "inception" else hub
         wanted[f"eval.{e.features}"] = getattr(e, e.features), how
+        wanted["eval.reference"] = e.reference, file
     for name, section in vars(config.align).items():
         if section.enabled and getattr(section, "source", "") == "images":
             wanted[f"align.{name}.model"] = section.model, hub

@@ -137,11 +137,8 @@ def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
 def main() -> None:
     parser = Parser(prog="benchmarks.study", description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add(
-        "plan",
-        metavar="PLAN",
-        help=f"file, or {[p.stem for p in PLANS.glob('[a-z]*.py')]}",
-    )
+    names = ", ".join(sorted(path.stem for path in PLANS.glob("[a-z]*.py")))
+    add("plan", metavar="PLAN", help=f"{names}, or a file")
     add("--data", type=Path, required=True, help="folder that the plan reads")
     add("--out", type=Path, required=True, metavar="DIR", help="to work in")
     add("--budget", type=float, default=1e9, help="seconds, then it stops")
