@@ -31,7 +31,7 @@ from sra2_jax.weights import load_dinov2
 from sra2_jax.weights.dinov2 import FORMAT
 from sra2_jax.weights.tree import Params
 from tools.minimise import SEED, halved, minimise
-from tools.train_vae import STATE, read_images
+from tools.train_vae import STATE, in_parts, read_images
 
 TEMPERATURE = 0.1
 WEIGHT_DECAY = 0.05
@@ -39,7 +39,6 @@ WEIGHT_DECAY = 0.05
 MIN_SIDE = 0.6  # of a crop, of the image's
 MAX_SCALE = 0.4  # brightness, contrast and saturation, each by itself
 MAX_NOISE = 0.1  # standard deviation, pixels in [0, 1]
-AT_ONCE = 64  # images of a measurement
 View = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -136,8 +135,7 @@ def pooled_features(model: DINOv2, params: Params, pixels: np.ndarray) -> np.nda
     def pool(params: Params, pixels: jax.Array) -> jax.Array:
         return patch_features(model, params, pixels, model.config.grid).mean(1)
 
-    cuts = range(AT_ONCE, len(pixels), AT_ONCE)
-    pooled = np.concatenate([pool(params, part) for part in np.split(pixels, cuts)])
+    pooled = in_parts(functools.partial(pool, params), pixels)
     length: np.ndarray = np.linalg.norm(pooled, axis=1, keepdims=True)
     return pooled / length
 

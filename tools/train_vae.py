@@ -9,6 +9,7 @@ The error is a mean of pixels (no perceptual or adversarial one): fine detail bl
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,12 @@ def train(
     return minimise(batch_loss, params, optax.adam, learning_rate, steps, kept)
 
 
+def in_parts(function: Callable[[np.ndarray], Any], rows: np.ndarray) -> Any:
+    """What a function gives for AT_ONCE rows at a time, joined: arrays (N, ...)."""
+    parts = np.split(rows, range(AT_ONCE, len(rows), AT_ONCE))
+    return jax.tree.map(lambda *x: np.concatenate(x), *map(function, parts))
+
+
 def encoded(
     model: AutoencoderKL, params: Params, pixels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,9 +114,7 @@ def encoded(
         images = pixels.astype(jnp.float32) / 127.5 - 1
         return apply(model, params, images, method="encode")
 
-    cuts = range(AT_ONCE, len(pixels), AT_ONCE)
-    parts = [encode(params, part) for part in np.split(pixels, cuts)]
-    mean, std = (np.concatenate(side) for side in zip(*parts, strict=True))
+    mean, std = in_parts(functools.partial(encode, params), pixels)
     return mean, std
 
 
@@ -121,8 +126,8 @@ def decoded(model: AutoencoderKL, params: Params, latents: np.ndarray) -> np.nda
         images = apply(model, params, latents, method="decode")
         return jnp.clip(127.5 * images + 127.5, 0, 255).round().astype(jnp.uint8)
 
-    cuts = range(AT_ONCE, len(latents), AT_ONCE)
-    return np.concatenate([decode(params, part) for part in np.split(latents, cuts)])
+    images: np.ndarray = in_parts(functools.partial(decode, params), latents)
+    return images
 
 
 def latent_std(model: AutoencoderKL, params: Params, pixels: np.ndarray) -> float:

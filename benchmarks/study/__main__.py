@@ -29,8 +29,6 @@ from sra2_jax.errors import UserError, explained
 from sra2_jax.generator import draw_labels, open_run
 from sra2_jax.run import Run
 from sra2_jax.runtime import versions
-from sra2_jax.sharding import make_mesh
-from sra2_jax.step import Program
 from sra2_jax.train import train
 
 PLANS = Path(__file__).parent / "plans"
@@ -103,9 +101,9 @@ def score(file: Path, judge: Judge, samples: int, keys: Keys) -> dict[str, Any]:
     arrays: dict[str, Any] = dict(features)
     np.savez(file, **arrays)
     rates = [row["images_per_second"] for row in Run(workdir).rows() if "loss" in row]
-    program = Program(config, make_mesh(config.mesh))
     seconds = config.steps * config.batch_size / float(np.median(rates))
-    return found | {"seconds": seconds, "flops": program.flops() * config.steps}
+    flops = generate.program.flops() * config.steps
+    return found | {"seconds": seconds, "flops": flops}
 
 
 def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
@@ -113,7 +111,7 @@ def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
     path, began, longest = out / "scores.jsonl", time.monotonic(), 0.0
     done = {(r["step"], r["seed"], r["method"]) for r in report.read(path)}
     for step, seed, method, sampling in plan.runs():
-        title = f"{method}, {sampling}" if sampling else method
+        title = report.title(method, sampling)
         if (step, seed, title) in done:
             continue
         start = time.monotonic()

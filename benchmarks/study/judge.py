@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sra2_jax.metrics.compare import summarise
 from sra2_jax.metrics.features import make_features
-from sra2_jax.metrics.moments import frechet_distance, kernel_distance
+from sra2_jax.metrics.moments import frechet_distance, gaussian, kernel_distance
 from sra2_jax.metrics.sets import ImageSet
 from sra2_jax.sharding import make_mesh
 from tools.train_vae import read_images
@@ -42,12 +42,10 @@ class Judge:
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         self._classifier = probe.fit(known["own"], classes)
         # What no sample can be expected to beat.
-        self.levels = {
-            **{f"{k}, training images": v for k, v in self.scores(known).items()},
-            "recognised, held-out images": self.scores(self.held_out, labels)[
-                "recognised"
-            ],
-        }
+        told = float(self._classifier.score(self.held_out["own"], labels))
+        scores = self.scores(known)
+        self.levels = {f"{k}, training images": v for k, v in scores.items()}
+        self.levels["recognised, held-out images"] = told
 
     def features(self, batches: Iterable[np.ndarray], count: int) -> Features:
         """Of batches of uint8 images (n, H, W, 3), count in all."""
@@ -68,8 +66,9 @@ class Judge:
         """Distances to the held-out images, and the share recognised as labelled."""
         found = {}
         for name, x in features.items():
-            found[f"fd {name}"] = frechet(self.held_out[name], x)
-            found[f"kd {name}"] = kernel_distance(self.held_out[name], x)
+            real = self.held_out[name]
+            found[f"fd {name}"] = frechet_distance(*gaussian(real), *gaussian(x))
+            found[f"kd {name}"] = kernel_distance(real, x)
         if labels is not None:
             found["recognised"] = float(self._classifier.score(features["own"], labels))
         return found
@@ -80,9 +79,3 @@ class Judge:
         """Scores of samples with these labels, and their features."""
         features = self.features(batches, len(labels))
         return self.scores(features, labels), features
-
-
-def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """The Fréchet distance of two sets of features (N, D), (M, D)."""
-    gaussians = [(x.mean(0), np.cov(x, rowvar=False)) for x in map(np.float64, (a, b))]
-    return frechet_distance(*gaussians[0], *gaussians[1])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.judge import frechet
+from sra2_jax.metrics.moments import frechet_distance, gaussian
 from tools import plots
 
 DRAWS = 200  # of the bootstrap
@@ -28,14 +28,16 @@ def differences(
     features: method -> (N, D) of each seed's samples. A draw takes seeds and samples,
     with replacement, the same of both methods: they have noise and labels in common.
     """
-    draw = np.random.default_rng(0)
+    draw, real = np.random.default_rng(0), gaussian(held_out)
     seeds, count = len(features[baseline]), len(features[baseline][0])
     found: dict[str, list[float]] = {name: [] for name in features}
     for _ in range(DRAWS):
         chosen = draw.integers(seeds, size=seeds)
         rows = draw.integers(count, size=count)
         means = {
-            name: np.mean([frechet(held_out, sets[s][rows]) for s in chosen])
+            name: np.mean(
+                [frechet_distance(*real, *gaussian(sets[s][rows])) for s in chosen]
+            )
             for name, sets in features.items()
         }
         for name, mean in means.items():
@@ -80,14 +82,18 @@ def write(plan: Any, out: Path, facts: dict[str, Any], judge: Any) -> None:
                 for seed in range(plan.seeds)
             ]
             if all(file.exists() for file in files):
-                title = f"{method}, {sampling}" if sampling else method
-                own[title] = [np.load(file)["own"] for file in files]
+                own[title(method, sampling)] = [np.load(file)["own"] for file in files]
     intervals = differences(own, plan.baseline, judge.held_out["own"])
     rows = [row for row in rows if row["step"] in whole]
     lines = [table(plan, rows, step, intervals), "", "Real images:", ""]
     lines += [f"- {name}: {value:.4g}" for name, value in judge.levels.items()]
     (out / "study.md").write_text("\n".join(lines) + "\n")
     draw(plan, rows, out / "study.png")
+
+
+def title(method: str, sampling: str) -> str:
+    """Of a row: a method, sampled as its config says or otherwise."""
+    return f"{method}, {sampling}" if sampling else method
 
 
 def features(out: Path, method: str, seed: int, step: int, sampling: str = "") -> Path:
