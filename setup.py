@@ -15,8 +15,20 @@ def requirements() -> list[str]:
 
 setup(
     name="sra2_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="SRA 2 in JAX/Flax: diffusion transformers aligned with VAE latents",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     # The configs are inside the wheel, so that they load from any folder.
     packages=[*find_packages(include=["sra2_jax", "sra2_jax.*"]), "sra2_jax.configs"],
@@ -37,8 +49,10 @@ setup(
         "gcs": GCS,  # gs:// paths
         "arrow": ["pyarrow==26.0.1"],  # Hugging Face's tables; the full install has it
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
+        "docs": ["mkdocs-material==9.8.2"],
         "test": [
             *GCS,
+            "pre-commit==4.7.0",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
             "pytest-xdist==3.8.0",

@@ -1,4 +1,5 @@
-"""The table of docs/aot.md: SiT-XL/2 + SRA 2 compiled for chips that are not there.
+"""Programs compiled for chips that are not there: the tables of docs/aot.md (SiT-XL/2 +
+SRA 2) and, with --published, docs/reproduce.md.
 
     python -m benchmarks.topologies > table.md
 
@@ -54,6 +55,51 @@ CASES = [
     (512, "v5p:1x1x1", 256, "accumulate=8"),
 ]
 
+# What is to be reproduced: name -> config and what differs from it.
+LARGE = "model.width=1024 model.depth=24 model.heads=16"
+PUBLISHED = {
+    "SiT-B/2": ("sra2_b", "align.vae.enabled=False"),
+    "SRA 2, B/2": ("sra2_b", ""),
+    "REPA, B/2": ("repa_b", ""),
+    "SRA, B/2": ("sra_b", ""),
+    "SiT-L/2": ("sra2_l", "align.vae.enabled=False"),
+    "SRA 2, L/2": ("sra2_l", ""),
+    "REPA, L/2": ("repa_xl", LARGE),
+    "SRA, L/2": (
+        "sra_xl",
+        f"{LARGE} align.teacher.depth=6 align.teacher.teacher_depth=18",
+    ),
+    "SiT-XL/2": ("sra2_xl", "align.vae.enabled=False"),
+    "SRA 2, XL/2": ("sra2_xl", ""),
+    "REPA, XL/2": ("repa_xl", ""),
+    "SRA, XL/2": ("sra_xl", ""),
+}
+MACHINES = {
+    "h200:8": "mesh.fsdp=8 model.scan=False model.remat=none",
+    "v5e:4x4": "mesh.fsdp=16",
+    "v6e:4x4": "mesh.fsdp=16",
+}
+STEPS = 400_000
+
+
+def published(only: str) -> None:
+    """Memory of a chip and, by the roofline, hours to STEPS at batch 256."""
+    print("| setting | " + " | ".join(f"{m}, GB, hours" for m in MACHINES) + " |")
+    print("|---" * (1 + len(MACHINES)) + "|", flush=True)
+    for title, (name, changes) in PUBLISHED.items():
+        cells = []
+        for topology, flags in MACHINES.items():
+            if not topology.startswith(only):
+                continue
+            config = config_file.load(name, *changes.split(), *flags.split())
+            facts = describe(config, topology)
+            peak, timed = facts["peak_bytes"], facts["estimate"] or {}
+            times = (timed.get(f"step_seconds_{k}", 0) for k in ("hidden", "exposed"))
+            hours = (f"{STEPS * seconds / 3600:.0f}" for seconds in times)
+            fits = "" if facts["fits"] else "**does not fit** "
+            cells.append(f"{fits}{peak / 1e9:.1f}, {span(*hours)}")
+        print(f"| {title} | {' | '.join(cells)} |", flush=True)
+
 
 def span(low: str, high: str) -> str:
     """Two ends as text, one where they are alike."""
@@ -85,8 +131,11 @@ def row(
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="topologies that start so: v5e")
+    parser.add_argument("--published", action="store_true", help="docs/reproduce.md's")
     arguments = parser.parse_args()
     compile_only()
+    if arguments.published:
+        return published(arguments.only)
     print(HEAD, flush=True)
     for resolution, topology, batch, flags in CASES:
         if not topology.startswith(arguments.only):

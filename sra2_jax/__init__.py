@@ -15,7 +15,7 @@ Each name is imported from its module, below, when it is first used.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The map of the house, in reading order: public name -> its module.
 PUBLIC = {

@@ -1,4 +1,4 @@
-"""Check this machine's numbers against known ones: python -m sra2_jax verify DIR.
+"""Check this machine's numbers against known ones: sra2 verify DIR, or --steps.
 
 Of every file in DIR (format: tests/golden/README.md) one or more cases computed by
 public reference code. One line a case with its largest relative error; exit status 1 if
@@ -29,6 +29,7 @@ from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
 from sra2_jax.metrics.neighbours import precision_recall
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
+from sra2_jax.programs.steps import verify_steps
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
 from sra2_jax.weights.files import read_npz
@@ -318,9 +319,15 @@ def verify(folder: Path, strict: bool = False) -> int:
 def main() -> int:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder of golden files")
+    add("folder", type=Path, nargs="?", metavar="DIR", help="folder of golden files")
     add("--strict", action="store_true", help="a kind that is not covered fails")
+    steps = "instead: train SiT-B/2 so far, and compare (%(const)s)"
+    add("--steps", type=int, nargs="?", const=1000, metavar="N", help=steps)
     arguments = parser.parse_args()
+    if arguments.steps:
+        return verify_steps(arguments.steps)
+    if not arguments.folder:
+        parser.error("name a folder of golden files, or --steps")
     # Accelerators round float32 products to bf16 or TF32 unless told otherwise.
     with jax.default_matmul_precision("highest"):
         return verify(arguments.folder, arguments.strict)
