@@ -1,12 +1,14 @@
-"""Programs compiled for chips that are not there: the tables of docs/aot.md (SiT-XL/2 +
-SRA 2) and, with --published, docs/reproduce.md.
+"""Programs compiled for chips that are not there: docs/topologies.csv (SiT-XL/2 +
+SRA 2), of which docs/aot.md shows some, or with --published docs/reproduce.md's table.
 
-    python -m benchmarks.topologies > table.md
+    python -m benchmarks.topologies > docs/topologies.csv
 
 Needs `pip install -e '.[aot,aot-gpu]'`. Half a minute to two minutes a row on two CPU
 cores. GPUs come first: XLA reads its flags once.
 """
 
+import csv
+import sys
 from typing import Any
 
 from sra2_jax import config_file
@@ -15,9 +17,9 @@ from sra2_jax.command import Parser, run_program
 from tools.aot import describe
 
 HEAD = (
-    "| px | topology | chips | batch | flags | GB a chip | fits | collectives, GB "
-    "| step, ms | images/s | MFU |\n|---|---|---|---|---|---|---|---|---|---|---|"
-)
+    "px", "topology", "chips", "batch", "flags", "GB a chip", "fits",
+    "collectives, GB", "step, ms", "images/s", "MFU",
+)  # fmt: skip
 # Resolution, topology, batch, and what differs from the config.
 CASES = [
     (256, "h200:1", 256, ""),
@@ -84,20 +86,20 @@ STEPS = 400_000
 
 def published(only: str) -> None:
     """Memory of a chip and, by the roofline, hours to STEPS at batch 256."""
-    print("| setting | " + " | ".join(f"{m}, GB, hours" for m in MACHINES) + " |")
-    print("|---" * (1 + len(MACHINES)) + "|", flush=True)
+    machines = {name: f for name, f in MACHINES.items() if name.startswith(only)}
+    print("| setting | " + " | ".join(f"{m}, GB, hours" for m in machines) + " |")
+    print("|---" * (1 + len(machines)) + "|", flush=True)
     for title, (name, changes) in PUBLISHED.items():
         cells = []
-        for topology, flags in MACHINES.items():
-            if not topology.startswith(only):
-                continue
+        for topology, flags in machines.items():
             config = config_file.load(name, *changes.split(), *flags.split())
             facts = describe(config, topology)
-            peak, timed = facts["peak_bytes"], facts["estimate"] or {}
-            times = (timed.get(f"step_seconds_{k}", 0) for k in ("hidden", "exposed"))
+            times = (
+                facts["estimate"][f"step_seconds_{k}"] for k in ("hidden", "exposed")
+            )
             hours = (f"{STEPS * seconds / 3600:.0f}" for seconds in times)
             fits = "" if facts["fits"] else "**does not fit** "
-            cells.append(f"{fits}{peak / 1e9:.1f}, {span(*hours)}")
+            cells.append(f"{fits}{facts['peak_bytes'] / 1e9:.1f}, {span(*hours)}")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 
@@ -108,12 +110,12 @@ def span(low: str, high: str) -> str:
 
 def row(
     resolution: int, topology: str, batch: int, flags: str, facts: dict[str, Any]
-) -> str:
+) -> list[Any]:
     """One line of the table."""
     peak, limit = facts["peak_bytes"], facts["memory_bytes"]
     needs = f"{peak / 1e9:.1f}" if peak else "more"
     cells = [resolution, topology, facts["devices"], batch, flags or "-"]
-    cells += [f"{needs} of {limit / 1e9:.1f}", "yes" if facts["fits"] else "**no**"]
+    cells += [f"{needs} of {limit / 1e9:.1f}", "yes" if facts["fits"] else "no"]
     if facts["program"]:
         moved = sum(c["bytes"] for c in facts["program"]["collectives"].values()) / 1e9
         best, worst = (
@@ -125,7 +127,7 @@ def row(
         cells += [span(f"{mfu[0]:.0%}", f"{mfu[1]:.0%}")]
     else:
         cells += [""] * 4
-    return f"| {' | '.join(map(str, cells))} |"
+    return cells
 
 
 def main() -> None:
@@ -136,14 +138,16 @@ def main() -> None:
     compile_only()
     if arguments.published:
         return published(arguments.only)
-    print(HEAD, flush=True)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(HEAD)
     for resolution, topology, batch, flags in CASES:
         if not topology.startswith(arguments.only):
             continue
         name = "sra2_xl" if resolution == 256 else "sra2_xl_512"
         config = config_file.load(name, f"batch_size={batch}", *flags.split())
         facts = describe(config, topology)
-        print(row(resolution, topology, batch, flags, facts), flush=True)
+        table.writerow(row(resolution, topology, batch, flags, facts))
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
