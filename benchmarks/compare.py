@@ -1,8 +1,8 @@
-"""Train the five methods on the quickstart's digits, several seeds, and compare them.
+"""Train the five methods on the 8x8 digits, several seeds, and compare them.
 
     python -m benchmarks.compare --out=runs/compare
 
-Each run is `python main.py` with the quickstart's config and one method's alignments
+Each run is `python main.py` with configs/digits.py and one method's alignments
 on; seeds are the outer loop, so that every method meets the machine's good and bad
 hours. Runs that are finished are not repeated: the same command goes on after an
 interruption. Prints the table and writes it as compare.md.
@@ -32,6 +32,7 @@ def train(out: Path, name: str, seed: int, rest: list[str]) -> Path:
     command = [
         sys.executable,
         str(ROOT / "main.py"),
+        f"--config={ROOT / 'configs' / 'digits.py'}",
         f"--workdir={workdir}",
         f"--config.name={slug}",
         f"--config.seed={seed}",

@@ -188,8 +188,8 @@ class Run(Section, where="run"):
 
 @dataclass(frozen=True)
 class Eval(Section, where="eval"):
-    features: Literal["", "digits", "inception", "dinov2"] = free(
-        "", 'score samples: FID or FD-DINOv2, KID; "digits": proxies; "" = never'
+    features: Literal["", "mnist", "digits", "inception", "dinov2"] = free(
+        "", "score samples: FID or FD-DINOv2, KID; of digits proxies; '' = never"
     )
     inception: str = free("inception.safetensors", "weights, see docs/evaluation.md")
     dinov2: str = free("facebook/dinov2-large", "weights: folder or hub id")
@@ -216,7 +216,7 @@ class Config(Section):
     ema_others: NUMBERS = key((), "decays of more averages, to sample", 0, 1 - 1e-9)
     vae: str = free(
         "stabilityai/sd-vae-ft-ema",
-        'diffusers folder, hub id, or "digits"',
+        'diffusers folder, hub id, "mnist" or "digits"',
         pattern=SOME,
     )
     data: Data = Data()
@@ -271,9 +271,9 @@ class Config(Section):
             guided = self.given("sampling.head_guidance")
             yield f"{guided} needs config.align.vae on, zscore off, loss not cosine"
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
-        if self.eval.features == "digits" and not digits:
+        if self.eval.features in ("digits", "mnist") and not digits:
             yield (
-                "config.eval.features='digits' needs config.data.num_classes=10 and "
+                f"{self.given('eval.features')} needs config.data.num_classes=10 and "
                 "config.data.resolution=32"
             )
         for section in vars(self.align).values():

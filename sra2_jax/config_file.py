@@ -140,7 +140,7 @@ def check_paths(config: Config, workdir: str) -> None:
     if not exists(f"{data}/latents.json"):
         if not config.data.images:
             raise no_latents(data)
-        how = "no such folder; it has a sub-folder for each class; or tfds:NAME, digits"
+        how = "no such folder; it has a sub-folder for each class; or tfds:NAME, mnist"
         wanted["data.images"] = config.data.images, how
     if e.features in ("inception", "dinov2"):
         how = file if e.features == "inception" else hub
@@ -164,5 +164,7 @@ def no_latents(folder: Any) -> UserError:
 
 def exists(source: str) -> bool:
     """Whether a local file or folder is there; what is not local is not looked at."""
-    apart = source == "digits" or source.startswith("tfds:") or is_remote(source)
+    apart = (
+        source in ("mnist", "digits") or source.startswith("tfds:") or is_remote(source)
+    )
     return apart or (bool(source) and Path(source).exists())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from sra2_jax.data.digits import load_digits
+from sra2_jax.data import digits
 from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
 from sra2_jax.data.pixels import to_png
@@ -24,10 +24,13 @@ from sra2_jax.step import Program
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
 # what results.json says of the numbers
+PROXIES = (
+    "Proxies, not FID: a Fréchet distance to the held-out real digits in the space of "
+    "their pixels, made smaller, and the share of samples that a support vector "
+    "machine, fitted on the training digits, gives the label asked for."
+)
 NOTES = {
-    "digits": "Proxies, not FID: a Fréchet distance to the 360 held-out real digits in "
-    "a space of 64 pixels, and the share of samples that a support vector machine, "
-    "fitted on the 1,437 training digits, gives the label asked for.",
+    **dict.fromkeys(digits.NAMES, PROXIES),
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
@@ -59,8 +62,8 @@ class Observer:
             features = make_features(e.features, weights, program.mesh, batch)
             self.features = features
         self._levels: dict[str, float] = {}
-        if e.features == "digits":
-            self._digits()
+        if e.features in digits.NAMES:
+            self._digits(e.features)
             return
         if e.features:
             held = open_images(e.reference, self.config.data.resolution)
@@ -71,9 +74,9 @@ class Observer:
         means = next(batches(dataset, order))["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
 
-    def _digits(self) -> None:
+    def _digits(self, name: str) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""
-        images, labels = load_digits("test")
+        images, labels = digits.load_digits("test", name)
         columns = self.config.run.grid_columns
         self.reference = self._summary([images], labels)
         decoded = self.generate.decode(self.generate.encode(images))
@@ -81,7 +84,7 @@ class Observer:
         chosen = np.concatenate(rows)
         self._picture(self.run.images / "real.png", images[chosen])
         self._picture(self.run.images / "reconstruction.png", decoded[chosen])
-        seen, classes = load_digits("train")
+        seen, classes = digits.load_digits("train", name)
         through = self.metrics([decoded], labels)
         self._levels = {
             # the training set's distance; the held-out set's is 0 by definition

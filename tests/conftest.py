@@ -110,10 +110,10 @@ def golden() -> Path:
 
 @pytest.fixture
 def tiny() -> ConfigDict:
-    """The quickstart with a network of 2 blocks and width 16, and 8 rows a step."""
-    from configs import quickstart
+    """The digits with a network of 2 blocks and width 16, and 8 rows a step."""
+    from configs import digits
 
-    c = quickstart.get_config()
+    c = digits.get_config()
     c.name = "tiny"
     c.steps = 4
     c.batch_size = 16

@@ -66,7 +66,7 @@ node node2
 for _ in {1..30}; do [[ $(sinfo --noheader --format=%t) == idle ]] && break; sleep 1; done
 sinfo
 
-config=(--config=configs/quickstart.py --config.model.depth=2 --config.align.vae.depth=1
+config=(--config=configs/digits.py --config.model.depth=2 --config.align.vae.depth=1
   --config.eval.features= --config.run.sample_every=100000 --config.sampling.steps=3
   --config.run.log_every=20 --config.run.checkpoint_every=20 --config.mesh.fsdp=2
   --config.data.dir="$dir/latents" --config.steps="${STEPS:-300}")

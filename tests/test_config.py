@@ -120,7 +120,7 @@ def test_every_key_says_what_it_is():
 
 def test_overrides_make_a_copy():
     texts = ["steps=1_000", "model.scan=TRUE", "optim.eps=1", "data.dir=", "seed=7"]
-    config = config_file.load("configs/quickstart.py", *texts)
+    config = config_file.load("configs/digits.py", *texts)
     assert (config.steps, config.seed, config.model.scan) == (1000, 7, True)
     assert (config.optim.eps, config.data.dir) == (1.0, "")
     assert type(config.optim.eps) is float

@@ -56,7 +56,7 @@ def test_golden_files_go_in_and_out_unchanged(
     )  # fmt: skip
     program(
         monkeypatch, "import", tmp_path / "in.npz", f"--workdir={tmp_path / 'run'}",
-        "--config=configs/quickstart.py", *(f"--config.{s}" for s in settings),
+        "--config=configs/digits.py", *(f"--config.{s}" for s in settings),
     )  # fmt: skip
     said = capsys.readouterr().out
     assert ": step 7\n" in said

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sra2_jax.config import Config
-from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.data.digits import load_digits, to_grey
 from sra2_jax.generator import Generator, draw_labels, grid, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import make_features
@@ -153,7 +153,7 @@ def test_proxy_knows_real_digits():
     assert wrong["frechet"] > 1
     assert wrong["precision"] == 0
     expected = frechet_distance(
-        *gaussian(to_8x8(255 - images)), *gaussian(to_8x8(images))
+        *gaussian(to_grey(255 - images)), *gaussian(to_grey(images))
     )
     assert wrong["frechet"] == pytest.approx(expected, rel=1e-9)
 
@@ -163,4 +163,4 @@ def test_some_features_are_kept_evenly():
     parts = image_set(np.split(images, [7, 200]))
     rows = [0, 90, 180, 269, 359]
     kept = summarise(make_features("digits", "", None, 0), parts, 0, keep=5).kept
-    np.testing.assert_allclose(kept, to_8x8(images[rows]), atol=1e-6)
+    np.testing.assert_allclose(kept, to_grey(images[rows]), atol=1e-6)

@@ -1,5 +1,6 @@
 """The autoencoder, its files, the digits and what is shipped for them."""
 
+import functools
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import sklearn.datasets
 from safetensors.numpy import load_file, save_file
 
-from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.data.digits import load_digits, to_grey
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.programs import convert
@@ -151,47 +152,52 @@ def test_unsupported_config(folder, changes, words):
 # The digits and the autoencoder shipped for them
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return {split: load_digits(split) for split in ("train", "test")}
+SIZES = {"digits": (1437, 360), "mnist": (4500, 500)}
 
 
-def test_digits(digits):
+@functools.cache
+def digits(name="digits"):
+    return {split: load_digits(split, name) for split in ("train", "test")}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_digits(name):
     """Shapes, labels; splits that are disjoint and fixed."""
-    for split, count in (("train", 1437), ("test", 360)):
-        images, labels = digits[split]
+    for split, count in zip(("train", "test"), SIZES[name], strict=True):
+        images, labels = digits(name)[split]
         assert (images.shape, images.dtype) == ((count, 32, 32, 3), np.uint8)
         assert (labels.shape, labels.dtype) == ((count,), np.int64)
         assert (images == images[..., :1]).all()
         share = np.bincount(labels, minlength=10) / count
         np.testing.assert_allclose(share, 0.1, atol=0.004)
-    rows = np.concatenate([to_8x8(images) for images, _ in digits.values()])
-    # No two of scikit-learn's 1,797 digits are equal, so neither are any two here.
-    assert len(np.unique(rows, axis=0)) == 1797
-    np.testing.assert_array_equal(load_digits("test")[0], digits["test"][0])
+    rows = np.concatenate([images[..., 0] for images, _ in digits(name).values()])
+    # No two of either collection are equal, so neither are any two here.
+    assert len(np.unique(rows, axis=0)) == sum(SIZES[name])
+    np.testing.assert_array_equal(load_digits("test", name)[0], digits(name)["test"][0])
     with pytest.raises(ValueError, match="validation"):
-        load_digits("validation")
+        load_digits("validation", name)
 
 
-def test_to_8x8_is_close_to_the_original_digits(digits):
+def test_to_grey_is_close_to_the_original_digits():
     source = sklearn.datasets.load_digits()
-    features = to_8x8(digits["test"][0])
+    features = to_grey(digits()["test"][0])
     assert (features.shape, features.dtype) == ((360, 64), np.float32)
     assert features.min() >= 0
     assert features.max() <= 1
     originals = source.data.astype(np.float32) / 16
     distances = np.square(features[:, None] - originals[None]).mean(-1)
     nearest = distances.argmin(1)
-    np.testing.assert_array_equal(source.target[nearest], digits["test"][1])
+    np.testing.assert_array_equal(source.target[nearest], digits()["test"][1])
     assert len(set(nearest)) == 360
     assert np.sqrt(distances.min(1).mean()) < 0.08  # bicubic blurs a little
 
 
-def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
-    vae, params = load_vae("digits")
-    files = fetch("digits", WEIGHTS).iterdir()
+@pytest.mark.parametrize(("name", "side"), [("digits", 4), ("mnist", 8)])
+def test_shipped_autoencoders_rebuild_held_out_digits(name, side):
+    vae, params = load_vae(name)
+    files = fetch(name, WEIGHTS).iterdir()
     assert sum(file.stat().st_size for file in files) < 2_000_000
-    pixels = digits["test"][0]
+    pixels = digits(name)["test"][0]
 
     @jax.jit
     def rebuild(params, images):
@@ -199,7 +205,7 @@ def test_shipped_autoencoder_rebuilds_held_out_digits(digits):
         return mean, apply(vae, params, mean, method="decode")
 
     mean, decoded = rebuild(params, pixels / np.float32(127.5) - 1)
-    assert mean.shape == (360, 4, 4, 4)
+    assert mean.shape == (len(pixels), side, side, 4)
     rebuilt = np.clip(127.5 * np.asarray(decoded) + 127.5, 0, 255)
     assert 10 * np.log10(255**2 / np.square(rebuilt - pixels).mean()) > 22
     scaled = vae.config.scaling_factor * np.asarray(mean)

@@ -1,9 +1,11 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
+from sra2_jax.programs import steps
 from sra2_jax.programs.verify import relative_error, verify
 
 # file -> number of its cases
@@ -76,3 +78,17 @@ def test_relative_error():
     assert relative_error(np.array([1.0, 2.2]), np.array([1.0, 2.0])) == (
         pytest.approx(0.1)
     )
+
+
+def test_first_steps(monkeypatch, capsys):
+    """Those of SiT-B/2 are the recorded ones; another number is found."""
+    monkeypatch.setattr("jax.device_count", lambda: 1)
+    assert steps.verify_steps(2) == 0
+    assert "steps 1 to 2: " in capsys.readouterr().out
+    rows = [json.loads(line) for line in steps.RECORDED.read_text().splitlines()]
+    assert len(rows) >= 100
+    rows[50]["grad_norm"] *= 1.01
+    monkeypatch.setattr(steps, "first_steps", lambda: iter(rows))
+    assert steps.verify_steps(50) == 0
+    assert steps.verify_steps(60) == 1
+    assert "steps 11 to 60: 1.0e-02 (<= 1e-03) FAILED" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 from sra2_jax.command import run_program
-from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.data.digits import load_digits, to_grey
 from sra2_jax.models.dinov2 import DINOv2, DINOv2Config
 from sra2_jax.weights.dinov2 import FORMAT, load_dinov2
 from tools.digits import run
@@ -86,7 +86,7 @@ def measure(folder: Path) -> dict[str, str]:
     for name, describe in {
         "features": lambda x: pooled_features(model, params, x),
         "features, untrained": lambda x: pooled_features(model, untrained, x),
-        "pixels, 8x8": to_8x8,
+        "pixels, 8x8": to_grey,
     }.items():
         right = judged(describe, (train_pixels, train_labels), (pixels, labels))
         figures |= {f"{name}: {kind}": value for kind, value in right.items()}

@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from sra2_jax.command import run_program
-from sra2_jax.data.digits import load_digits, to_8x8
+from sra2_jax.data.digits import load_digits, to_grey
 from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.weights import load_vae
 from sra2_jax.weights.vae import FORMAT
@@ -66,7 +66,7 @@ def measure(folder: Path) -> dict[str, str]:
     pixels, labels = load_digits("test")
     mean, std = train_vae.encoded(model, params, pixels)
     noise = np.random.default_rng(SEED).normal(size=mean.shape).astype(np.float32)
-    classifier = SVC().fit(to_8x8(train_pixels), train_labels)
+    classifier = SVC().fit(to_grey(train_pixels), train_labels)
     figures = {
         "SVC on the held-out digits themselves": _accuracy(classifier, pixels, labels)
     }
@@ -78,7 +78,7 @@ def measure(folder: Path) -> dict[str, str]:
 
 
 def _accuracy(classifier: SVC, pixels: np.ndarray, labels: np.ndarray) -> str:
-    return f"{100 * classifier.score(to_8x8(pixels), labels):.2f} %"
+    return f"{100 * classifier.score(to_grey(pixels), labels):.2f} %"
 
 
 README = f"""# Autoencoder of handwritten digits

@@ -127,7 +127,7 @@ CARDS = {
     "h200": {},
     "h100": {"n": "192", "half": "96", "peer": "32", "large": "224", "px512": "40"},
 }
-TINY = "--config=configs/quickstart.py"
+TINY = "--config=configs/digits.py"
 SMOKE = {
     "XL": TINY,
     "XL512": TINY,

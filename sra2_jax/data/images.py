@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sra2_jax.data.digits import load_digits
+from sra2_jax.data import digits
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError, explained
 from sra2_jax.runtime import tensorflow
@@ -81,8 +81,8 @@ def open_source(
     Raises UserError: an unknown source, or one without images.
     """
     spec = os.fspath(spec)
-    if spec == "digits":
-        return _digits(split)
+    if spec in digits.NAMES:
+        return _digits(spec, split)
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")
         return _tfds(name, own_split or split, labelled)
@@ -163,15 +163,15 @@ def _text(path: str | os.PathLike) -> str:
     )
 
 
-def _digits(split: str) -> ImageSource:
-    images, labels = load_digits(split)
+def _digits(name: str, split: str) -> ImageSource:
+    images, labels = digits.load_digits(split, name)
 
     def entry(index: int) -> Entry:
         load = partial(np.asarray, images[index])
-        return Entry(index, f"digits/{split}/{index}", int(labels[index]), load)
+        return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
 
-    count, names, listing = len(images), tuple("0123456789"), f"digits/{split}"
-    return ImageSource("digits", count, 10, names, _any_of(entry, count), listing)
+    count, names, listing = len(images), tuple("0123456789"), f"{name}/{split}"
+    return ImageSource(name, count, 10, names, _any_of(entry, count), listing)
 
 
 def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
@@ -227,7 +227,7 @@ def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
     )
 
 
-SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], digits"
+SPECS = "folder with one sub-folder per class, tfds:NAME[:SPLIT], mnist, digits"
 
 
 def in_threads(

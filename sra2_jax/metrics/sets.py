@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from sra2_jax.data import digits
 from sra2_jax.data import images as sources
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError, explained
@@ -28,7 +29,6 @@ from sra2_jax.storage import whole_file
 IMAGES, LABELS, SETTINGS = "arr_0", "arr_1", "settings"
 # kind of features -> members with their mean and covariance
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-DIGITS_SIDE = 32
 Shape = tuple[int, ...]
 
 
@@ -57,18 +57,18 @@ def open_images(
     spec: an .npz in ADM's format: uint8 NHWC images as arr_0 (sample files), mu and
     sigma, mu_s and sigma_s (reference files), or both, and perhaps labels as arr_1 and
     settings (a JSON text); a folder with images at any depth, in the order of their
-    paths; tfds:NAME[:SPLIT]; or digits. resolution: side to which folders and datasets
-    are cropped by ADM's rule; folders of equal squares need none. split: of a dataset,
-    where `spec` names none.
+    paths; tfds:NAME[:SPLIT]; mnist or digits. resolution: side to which folders and
+    datasets are cropped by ADM's rule; folders of equal squares need none. split: of a
+    dataset, where `spec` names none.
 
     Raises UserError: nothing there, or nothing that can be used.
     """
     if Path(spec).is_dir():
         return _folder(Path(spec), resolution)
-    if spec == "digits":
+    if spec in digits.NAMES:
         entries = sources.open_source(spec, split).entries
         labels = np.array([entry.label for entry in entries()])
-        return _decoded(spec, entries, len(labels), resolution or DIGITS_SIDE, labels)
+        return _decoded(spec, entries, len(labels), resolution or digits.SIDE, labels)
     if not spec.startswith("tfds:"):
         return _npz_images(spec)
     if resolution is None:
@@ -129,7 +129,7 @@ def _folder(folder: Path, resolution: int | None) -> ImageSet:
 @contextlib.contextmanager
 def _opened(spec: str) -> Iterator[Any]:
     """An .npz to read; whatever is found wrong while it is open becomes a UserError."""
-    advice = "give one, a folder of images, tfds:NAME[:SPLIT] or digits"
+    advice = "give one, a folder of images, tfds:NAME[:SPLIT], mnist or digits"
     with (
         explained(f"{spec}: no whole .npz in ADM's format", advice),
         epath.Path(spec).open("rb") as file,

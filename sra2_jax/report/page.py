@@ -44,6 +44,7 @@ TITLES = CURVES | {f"eval/{key}": title for key, (title, _) in METRICS.items()}
 # config.eval.features -> the metrics that a run measures; the first two are headlines
 MEASURED = {
     "digits": ("eval/accuracy", "eval/frechet"),
+    "mnist": ("eval/accuracy", "eval/frechet"),
     "inception": ("eval/fid", "eval/inception_score", "eval/sfid"),
     "dinov2": ("eval/fd_dinov2", "eval/kernel_distance"),
 }

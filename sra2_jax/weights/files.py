@@ -31,6 +31,7 @@ from sra2_jax.weights import tree
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = ("mnist", "digits")
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
@@ -50,14 +51,15 @@ AGAIN = (
 def fetch(source: str, weights: str) -> Path:
     """The local folder of `source`, downloaded if it is a hub id.
 
-    source: a folder or `owner/name[@revision]`; an existing folder wins, "digits" is
-    the one shipped with this package. A commit as revision pins what is loaded. With
-    HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file wanted in it.
+    source: a folder or `owner/name[@revision]`; an existing folder wins, "digits" and
+    "mnist" are those shipped with this package. A commit as revision pins what is
+    loaded. With HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file
+    wanted in it.
 
     Raises UserError: a whole pipeline, or as `from_hub`.
     """
-    if source == "digits":
-        return next(ASSETS.glob(f"*/{weights}")).parent
+    if source in SHIPPED:
+        return next(ASSETS.glob(f"{source}_*/{weights}")).parent
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).exists() and (folder / "vae" / CONFIG).exists():

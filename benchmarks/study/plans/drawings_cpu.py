@@ -7,7 +7,7 @@ docs/evidence.md says how {data} is made.
 
 from benchmarks.study.methods import ALL
 
-config = "configs/quickstart.py"
+config = "configs/digits.py"
 keys = {
     "data.dir": "{data}/latents", "data.images": "", "data.resolution": 64,
     "data.num_classes": 7, "vae": "{data}/vae", "latents.size": 8,
