@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 GCS = ["gcsfs==2026.10.1", "google-cloud-storage==3.17.1"]
+DOCS = ["mkdocs-material==9.8.2"]
 
 
 def requirements() -> list[str]:
@@ -49,9 +50,10 @@ setup(
         "gcs": GCS,  # gs:// paths
         "arrow": ["pyarrow==26.0.1"],  # Hugging Face's tables; the full install has it
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
-        "docs": ["mkdocs-material==9.8.2"],
+        "docs": DOCS,
         "test": [
             *GCS,
+            *DOCS,
             "pre-commit==4.7.0",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
     c.data.shuffle_buffer = 8192
     c.latents.size, c.model.patch_size = 8, 2
     c.latents.scaling_factor = 1.110465
-    c.steps = 2000
     c.sampling.guidance = 1.5
     c.run.checkpoint_every = c.run.sample_every = c.eval.every = 500
     c.eval.num_samples = 500

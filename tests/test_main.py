@@ -73,10 +73,10 @@ BAD = {
     "--config.latents.mean=1,2,3,4 --config.latents.std=1,1,1,0": "must be numbers bet",
     "--config.run.profile_steps=9": 'must be "" or FIRST:LAST',
     "--config.model.heads=7": "config.model.width=96 must be divisible by 4 and by",
-    "--config.model.patch_size=3": "latents.size=4 is not divisible by config.model.",
+    "--config.model.patch_size=3": "latents.size=8 is not divisible by config.model.",
     "--config.run.log_every=33": "must be a multiple of config.run.log_every=33",
     "--config.run.keep_every=7": "config.run.keep_every=7 must be 0 or a multiple of",
-    "--config.data.num_classes=12": "config.eval.features='digits' needs",
+    "--config.data.num_classes=12": "config.eval.features='mnist' needs",
     # what is not there
     "--config.data.dir=/nowhere --config.data.images=": "no latents dataset in /nowh",
     "--config.data.images=/nowhere": "config.data.images=/nowhere: no such folder",

@@ -1,4 +1,4 @@
-"""Record the first steps that `sra2 verify --steps` compares: an hour on two cores.
+"""Record the first steps that `sra2 verify --steps` compares: minutes on two cores.
 
 python -m tools.first_steps
 """

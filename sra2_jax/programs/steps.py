@@ -19,17 +19,17 @@ from sra2_jax.step import Program
 
 RECORDED = Path(__file__).parents[1] / "assets" / "steps" / "sra2_b.jsonl"
 CONFIG = "sra2_b"
-# 64 tokens and 2 images a step, so that a CPU is done within an hour.
+# 64 tokens and 2 images a step, so that a CPU is done within minutes.
 CHANGES = {
     "data.resolution": 128, "latents.size": 16, "batch_size": 2,
-    "model.dtype": "float32", "model.attention": "xla", "model.scan": False,
+    "model.dtype": "float32", "model.attention": "xla", "model.scan": True,
     "model.remat": "none",
 }  # fmt: skip
 COMPARED = "loss_denoise", "loss_align_vae", "grad_norm"
 CLASSES = 10
 # Rounding differs between machines, and training doubles a difference now and then:
 # up to a step, the relative error that is no more than that.
-BANDS = {10: 1e-4, 100: 1e-3, 1000: 1e-2}
+BANDS = {10: 1e-4, 100: 1e-3}
 
 
 def synthetic(config: Config, step: int) -> dict[str, np.ndarray]:

@@ -322,7 +322,7 @@ def main() -> int:
     add("folder", type=Path, nargs="?", metavar="DIR", help="folder of golden files")
     add("--strict", action="store_true", help="a kind that is not covered fails")
     steps = "instead: train SiT-B/2 so far, and compare (%(const)s)"
-    add("--steps", type=int, nargs="?", const=1000, metavar="N", help=steps)
+    add("--steps", type=int, nargs="?", const=100, metavar="N", help=steps)
     arguments = parser.parse_args()
     if arguments.steps:
         return verify_steps(arguments.steps)
