@@ -16,6 +16,9 @@ import numpy as np
 from sra2_jax.config_align import STEPS, Align, EncoderKeys
 from sra2_jax.section import NAME, NUMBERS, SOME, Section, free, key
 
+# Collections that pip packages bring (data/digits.py), and what is shipped for them.
+DIGITS = "digits", "mnist"
+
 
 @dataclass(frozen=True)
 class Data(Section, where="data"):
@@ -271,7 +274,7 @@ class Config(Section):
             guided = self.given("sampling.head_guidance")
             yield f"{guided} needs config.align.vae on, zscore off, loss not cosine"
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
-        if self.eval.features in ("digits", "mnist") and not digits:
+        if self.eval.features in DIGITS and not digits:
             yield (
                 f"{self.given('eval.features')} needs config.data.num_classes=10 and "
                 "config.data.resolution=32"

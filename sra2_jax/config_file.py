@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sra2_jax.config import Config
+from sra2_jax.config import DIGITS, Config
 from sra2_jax.errors import UserError, explained
 from sra2_jax.section import fields, flatten, parse, shown
 from sra2_jax.storage import expand, is_remote
@@ -164,7 +164,5 @@ def no_latents(folder: Any) -> UserError:
 
 def exists(source: str) -> bool:
     """Whether a local file or folder is there; what is not local is not looked at."""
-    apart = (
-        source in ("mnist", "digits") or source.startswith("tfds:") or is_remote(source)
-    )
+    apart = source in DIGITS or source.startswith("tfds:") or is_remote(source)
     return apart or (bool(source) and Path(source).exists())

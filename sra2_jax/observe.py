@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
 from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
@@ -30,7 +31,7 @@ PROXIES = (
     "machine, fitted on the training digits, gives the label asked for."
 )
 NOTES = {
-    **dict.fromkeys(digits.NAMES, PROXIES),
+    **dict.fromkeys(DIGITS, PROXIES),
     "inception": "Fréchet distances fall with the number of samples: only those of as "
     "many samples can be compared. Papers print 50,000.",
 }
@@ -62,7 +63,7 @@ class Observer:
             features = make_features(e.features, weights, program.mesh, batch)
             self.features = features
         self._levels: dict[str, float] = {}
-        if e.features in digits.NAMES:
+        if e.features in DIGITS:
             self._digits(e.features)
             return
         if e.features:

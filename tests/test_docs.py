@@ -53,9 +53,7 @@ def commands(page):
     )
     blocks += (x.replace("\n", " ") for x in inline if "-" in x.split(" ", 3)[-1])
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        line = re.sub(r"^\w+\(\) \{|\[(--[^\]]*)\]", r"\1", line).replace(
-            '"${@:3}"', ""
-        )
+        line = re.sub(r"\[(--[^\]]*)\]", r"\1", line)
         for part in re.split(r"&&|;|\|", re.sub(r"(^|\s)#.*", "", line)):
             if (found := PROGRAM.search(part)) and "..." not in part:
                 yield shlex.split(part[found.start() :])
@@ -75,19 +73,18 @@ def test_commands_have_these_flags(words, monkeypatch):
 
     def parse(parser, *given):
         arguments = plain(parser, *given)
-        if (file := getattr(arguments, "config", None)) and "$" not in file:
+        if file := getattr(arguments, "config", None):
             config_file.override(file, arguments.overrides)
         raise Parsed
 
     monkeypatch.setattr(Parser, "parse_args", parse)
-    if words[0].endswith("main.py"):
-        name, given = "sra2_jax.programs.train", words[1:]
-    elif words[0].endswith("sra2") or words[2] == "sra2_jax":
-        command, *given = words[1 if words[0].endswith("sra2") else 3 :]
-        name = f"sra2_jax.{COMMANDS[command][0]}"
-    else:
-        name, given = words[2], words[3:]
-    if name == "benchmarks.study":
+    name, *given = words[2:] if words[1:2] == ["-m"] else words
+    name = Path(name).name
+    if name in ("sra2", "sra2_jax"):
+        name = f"sra2_jax.{COMMANDS[given.pop(0)][0]}"
+    elif name == "main.py":
+        name = "sra2_jax.programs.train"
+    elif name == "benchmarks.study":
         name = "benchmarks.study.__main__"
     monkeypatch.setattr(sys, "argv", [name, *given])
     with pytest.raises(Parsed):
@@ -106,16 +103,10 @@ def test_the_reference_of_the_config_is_the_configs():
 
 
 def test_the_site_builds(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-d",
-        tmp_path / "s",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d"]
+    done = subprocess.run(
+        [*command, tmp_path / "s"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     start = (tmp_path / "s" / "index.html").read_text()
     assert "Which method for me" in start

@@ -212,6 +212,11 @@ def test_shipped_autoencoders_rebuild_held_out_digits(name, side):
     np.testing.assert_allclose(scaled.std(), 1, atol=0.15)
 
 
+def test_what_is_not_shipped_is_told():
+    with one_line("mnist: no such folder"):
+        fetch("mnist", "model.safetensors")
+
+
 @pytest.mark.usefixtures("heavy")
 def test_file_names_and_config_are_those_of_diffusers(tmp_path):
     """Its own constants and config loader (no PyTorch needed) agree with ours."""

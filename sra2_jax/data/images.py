@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
 from sra2_jax.data.pixels import center_crop, decode_rgb
 from sra2_jax.errors import UserError, explained
@@ -81,7 +82,7 @@ def open_source(
     Raises UserError: an unknown source, or one without images.
     """
     spec = os.fspath(spec)
-    if spec in digits.NAMES:
+    if spec in DIGITS:
         return _digits(spec, split)
     if spec.startswith("tfds:"):
         name, _, own_split = spec.removeprefix("tfds:").partition(":")

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
+from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import preprocess
@@ -17,7 +18,7 @@ from sra2_jax.sharding import replicated, spread
 from sra2_jax.storage import sha256
 from sra2_jax.weights import load_dinov2, load_inception
 
-KINDS = ("inception", "dinov2", *digits.NAMES)
+KINDS = ("inception", "dinov2", *DIGITS)
 Outputs = dict[str, np.ndarray]
 
 
@@ -48,7 +49,7 @@ def make_features(kind: str, weights: str, mesh: Mesh, batch: int) -> Features:
 
     Raises UserError: its weights are not to be had.
     """
-    if kind in digits.NAMES:
+    if kind in DIGITS:
         return _digits(kind)
     distance, facts, function, params = (
         _dinov2(weights) if kind == "dinov2" else _inception(weights)

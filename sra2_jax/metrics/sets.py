@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
 from sra2_jax.data import images as sources
 from sra2_jax.data.pixels import center_crop, decode_rgb
@@ -65,7 +66,7 @@ def open_images(
     """
     if Path(spec).is_dir():
         return _folder(Path(spec), resolution)
-    if spec in digits.NAMES:
+    if spec in DIGITS:
         entries = sources.open_source(spec, split).entries
         labels = np.array([entry.label for entry in entries()])
         return _decoded(spec, entries, len(labels), resolution or digits.SIDE, labels)

@@ -22,6 +22,7 @@ from etils import epath
 from PIL import Image
 
 from sra2_jax.command import Parser
+from sra2_jax.config import DIGITS
 from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS
 from sra2_jax.report.curves import curve, read_series, short, smooth
@@ -43,8 +44,7 @@ CURVES = {
 TITLES = CURVES | {f"eval/{key}": title for key, (title, _) in METRICS.items()}
 # config.eval.features -> the metrics that a run measures; the first two are headlines
 MEASURED = {
-    "digits": ("eval/accuracy", "eval/frechet"),
-    "mnist": ("eval/accuracy", "eval/frechet"),
+    **dict.fromkeys(DIGITS, ("eval/accuracy", "eval/frechet")),
     "inception": ("eval/fid", "eval/inception_score", "eval/sfid"),
     "dinov2": ("eval/fd_dinov2", "eval/kernel_distance"),
 }

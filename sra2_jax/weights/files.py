@@ -23,6 +23,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from sra2_jax.config import DIGITS
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError, explained
 from sra2_jax.storage import read_json, whole_file
@@ -31,7 +32,6 @@ from sra2_jax.weights import tree
 CONFIG = "config.json"
 INDEX = ".index.json"  # added to the name of a sharded file
 ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = ("mnist", "digits")
 LARGEST = 2**16  # number in a config: a larger one is a mistake, or an attack
 # the reference's names of its sets of weights -> ours
 SETS = {"model": "raw", "ema": "ema"}
@@ -58,8 +58,9 @@ def fetch(source: str, weights: str) -> Path:
 
     Raises UserError: a whole pipeline, or as `from_hub`.
     """
-    if source in SHIPPED:
-        return next(ASSETS.glob(f"{source}_*/{weights}")).parent
+    if source in DIGITS:
+        for path in ASSETS.glob(f"{source}_*/{weights}"):
+            return path.parent
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / CONFIG).exists() and (folder / "vae" / CONFIG).exists():
