@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": ("programs.verify", "this machine's numbers against golden files"),
     "status": ("programs.status", "how runs are doing"),
     "report": ("report.page", "a run's report.html anew"),
+    "serve": ("programs.serve", "runs in the browser, also while they train"),
     "fit": ("programs.fit", "does a config fit on chips that need not be here"),
 }
 
