@@ -50,6 +50,7 @@ setup(
         "gcs": GCS,  # gs:// paths
         "arrow": ["pyarrow==26.0.1"],  # Hugging Face's tables; the full install has it
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
+        "wandb": ["wandb==0.31.0"],  # for `sra2 mirror`, beside a run
         "docs": DOCS,
         "test": [
             *GCS,

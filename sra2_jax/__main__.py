@@ -19,6 +19,7 @@ COMMANDS = {
     "status": ("programs.status", "how runs are doing"),
     "report": ("report.page", "a run's report.html anew"),
     "serve": ("programs.serve", "runs in the browser, also while they train"),
+    "mirror": ("programs.mirror", "a run's metrics and samples to W&B"),
     "fit": ("programs.fit", "does a config fit on chips that need not be here"),
 }
 
