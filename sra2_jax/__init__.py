@@ -29,6 +29,7 @@ PUBLIC = {
     "sample": "sampler",  # Euler, Heun, Euler-Maruyama
     "Guidance": "sampler",
     "generate": "generator",  # images of a network
+    "load_run": "hub",  # a network of a run, or of one on the hub
 }
 __all__ = list(PUBLIC)
 

@@ -15,6 +15,8 @@ COMMANDS = {
     "evaluate": ("programs.evaluate", "FID and the other metrics of images"),
     "sweep": ("programs.sweep", "metrics over guidance scales and intervals"),
     "convert": ("programs.convert", "checkpoints of PyTorch code, in and out"),
+    "push": ("programs.push", "a run's network to the Hugging Face hub"),
+    "pull": ("programs.pull", "a run of a network on the hub"),
     "verify": ("programs.verify", "this machine's numbers against golden files"),
     "status": ("programs.status", "how runs are doing"),
     "report": ("report.page", "a run's report.html anew"),

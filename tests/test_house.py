@@ -10,7 +10,7 @@ PACKAGE = ROOT / "sra2_jax"
 FLOORS = (
     {"__main__", "programs"},
     {"train"},
-    {"observe"},
+    {"observe", "hub"},
     {"report", "generator", "log"},
     {"step", "metrics"},
     {"alignment", "data"},

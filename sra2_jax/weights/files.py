@@ -313,3 +313,16 @@ def write_file(
             np.savez(file, **arrays)
         else:
             save_file(arrays, file.name, dict(notes))
+            _sort_notes(file.name)
+
+
+def _sort_notes(path: str) -> None:
+    """Of a .safetensors, which is written with them in any order: the same contents
+    are to be the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))
