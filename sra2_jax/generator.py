@@ -234,9 +234,9 @@ def _finite(decoded: tuple[Array, Array]) -> np.ndarray:
 
 
 def generate(
-    program: Program, params: Any, labels: Sequence[int], **sampling: Any
+    program: Program, params: Any, labels: Sequence[int] | np.ndarray, **sampling: Any
 ) -> np.ndarray:
-    """uint8 images (N, H, W, 3) of classes, with the program's VAE.
+    """uint8 images (N, H, W, 3) of classes (N,), with the program's VAE.
 
     params: of the network and its heads, as state.ema; sampling: keys of
     config.sampling to change, guidance=1.8.
