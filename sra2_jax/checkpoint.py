@@ -25,6 +25,15 @@ FORMAT = 1
 ELSEWHERE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 WORDS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED")
 Unlogged = Sequence[dict[str, float]]
+# An array of which each device holds a copy is saved in as many parts, cut on the device.
+# To cut small ones takes longer than to write them whole.
+PART_BYTES = 2**20
+HANDLERS = ocp.type_handlers.create_type_handler_registry(
+    (
+        jax.Array,
+        ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=PART_BYTES),
+    )
+)
 
 
 class Damaged(Exception):
@@ -88,7 +97,7 @@ class Checkpoints:
                 read_only=keep is None,
             ),
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=HANDLERS),
                 "fingerprint": ocp.JsonCheckpointHandler(),
             },
         )

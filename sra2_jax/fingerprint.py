@@ -50,6 +50,7 @@ def _compute(leaves: list[Array]) -> tuple[Array, Array]:
     return jnp.stack([_fingerprint(x) for x in leaves]), jnp.stack(finite)
 
 
+@jax.jit  # traced once for each shape
 def _fingerprint(x: Array) -> Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

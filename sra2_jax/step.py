@@ -130,7 +130,12 @@ class Program:
     @cached_property
     def abstract(self) -> State:
         """The state's shapes with their places; no array exists."""
-        return sharding.placed(jax.eval_shape(self.init), self.mesh)
+        return sharding.placed(jax.eval_shape(self._traced), self.mesh)
+
+    @cached_property
+    def _traced(self) -> Any:
+        """`init`, traced once for its shapes and its values."""
+        return jax.jit(self.init)
 
     @cached_property
     def places(self) -> State:
@@ -139,7 +144,7 @@ class Program:
 
     def start(self) -> State:
         """The state of step 0, each array made in its place."""
-        return jax.jit(self.init, out_shardings=self.places)()
+        return jax.jit(lambda: self._traced(), out_shardings=self.places)()
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
