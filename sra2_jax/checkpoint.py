@@ -25,8 +25,8 @@ FORMAT = 1
 ELSEWHERE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 WORDS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED")
 Unlogged = Sequence[dict[str, float]]
-# An array of which each device holds a copy is saved in as many parts, cut on the device.
-# To cut small ones takes longer than to write them whole.
+# An array of which each device holds a copy is saved in as many parts. To cut small
+# ones takes longer than to write them whole.
 PART_BYTES = 2**20
 HANDLERS = ocp.type_handlers.create_type_handler_registry(
     (

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import lru_cache, partial, reduce
 from operator import getitem
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from sra2_jax import sampler, sharding
 from sra2_jax.checkpoint import Checkpoints
-from sra2_jax.config import Config
+from sra2_jax.config import Config, Latents
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL
@@ -28,6 +28,7 @@ from sra2_jax.weights import load_vae
 NOISE, LABELS = 2**31, 2**31 + 1
 # keys of a run's config that sampling may change
 CHANGEABLE = ("sampling.", "seed", "vae")
+NOT_SCALED = Latents(scaling_factor=1.0)
 # settings of samples on which no image depends
 WITHOUT_EFFECT = ("batch_size", "versions")
 
@@ -63,6 +64,7 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
     return np.asarray(draw(keys)).astype(np.int64)
 
 
+@lru_cache(maxsize=8)  # of programs that are called again, from a notebook
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
 
@@ -156,48 +158,25 @@ class Generator:
         config = self.config.override(values)
         return replace(self, program=Program(config, self.program.mesh))
 
-    @cached_property
-    def _sample(self) -> Callable[..., Array]:
-        return make_sampler(self.program)
-
-    def _pixels(self, vae_params: Any, raw: Array) -> tuple[Array, Array]:
-        """Images of latents that are not scaled, and whether all were numbers."""
-        images = apply(self.vae, vae_params, raw, method="decode")
-        pixels = to_uint8(images, self.config.sampling.rounding)
-        return pixels, jnp.isfinite(images).all()
-
-    @cached_property
-    def _decode(self) -> Callable[[Any, Array], tuple[Array, Array]]:
-        """`_pixels` of scaled latents, the same on all devices."""
-        latents, place = self.config.latents, sharding.replicated(self.program.mesh)
-
-        @jax.jit
-        def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
-            raw = z / latents.scale + latents.shift
-            found = self._pixels(vae_params, raw)
-            return jax.lax.with_sharding_constraint(found, place)
-
-        return decode
+    @property
+    def _place(self) -> jax.sharding.NamedSharding:
+        return sharding.replicated(self.program.mesh)
 
     def decode(self, raw: np.ndarray) -> np.ndarray:
         """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
-        return self._split(lambda *inputs: self._pixels(*inputs)[0], raw)
+        how = self.vae, NOT_SCALED, self.config.sampling.rounding, self._place
+        images, _ = _decode(*how, self.vae_params, self._spread(raw))
+        return np.asarray(images)[: len(raw)]
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Mean latents, not scaled, of uint8 images (N, H, W, 3)."""
+        means = _encode(self.vae, self._place, self.vae_params, self._spread(images))
+        return np.asarray(means)[: len(images)]
 
-        def means(vae_params: Any, images: Array) -> Array:
-            pixels = images.astype(jnp.float32) / 127.5 - 1
-            return apply(self.vae, vae_params, pixels, method="encode")[0]
-
-        return self._split(means, images)
-
-    def _split(self, function: Callable[..., Array], x: np.ndarray) -> np.ndarray:
-        """A function of the VAE's parameters and x, whose rows the devices share."""
+    def _spread(self, x: np.ndarray) -> Array:
+        """Rows, filled up, of which each device has as many."""
         mesh = self.program.mesh
-        rows = sharding.spread(x, sharding.rounded(len(x), mesh.size), mesh)
-        run = jax.jit(function, out_shardings=sharding.replicated(mesh))
-        return np.asarray(run(self.vae_params, rows))[: len(x)]
+        return sharding.spread(x, sharding.rounded(len(x), mesh.size), mesh)
 
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, params: Any = None
@@ -210,17 +189,37 @@ class Generator:
         Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
-        batch, ahead = self.batch, None
+        batch, ahead, sample = self.batch, None, make_sampler(self.program)
+        rounding = self.config.sampling.rounding
+        how = self.vae, self.config.latents, rounding, self._place
         for start in range(0, len(indices), batch):
             # The last batch is filled up with copies: one shape, one compilation.
             rows = np.arange(start, start + batch).clip(max=len(indices) - 1)
             numbers, classes = (x[rows].astype(np.int32) for x in (indices, labels))
-            z = self._sample(params, numbers, classes)
-            behind, ahead = ahead, self._decode(self.vae_params, z)
+            z = sample(params, numbers, classes)
+            behind, ahead = ahead, _decode(*how, self.vae_params, z)
             if behind is not None:
                 yield _finite(behind)
         if ahead is not None:
             yield _finite(ahead)[: (len(indices) - 1) % batch + 1]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _decode(
+    vae: AutoencoderKL, latents: Latents, rounding: str, place: Any, params: Any, z: Any
+) -> tuple[Array, Array]:
+    """Images of scaled latents, and whether all were numbers; in their place."""
+    raw = z / latents.scale + latents.shift
+    images = apply(vae, params, raw, method="decode")
+    found = to_uint8(images, rounding), jnp.isfinite(images).all()
+    return jax.lax.with_sharding_constraint(found, place)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _encode(vae: AutoencoderKL, place: Any, params: Any, images: Array) -> Array:
+    pixels = images.astype(jnp.float32) / 127.5 - 1
+    means = apply(vae, params, pixels, method="encode")[0]
+    return jax.lax.with_sharding_constraint(means, place)
 
 
 def _finite(decoded: tuple[Array, Array]) -> np.ndarray:
