@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
 
+from benchmarks import quickstart
 from benchmarks.gpu import session
 from benchmarks.sampling import network_rows
 from sra2_jax import command, config_file
@@ -91,6 +93,14 @@ def test_network_rows():
     inside = sum(1 - i * 0.96 / 249 <= 0.7 for i in range(250))
     assert rows(guidance=1.8, guidance_high=0.7) == 250 + inside
     assert rows(method="heun") == 499
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "frechet", "lines"), [(0.97, 1.1, 0), (0.9, 1.3, 2), (math.nan, 1, 1)]
+)
+def test_floors_of_the_quickstart(accuracy, frechet, lines):
+    scores = {"accuracy": accuracy, "frechet": frechet}
+    assert len(quickstart.complaints(scores)) == lines
 
 
 def test_encoding(cases):
