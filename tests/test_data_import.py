@@ -1,11 +1,9 @@
 """Latents that exist become a dataset, bit for bit in float16."""
 
 import functools
-import http.server
 import io
 import json
 import shutil
-import threading
 import zipfile
 
 import datasets
@@ -19,6 +17,7 @@ from sra2_jax.data.import_latents import ImportOptions, import_latents
 from sra2_jax.errors import UserError
 from sra2_jax.weights import load_vae
 from tests.conftest import one_line
+from tests.hub import COMMIT, hub
 from tests.test_data_build import contents
 from tests.test_pipeline import read_all
 
@@ -284,65 +283,19 @@ def test_files_that_are_no_arrays(tmp_path, moments, content):
         run(tmp_path / "in", tmp_path / "out")
 
 
-COMMIT = "c0ffee00" * 5
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What the hub's client asks for; the repository is no dataset but a model."""
-
-    root = None
-
-    def do_GET(self):
-        path, body, headers = self.path.partition("?")[0], b"", {}
-        files = [p for p in self.root.rglob("*") if p.is_file()]
-        names = [str(p.relative_to(self.root)) for p in files]
-        if path == "/api/models/owner/latents/revision/v1":
-            body = json.dumps({"id": "owner/latents", "sha": COMMIT}).encode()
-        elif path == f"/api/models/owner/latents/tree/{COMMIT}":
-            rows = [{"type": "file", "path": n, "size": 0, "oid": ""} for n in names]
-            body = json.dumps(rows).encode()
-        elif path.startswith(f"/owner/latents/resolve/{COMMIT}/"):
-            body = (self.root / path.partition(f"{COMMIT}/")[2]).read_bytes()
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}{hash(path)}"'}
-        else:
-            headers = {"X-Error-Code": "RepoNotFound"}
-        self.send_response(200 if body else 404)
-        headers["Content-Length"] = str(len(body))
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
 def test_from_the_hub(tmp_path, moments, monkeypatch):
     """The hub's own client fetches a folder and the labels beside it, no more; the
     dataset names the commit."""
     monkeypatch.setattr("datasets.config.TF_AVAILABLE", False)
     flags = saved(tmp_path / "repo", moments, "arrow")
     (tmp_path / "repo" / "large.bin").write_bytes(b"not wanted")
-    monkeypatch.setattr(Hub, "root", tmp_path / "repo")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        for name, value in {
-            "ENDPOINT": address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": address
-            + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-        try:
-            info = run("owner/latents@v1", tmp_path / "a", **flags)
-            with one_line("owner/other: not from the hub"):
-                run("owner/other", tmp_path / "b", **flags)
-        finally:
-            server.shutdown()
+    found = [path for path in (tmp_path / "repo").rglob("*") if path.is_file()]
+    files = {str(p.relative_to(tmp_path / "repo")): p.read_bytes() for p in found}
+    # a repository of a model, not of a dataset
+    with hub(monkeypatch, tmp_path / "cache", **{"owner/latents": files}):
+        info = run("owner/latents@v1", tmp_path / "a", **flags)
+        with one_line("owner/other: not from the hub"):
+            run("owner/other", tmp_path / "b", **flags)
     check(tmp_path / "a", info, moments, LABELS)
     assert info.options["imported"] == f"owner/latents@{COMMIT}/sub"
     assert not [*(tmp_path / "cache").rglob("large.bin")]
