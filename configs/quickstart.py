@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     c.latents.size, c.model.patch_size = 8, 2
     c.latents.scaling_factor = 1.110465
     c.sampling.guidance = 1.5
-    c.steps = 1200
-    c.run.checkpoint_every = c.run.sample_every = c.eval.every = 600
+    c.steps = 1000
+    c.run.checkpoint_every = c.run.sample_every = c.eval.every = 500
     c.eval.num_samples = 500
     return c

@@ -96,7 +96,7 @@ def test_network_rows():
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "frechet", "lines"), [(0.97, 1.1, 0), (0.9, 1.3, 2), (math.nan, 1, 1)]
+    ("accuracy", "frechet", "lines"), [(0.97, 1.1, 0), (0.9, 1.4, 2), (math.nan, 1, 1)]
 )
 def test_floors_of_the_quickstart(accuracy, frechet, lines):
     scores = {"accuracy": accuracy, "frechet": frechet}
