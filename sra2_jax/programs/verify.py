@@ -189,21 +189,21 @@ def samplers(path: Path, data: Arrays) -> Cases:
         with jax.enable_x64(dtype == "float64"):
             for case in (k for k in data if "|" in k):
                 method, path_name, *numbers = case.split("|")
-                scale, low, high = (float(x.strip("cfg")) for x in numbers[:3])
-                by_head: Any = (float(x.strip("ig")) for x in numbers[3:])
-                head = sampler.Guidance(*by_head)
-                out = sampler.sample(
+                scales: Any = [float(number.strip("cfig")) for number in numbers]
+                head = sampler.Guidance(*scales[3:])
+                run = partial(
+                    sampler.sample,
                     field if head.scale == 1 else both,
-                    jnp.asarray(data["latents"], dtype),
-                    jnp.asarray(data["y"], "int32"),
                     null=1000,
                     method=method,
                     steps=int(data["steps"]),
                     transport=Transport(paths[path_name]),
-                    guidance=sampler.Guidance(scale, low, high),
+                    guidance=sampler.Guidance(*scales[:3]),
                     head=head,
                     noise=jnp.asarray(data["noise"], dtype).__getitem__,
                 )
+                x, y = jnp.asarray(data["latents"], dtype), jnp.asarray(data["y"])
+                out = jax.jit(run)(x, y)
                 yield case, out, tolerance
 
 
