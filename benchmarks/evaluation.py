@@ -14,8 +14,7 @@ import time
 import numpy as np
 
 from sra2_jax.command import Parser, run_program
-from sra2_jax.metrics.moments import Moments, frechet_distance
-from sra2_jax.metrics.neighbours import precision_recall
+from sra2_jax.metrics.moments import Moments, frechet_distance, precision_recall
 
 BATCH = 500
 

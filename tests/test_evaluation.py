@@ -5,23 +5,23 @@ import pytest
 
 from sra2_jax.config import Config
 from sra2_jax.data.digits import load_digits, to_grey
-from sra2_jax.generator import Generator, draw_labels, grid, to_uint8
+from sra2_jax.generator import Generator, draw_labels, grid, make_sampler, to_uint8
 from sra2_jax.metrics.compare import compare, summarise
 from sra2_jax.metrics.features import make_features
 from sra2_jax.metrics.moments import frechet_distance, gaussian
 from sra2_jax.metrics.sets import ImageSet
+from sra2_jax.sampler import Guidance
 from sra2_jax.weights import load_vae
 from tests.test_step import program_of
 
 
 def test_to_uint8():
     """Both references cut off the fraction."""
-    x = jnp.array([-2.0, -1.0, -0.001, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, -1, 1)
-    x = jnp.repeat(x, 3, axis=-1)
-    ours = to_uint8(x, "truncate")[0, 0, :, 0]
-    np.testing.assert_array_equal(ours, [0, 0, 127, 127, 191, 255, 255])
-    ours = to_uint8(x, "sit")[0, 0, :, 0]
-    np.testing.assert_array_equal(ours, [0, 0, 127, 128, 191, 255, 255])
+    x = np.array([-2.0, -1.0, -0.001, 0.0, 0.5, 1.0, 2.0], np.float32)
+    x = jnp.asarray(np.repeat(x, 3).reshape(1, 1, -1, 3))
+    for rounding, zero in (("truncate", 127), ("sit", 128)):
+        ours = to_uint8(x, rounding)[0, 0, :, 0]
+        np.testing.assert_array_equal(ours, [0, 0, 127, zero, 191, 255, 255])
 
 
 def test_grid():
@@ -40,16 +40,13 @@ def make(tiny):
     """images(devices, batch_size, indices) of one random network."""
     vae, vae_params = load_vae("digits")
     # Zero-initialised layers would hide the label.
-    params = jax.device_get(
-        jax.tree.map(
-            lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size).reshape(p.shape)),
-            program_of(tiny).start().params,
-        )
+    params = jax.tree.map(
+        lambda p: p + 0.05 * np.sin(np.arange(p.size)).reshape(p.shape),
+        jax.device_get(program_of(tiny).start().params),
     )
 
-    def images(devices, batch_size, indices, label=3, **sampling):
+    def images(devices, batch_size, indices, label=3):
         tiny.sampling.batch_size = batch_size
-        tiny.sampling.update(sampling)
         generate = Generator(program_of(tiny, devices), vae, vae_params, params)
         labels = np.full(len(indices), label)
         return np.concatenate([*generate(np.array(indices), labels)])
@@ -58,11 +55,13 @@ def make(tiny):
 
 
 def test_an_image_depends_on_its_index_alone(make):
-    """Not on the batch it is in, its place there, or the number of devices."""
+    """Not on the batch it is in, its place there, or the number of devices; and on
+    its label."""
     whole = make(1, 8, range(6)).astype(int)
     assert np.abs(whole[0] - whole[1]).mean() > 5
     others = make(8, 8, [4, 2, 0]).astype(int)
     assert np.abs(others - whole[[4, 2, 0]]).max() <= 1
+    assert (make(1, 8, [0], label=7) != whole[:1]).any()
 
 
 def test_the_next_batch_is_on_its_way_while_one_is_used(tiny, monkeypatch):
@@ -97,28 +96,32 @@ def test_latents_by_channel_are_decoded_as_they_were(tiny, monkeypatch):
     assert np.abs(off).max() <= 1
 
 
-def test_sampling_settings_act(make):
-    """Method, label, guidance and its channels each change the picture."""
-    pictures = [
-        make(1, 1, [0]),
-        make(1, 1, [0], label=7),
-        make(1, 1, [0], guidance=5.0),
-        make(1, 1, [0], guidance=5.0, guidance_channels=2),
-        make(1, 1, [0], guidance_channels=0, guidance_high=0.5),
-        make(1, 1, [0], guidance=1.0, method="heun"),
-    ]
-    for i, a in enumerate(pictures):
-        for b in pictures[:i]:
-            assert (a != b).any()
+def test_sampling_settings_act(tiny, monkeypatch):
+    """Each reaches the sampler, whose own tests show what it does."""
+    given = {}
+
+    def sample(velocity, x, labels, **named):
+        given.update(named)
+        return x
+
+    monkeypatch.setattr("sra2_jax.sampler.sample", sample)
+    s = tiny.sampling
+    s.method, s.steps, s.guidance, s.guidance_channels = "heun", 7, 5.0, 2
+    s.guidance_low, s.guidance_high = 0.25, 0.5
+    s.head_guidance, s.head_guidance_low, s.head_guidance_high = 2.0, 0.125, 0.75
+    program = program_of(tiny)
+    jax.eval_shape(make_sampler(program), program.abstract.ema, *np.zeros((2, 1), int))
+    assert (given["method"], given["steps"], given["null"]) == ("heun", 7, 10)
+    assert given["guidance"] == Guidance(5.0, 0.25, 0.5, 2)
+    assert given["head"] == Guidance(2.0, 0.125, 0.75)
 
 
 def test_labels_follow_from_seed_and_index(tiny):
     """Random ones are uniform, and neither order nor company matters."""
     tiny.sampling.labels = "random"
     labels = draw_labels(Config.of(tiny), np.arange(5000))
-    np.testing.assert_array_equal(
-        draw_labels(Config.of(tiny), np.array([4000, 7])), labels[[4000, 7]]
-    )
+    some = draw_labels(Config.of(tiny), np.array([4000, 7]))
+    np.testing.assert_array_equal(some, labels[[4000, 7]])
     counts = np.bincount(labels, minlength=10)
     assert np.sum((counts - 500) ** 2) / 500 < 27.9  # chi-squared, 9 dof, p = 0.001
     assert abs(np.corrcoef(labels[1:], labels[:-1])[0, 1]) < 0.05
@@ -156,11 +159,6 @@ def test_proxy_knows_real_digits():
         *gaussian(to_grey(255 - images)), *gaussian(to_grey(images))
     )
     assert wrong["frechet"] == pytest.approx(expected, rel=1e-9)
-
-
-def test_some_features_are_kept_evenly():
-    images, _ = load_digits("test")
-    parts = image_set(np.split(images, [7, 200]))
-    rows = [0, 90, 180, 269, 359]
-    kept = summarise(make_features("digits", "", None, 0), parts, 0, keep=5).kept
-    np.testing.assert_allclose(kept, to_grey(images[rows]), atol=1e-6)
+    some = summarise(features, image_set(np.split(images, [7, 200])), 0, keep=5).kept
+    expected = to_grey(images[[0, 90, 180, 269, 359]])  # spread evenly
+    np.testing.assert_allclose(some, expected, atol=1e-6)

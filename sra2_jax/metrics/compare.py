@@ -117,9 +117,7 @@ def compare(
             found[name] = moments.frechet_distance(*ours[kind], *theirs[kind])
     if samples.kept is not None and reference.kept is not None:
         if neighbours:
-            from sra2_jax.metrics.neighbours import precision_recall  # takes seconds
-
-            precision, recall = precision_recall(reference.kept, samples.kept)
+            precision, recall = moments.precision_recall(reference.kept, samples.kept)
             found |= {"precision": precision, "recall": recall}
         found["kernel_distance"] = moments.kernel_distance(reference.kept, samples.kept)
     ordered = ((name, found.get(name)) for name in METRICS)

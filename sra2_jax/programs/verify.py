@@ -8,6 +8,7 @@ any is out of tolerance. Runs without TensorFlow.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -25,8 +26,12 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Latents, Model
 from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.moments import InceptionScore, frechet_distance, gaussian
-from sra2_jax.metrics.neighbours import precision_recall
+from sra2_jax.metrics.moments import (
+    InceptionScore,
+    frechet_distance,
+    gaussian,
+    precision_recall,
+)
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
 from sra2_jax.programs.steps import verify_steps
@@ -62,6 +67,11 @@ def nhwc(x: np.ndarray) -> jax.Array:
 
 def nchw(x: Any) -> jax.Array:
     return jnp.moveaxis(x, -1, 1)
+
+
+def compiled(module: Any, params: Any, *inputs: Any, method: Any = None) -> Any:
+    """A method's results, compiled: op by op it takes several times as long."""
+    return jax.jit(partial(apply, module, method=method))(params, *inputs)
 
 
 def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
@@ -100,25 +110,24 @@ def sit(path: Path, data: Arrays) -> Cases:
     wanted = {section: shapes(head, *token) for section, head in layers.items()}
     params, trees = from_reference(weights, network, wanted, HEAD_NAMES)
     depth = config["encoder_depth"] or config["align_depth"] or 1
-    run: Any = jax.jit(network.apply, static_argnums=4)
-    inputs = nhwc(data["x"]), jnp.asarray(data["t"]), jnp.asarray(data["y"])
-    out, kept, c = run({"params": params}, *inputs, (depth,))
-    results = {"out": nchw(out), "hidden": kept[depth]}
+    x, labels = nhwc(data["x"]), jnp.asarray(data["y"])
+
+    def square(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        found = apply(network, params, x, jnp.asarray(data["t"]), labels, (depth,))
+        mean = jnp.mean(jnp.square(found[0]))
+        return mean, (mean, *found)
+
+    run: Any = jax.grad(square, (0, 1), has_aux=True) if "grad_x" in data else square
+    first, (loss, out, kept, c) = jax.jit(run)(params, x)
+    results = {"out": nchw(out), "hidden": kept[depth], "loss": loss}
+    if "grad_x" in data:
+        results |= {"grad_norm": optax.tree.norm(first[0]), "grad_x": nchw(first[1])}
     for section, tree in trees.items():
         found = apply(layers[section], tree, kept[depth], c)
         results["z"] = results["projected"] = found
     if "target" in data:
         losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
-    if "grad_x" in data:
-
-        def square(params: Any, x: jax.Array) -> jax.Array:
-            return jnp.mean(jnp.square(apply(network, params, x, *inputs[1:])[0]))
-
-        gradient = jax.jit(jax.value_and_grad(square, (0, 1)))
-        results["loss"], found = gradient(params, inputs[0])
-        results["grad_norm"], results["grad_x"] = optax.tree.norm(found[0]), found[1]
-        results["grad_x"] = nchw(results["grad_x"])
     for name in sorted(data.keys() - {"config", "x", "t", "y", "target"}):
         if not name.startswith("w/"):
             yield name, results[name], FLOAT32
@@ -128,11 +137,11 @@ def vae(path: Path, data: Arrays) -> Cases:
     """AutoencoderKL loaded from the folder's diffusers files."""
     model, params = load_vae(str(path.parent))
     image, latent = nhwc(data["image"]), nhwc(data["latent"])
-    yield "moments", nchw(apply(model, params, image, method="moments")), FLOAT32
-    mean, std = apply(model, params, image, method="encode")
+    yield "moments", nchw(compiled(model, params, image, method="moments")), FLOAT32
+    mean, std = compiled(model, params, image, method="encode")
     yield "mean", nchw(mean), FLOAT32
     yield "std", nchw(std), FLOAT32
-    yield "decoded", nchw(apply(model, params, latent, method="decode")), FLOAT32
+    yield "decoded", nchw(compiled(model, params, latent, method="decode")), FLOAT32
 
 
 def ldm_vae(path: Path, data: Arrays) -> Cases:
@@ -144,10 +153,10 @@ def ldm_vae(path: Path, data: Arrays) -> Cases:
     model, params = from_ldm(
         weights, scaling_factor=factor, latents_mean=mean, latents_std=std
     )
-    found = apply(model, params, nhwc(data["image"]), method="encode")
+    found = compiled(model, params, nhwc(data["image"]), method="encode")
     yield "mean", nchw(found[0]), FLOAT32
     yield "std", nchw(found[1]), FLOAT32
-    decoded = apply(model, params, nhwc(data["latent"]), method="decode")
+    decoded = compiled(model, params, nhwc(data["latent"]), method="decode")
     yield "decoded", nchw(decoded), FLOAT32
     latents = Latents(channels=len(mean), scaling_factor=factor, mean=mean, std=std)
     scaled = latents.scale * (found[0] - latents.shift)
@@ -159,7 +168,7 @@ def dinov2(path: Path, data: Arrays) -> Cases:
     module, params = load_dinov2(str(path.parent))
     # As transformers does, should the input have another size than the table.
     module = module.clone(antialias=False)
-    states = apply(module, params, nhwc(data["pixel_values"]))
+    states = compiled(module, params, nhwc(data["pixel_values"]))
     yield "last_hidden_state", states, FLOAT32
 
 
@@ -180,21 +189,21 @@ def samplers(path: Path, data: Arrays) -> Cases:
         with jax.enable_x64(dtype == "float64"):
             for case in (k for k in data if "|" in k):
                 method, path_name, *numbers = case.split("|")
-                scale, low, high = (float(x.strip("cfg")) for x in numbers[:3])
-                by_head: Any = (float(x.strip("ig")) for x in numbers[3:])
-                head = sampler.Guidance(*by_head)
-                out = sampler.sample(
+                scales: Any = [float(number.strip("cfig")) for number in numbers]
+                head = sampler.Guidance(*scales[3:])
+                run = partial(
+                    sampler.sample,
                     field if head.scale == 1 else both,
-                    jnp.asarray(data["latents"], dtype),
-                    jnp.asarray(data["y"], "int32"),
                     null=1000,
                     method=method,
                     steps=int(data["steps"]),
                     transport=Transport(paths[path_name]),
-                    guidance=sampler.Guidance(scale, low, high),
+                    guidance=sampler.Guidance(*scales[:3]),
                     head=head,
                     noise=jnp.asarray(data["noise"], dtype).__getitem__,
                 )
+                x, y = jnp.asarray(data["latents"], dtype), jnp.asarray(data["y"])
+                out = jax.jit(run)(x, y)
                 yield case, out, tolerance
 
 
@@ -260,7 +269,7 @@ def inception_weights(data: Arrays) -> dict[str, np.ndarray]:
 def inception(path: Path, data: Arrays) -> Cases:
     """Inception's features and logits."""
     network, params = from_torch_fidelity(inception_weights(data), path)
-    out: Any = jax.jit(network.apply)({"params": params}, data["images"])
+    out = compiled(network, params, data["images"])
     yield "pool3", out.pool, FLOAT32
     yield "spatial7", out.spatial, FLOAT32
     yield "logits_unbiased", out.logits, FLOAT32
