@@ -40,8 +40,8 @@ class Latents(Section, where="latents"):
 
     def conflicts(self) -> Iterator[str]:
         if {len(self.mean), len(self.std)} not in ({0}, {self.channels}):
-            std, mean = self.given("std"), self.given("mean")
-            yield f"{std}, {mean}: {self.channels} numbers are wanted, or none"
+            both = f"{self.given('std')}, {self.given('mean')}"
+            yield f"{both}: {self.channels} numbers are wanted, or none"
 
     @property
     def scale(self) -> Any:
@@ -63,27 +63,21 @@ class Model(Section, where="model"):
     patch_size: int = key(2, "side of a token's patch of the latent", 1, 2**12)
     mlp_ratio: float = key(4.0, "hidden channels over width", 0.1, 100)
     norm: Literal["layer", "rms"] = key("layer", "of blocks; rms has a weight")
-    qk_norm: Literal["none", "rms", "layer"] = key(
-        "none", "of each head's queries and keys"
-    )
+    qk_norm: Literal["none", "rms", "layer"] = key("none", "of queries and keys")
     mlp: Literal["gelu", "swiglu"] = key("gelu", "swiglu: of 2/3 the hidden channels")
     rope: bool = key(False, "rotate queries and keys by row and column")
     shift: bool = key(True, "adaLN shifts, too")
     time_scale: float = key(1.0, "factor on t in [0, 1] before its features", 1e-6, 1e6)
     learn_sigma: bool = key(False, "a second half of the output that nothing uses")
     scan: bool = free(True, "blocks as a loop, or unrolled")
-    remat: Literal["none", "dots", "attention", "full"] = free(
-        "dots", "what the backward pass computes again"
-    )
-    attention: Literal["auto", "xla", "cudnn"] = free(
-        "auto", "auto: cudnn on GPUs where it works"
-    )
+    remat: Literal["none", "dots", "attention", "full"] = free("dots", "computed twice")
+    attention: Literal["auto", "xla", "cudnn"] = free("auto", "cudnn where it works")
     dtype: Literal["bfloat16", "float32"] = free("bfloat16", "compute type")
 
     def conflicts(self) -> Iterator[str]:
         if self.width % self.heads or self.width % 4:
-            width, heads = self.given("width"), self.given("heads")
-            yield f"{width} must be divisible by 4 and by {heads}"
+            heads = self.given("heads")
+            yield f"{self.given('width')} must be divisible by 4 and by {heads}"
         if self.rope and self.width // self.heads % 4:
             yield f"{self.given('rope')}: width / heads must be divisible by 4"
         if self.attention == "cudnn" and self.dtype != "bfloat16":
@@ -93,9 +87,7 @@ class Model(Section, where="model"):
 @dataclass(frozen=True)
 class Transport(Section, where="transport"):
     path: Literal["linear", "gvp", "vp"] = key("linear", "from data to noise")
-    prediction: Literal["velocity", "noise", "data"] = key(
-        "velocity", "the network's output"
-    )
+    prediction: Literal["velocity", "noise", "data"] = key("velocity", "the output")
     time: Literal["uniform", "lognormal"] = key("uniform", "density of training times")
     time_mean: float = key(0.0, "of log(sigma / alpha), lognormal only", -100, 100)
     time_std: float = key(1.0, "see time_mean", 1e-6, 100)
@@ -140,19 +132,13 @@ class Sampling(Section, where="sampling"):
     guidance_low: float = free(0.0, "guided where low <= t <= high", 0, 1)
     guidance_high: float = free(1.0, "see guidance_low", 0, 1)
     guidance_channels: int = free(0, "guide the first channels; 0 = all", 0, 2**12)
-    head_guidance: float = free(
-        1.0, "scale of guidance by align.vae's head; 1 = off", 0, 1000
-    )
+    head_guidance: float = free(1.0, "the same by align.vae's head; 1 = off", 0, 1000)
     head_guidance_low: float = free(0.0, "so guided where low <= t <= high", 0, 1)
     head_guidance_high: float = free(1.0, "see head_guidance_low", 0, 1)
     rounding: Literal["truncate", "sit"] = free("truncate", "to uint8, as REPA or SiT")
-    labels: Literal["random", "balanced"] = free(
-        "random", "of scored samples; or i mod classes"
-    )
+    labels: Literal["random", "balanced"] = free("random", "scored; or i mod classes")
     batch_size: int = free(64, "images at a time, over all devices", 1, 2**24)
-    dtype: Literal["float32", "bfloat16"] = free(
-        "float32", "of the network, as SiT and REPA sample"
-    )
+    dtype: Literal["float32", "bfloat16"] = free("float32", "of the network")
 
     def conflicts(self) -> Iterator[str]:
         for name in ("guidance", "head_guidance"):
@@ -243,11 +229,10 @@ class Config(Section):
         """(h, w, c) of a latent."""
         return self.latents.size, self.latents.size, self.latents.channels
 
-    def feature_readers(self) -> dict[str, "EncoderKeys"]:
+    def feature_readers(self) -> dict[str, EncoderKeys]:
         """The alignments that read stored features, by name."""
-        found = vars(self.align).items()
-        encoders = {n: s for n, s in found if isinstance(s, EncoderKeys) and s.enabled}
-        return {n: s for n, s in encoders.items() if s.source == "features"}
+        on = {name: s for name, s in vars(self.align).items() if s.enabled}
+        return {n: s for n, s in on.items() if getattr(s, "source", "") == "features"}
 
     def conflicts(self) -> Iterator[str]:
         for whole, part in (
@@ -275,10 +260,8 @@ class Config(Section):
             yield f"{guided} needs config.align.vae on, zscore off, loss not cosine"
         digits = (self.data.num_classes, self.data.resolution) == (10, 32)
         if self.eval.features in DIGITS and not digits:
-            yield (
-                f"{self.given('eval.features')} needs config.data.num_classes=10 and "
-                "config.data.resolution=32"
-            )
+            sizes = "config.data.num_classes=10 and config.data.resolution=32"
+            yield f"{self.given('eval.features')} needs {sizes}"
         for section in vars(self.align).values():
             for block in ("depth", "teacher_depth"):
                 if section.enabled and getattr(section, block, 1) > self.model.depth:
