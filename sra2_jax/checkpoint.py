@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
@@ -22,8 +23,10 @@ from sra2_jax.storage import is_remote
 FORMAT = 1
 # Errors that say nothing of what is on the disk: Python's, JAX's (a full device), and
 # those that TensorStore puts in words.
-ELSEWHERE = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
-WORDS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED")
+ELSEWHERE = re.compile(
+    "PermissionError|MemoryError|JaxRuntimeError|"
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|RESOURCE_EXHAUSTED"
+)
 Unlogged = Sequence[dict[str, float]]
 # An array of which each device holds a copy is saved in as many parts. To cut small
 # ones takes longer than to write them whole.
@@ -40,17 +43,18 @@ class Damaged(Exception):
     """A checkpoint that cannot be read as it was written."""
 
 
+@dataclass
 class Best:
     """Orbax's policy that keeps the `count` checkpoints of the lowest finite scores."""
 
-    def __init__(self, count: int, score: Callable[[int], float]) -> None:
-        self._count, self._score = count, score
+    count: int
+    score: Callable[[int], float]
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
     ) -> Sequence[bool]:
-        scored = sorted((self._score(c.step), c.step) for c in checkpoints)
-        best = [step for score, step in scored if np.isfinite(score)][: self._count]
+        scored = sorted((self.score(c.step), c.step) for c in checkpoints)
+        best = [step for score, step in scored if np.isfinite(score)][: self.count]
         return [c.step in best for c in checkpoints]
 
 
@@ -81,8 +85,8 @@ class Checkpoints:
         self._saved: int | None = None  # a step that was not looked at yet
         policy: Any = None
         if keep:
-            chosen: list[Any] = [policies.LatestN(keep.keep_checkpoints)]
-            chosen.append(Best(keep.keep_best, score))
+            newest = policies.LatestN(keep.keep_checkpoints)
+            chosen: list[Any] = [newest, Best(keep.keep_best, score)]
             if keep.keep_every:
                 chosen.append(policies.EveryNSteps(keep.keep_every))
             policy = policies.AnyPreservationPolicy(chosen)
@@ -134,8 +138,8 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state),
             fingerprint=ocp.args.JsonSave(facts | {"sha256": digest(facts)}),
         )
+        self.wait()
         with self._saving():
-            self._confirm()
             self._manager.save(step, args=args)
             self._saved = step
 
@@ -145,17 +149,13 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save in the background. Raises Restart: it has failed;
-        UserError: since the folder is lost."""
+        """Wait for the save in the background, and see that it left what can be read.
+        Raises Restart: it has failed; UserError: since the folder is lost."""
         with self._saving():
-            self._confirm()
-
-    def _confirm(self) -> None:
-        """See that the save in the background has left what can be read."""
-        self._manager.wait_until_finished()
-        step, self._saved = self._saved, None
-        if step is not None and self._run.writes and not self._run.whole(step):
-            raise OSError(f"step {step} is not there as it was saved")
+            self._manager.wait_until_finished()
+            step, self._saved = self._saved, None
+            if step is not None and self._run.writes and not self._run.whole(step):
+                raise OSError(f"step {step} is not there as it was saved")
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
@@ -190,11 +190,9 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         source = self.folder / str(step)
         target = self.folder / f"{ASIDE}{step}"
-        if jax.process_index() == 0:
-            number = 1
+        if self._run.writes:
             while target.exists():
-                number += 1
-                target = self.folder / f"{ASIDE}{step}-{number}"
+                target = self.folder / f"{target.name}-again"
             source.rename(target)
             if target.is_dir():
                 (target / "reason.txt").write_text(reason + "\n")
@@ -223,11 +221,16 @@ class Checkpoints:
     ) -> tuple[Any, Unlogged]:
         """The state and what was not logged yet. Raises Damaged, on all processes
         alike, and UserError if it is of another model or cannot be read just now."""
-        reason = ""
+        path, reason = self.folder / str(step), ""
         try:
-            state, facts = self._read(step, abstract, partial)
-        except Damaged as error:
-            reason = str(error)
+            state, facts = self._read(path, abstract, partial)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            reason = f"cannot be read: {one_line(error)}"
+            if ELSEWHERE.search(reason):
+                line = f"checkpoint {path} {reason}: mend it and run again"
+                raise UserError(line) from error
         # What one process alone cannot read, the others know of before they compute.
         if reason := agree(reason):
             raise Damaged(reason)
@@ -237,16 +240,14 @@ class Checkpoints:
         return state, facts["unlogged"]
 
     def _read(
-        self, step: int, abstract: Any, partial: bool
+        self, path: epath.Path, abstract: Any, partial: bool
     ) -> tuple[Any, dict[str, Any]]:
         """The state and what was saved beside it."""
-        path = self.folder / str(step)
-        with self._blamed(path, "its metadata"):
-            items = self._manager.item_metadata(step)
-            if not {"state", "fingerprint"} & set(items):
-                raise UserError(f"{path} is no checkpoint of a run: move it elsewhere")
-            stored = kinds(items.state.tree)
-        wanted = kinds(abstract)
+        step = int(path.name)
+        items = self._manager.item_metadata(step)
+        if not {"state", "fingerprint"} & set(items):
+            raise UserError(f"{path} is no checkpoint of a run: move it elsewhere")
+        stored, wanted = kinds(items.state.tree), kinds(abstract)
         for name in sorted(wanted if partial else wanted.keys() | stored.keys()):
             if stored.get(name) != wanted.get(name):
                 raise UserError(
@@ -255,42 +256,17 @@ class Checkpoints:
                     f"{wanted.get(name, 'missing')} in this config: use its config or "
                     "another --workdir"
                 )
-        with self._blamed(path, "its fingerprint"):
-            args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
-            facts = dict(self._manager.restore(step, args=args).fingerprint)
-            if facts.pop("sha256") != digest(facts):
-                raise Damaged("its fingerprint is not what was saved")
-        if facts["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {path} has format {facts['format']}, this version reads "
-                f"{FORMAT}: use the version that wrote it"
-            )
-        with self._blamed(path, "it"):
-            item = ocp.args.PyTreeRestore(
-                abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=partial,
-            )
-            args = ocp.args.Composite(state=item)
-            return self._manager.restore(step, args=args).state, facts
-
-    @contextlib.contextmanager
-    def _blamed(self, path: epath.Path, what: str) -> Iterator[None]:
-        """An error inside becomes Damaged, or a UserError where the fault is not in
-        what is on the disk."""
-        try:
-            yield
-        except (UserError, Damaged):
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            line, root = f"{what} cannot be read: {one_line(error)}", error
-            while root.__cause__:
-                root = root.__cause__  # type: ignore[assignment]
-            if isinstance(root, ELSEWHERE) or WORDS.search(line):
-                raise UserError(
-                    f"checkpoint {path}: {line}: mend it and run again"
-                ) from error
-            raise Damaged(line) from error
+        args = ocp.args.Composite(fingerprint=ocp.args.JsonRestore())
+        facts = dict(self._manager.restore(step, args=args).fingerprint)
+        if facts.pop("sha256") != digest(facts):
+            raise ValueError("its fingerprint is not what was saved")
+        item = ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=partial,
+        )
+        args = ocp.args.Composite(state=item)
+        return self._manager.restore(step, args=args).state, facts
 
     def __enter__(self) -> Self:
         return self

@@ -243,11 +243,10 @@ class Config(Section):
         """(h, w, c) of a latent."""
         return self.latents.size, self.latents.size, self.latents.channels
 
-    def feature_readers(self) -> dict[str, "EncoderKeys"]:
+    def feature_readers(self) -> dict[str, EncoderKeys]:
         """The alignments that read stored features, by name."""
-        found = vars(self.align).items()
-        encoders = {n: s for n, s in found if isinstance(s, EncoderKeys) and s.enabled}
-        return {n: s for n, s in encoders.items() if s.source == "features"}
+        on = {name: s for name, s in vars(self.align).items() if s.enabled}
+        return {n: s for n, s in on.items() if getattr(s, "source", "") == "features"}
 
     def conflicts(self) -> Iterator[str]:
         for whole, part in (

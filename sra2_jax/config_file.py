@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from sra2_jax.config import DIGITS, Config
 from sra2_jax.errors import UserError, explained
-from sra2_jax.section import fields, flatten, parse, shown
+from sra2_jax.section import fields, flatten, shown
 from sra2_jax.storage import expand, is_remote
 
 # size -> width, depth, heads of SiT
@@ -81,28 +81,19 @@ def override(config: str | Path, texts: Mapping[str, str]) -> Config:
 
     What the file says alone need not go together.
     """
-    path = _find(str(config))
+    here = Path(__file__).resolve().parent  # configs/ is in it, or in a checkout beside
+    named = [folder / "configs" / f"{config}.py" for folder in (here.parent, here)]
+    path = next(filter(Path.is_file, (Path(config), *named)), None)
+    if path is None:
+        raise UserError(f"--config={config} names no file: see configs/")
     kinds = Exception, SystemExit  # a mistake in the file, of any kind
     with explained(f"--config={config} is no config file", kinds=kinds):
         file = runpy.run_path(str(path))["get_config"]()
         if not isinstance(file, ConfigDict):
             raise TypeError("its get_config() returns no ConfigDict")
-    values = dict(flatten(file, Config)) | parse(Config, texts)
-    for name, value in values.items():
-        if isinstance(value, str):
-            values[name] = expand(value)
-    return Config().override(values)
-
-
-def _find(config: str) -> Path:
-    """A config file by its path, or by its name: beside the package in a checkout, in
-    it where it is installed."""
-    here = Path(__file__).resolve().parent
-    named = (folder / "configs" / f"{config}.py" for folder in (here.parent, here))
-    for file in (Path(config), *named):
-        if file.is_file():
-            return file
-    raise UserError(f"--config={config} names no file: see configs/")
+    values = {**dict(flatten(file, Config)), **texts}
+    paths = {name: expand(v) for name, v in values.items() if isinstance(v, str)}
+    return Config().override(values | paths)
 
 
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
@@ -112,8 +103,8 @@ def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
     before, now = old.flat(), new.flat()
     off = tuple(
         f"align.{name}."
-        for name, section in vars(new.align).items()
-        if not (section.enabled and getattr(old.align, name).enabled)
+        for name in vars(new.align)
+        if not before[f"align.{name}.enabled"] & now[f"align.{name}.enabled"]
     )
     fixed: list[str] = []
     others: list[str] = []

@@ -20,7 +20,7 @@ from sra2_jax.models import apply
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.run import Run
 from sra2_jax.runtime import versions
-from sra2_jax.section import fields, parse
+from sra2_jax.section import find
 from sra2_jax.step import Program
 from sra2_jax.weights import load_vae
 
@@ -252,15 +252,14 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
 
     Raises UserError: no run, a key that is none or that sampling must not change.
     """
-    values = parse(Config, overrides)
-    for name in values:
-        free = name.startswith("model.") and fields(Config)[name].metadata["key"].free
+    for name in overrides:
+        free = name.startswith("model.") and find(Config, name).metadata["key"].free
         if not (free or name.startswith(CHANGEABLE)):
             raise UserError(
                 f"config.{name} is part of the run: sampling can change "
                 "config.sampling.*, config.seed, config.vae"
             )
-    return Run(workdir).config().override(values)
+    return Run(workdir).config().override(overrides)
 
 
 def open_run(

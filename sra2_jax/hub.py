@@ -9,7 +9,6 @@ from sra2_jax.config import Config
 from sra2_jax.errors import explained
 from sra2_jax.generator import Generator, describe, open_run, read_settings
 from sra2_jax.runtime import versions
-from sra2_jax.section import parse
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
 from sra2_jax.storage import read_json
@@ -48,7 +47,7 @@ def load_run(source: str, **sampling: Any) -> Generator:
     if not source.startswith(HUB):
         return open_run(source, read_settings(source, texts))
     folder, config = fetch_run(source.removeprefix(HUB))
-    config = config.override(parse(Config, texts))
+    config = config.override(texts)
     program = Program(config, make_mesh())
     contents = read_file(folder / WEIGHTS)
     (weights,) = contents.sets.values()

@@ -35,12 +35,10 @@ UPLOAD_SECONDS = 60.0  # between two writes of TensorBoard's file in a bucket
 
 
 class Log:
-    """Writes rows of scalars, one every config.run.log_every steps, means over those.
-
-    Rows go to metrics.jsonl, TensorBoard and the console; a terminal gets a progress
-    bar instead. events.jsonl keeps what happened, over all restarts.
-    What cannot be written is said once and stops nothing. A context manager; `restart`
-    comes before all else.
+    """Writes rows of scalars, means over config.run.log_every steps, to metrics.jsonl,
+    TensorBoard and the console, where a terminal gets a progress bar instead;
+    events.jsonl keeps what happened, over all restarts. What cannot be written is said
+    once and stops nothing. A context manager; `restart` comes before all else.
 
     mfu: of one image a second, the share of the devices' peak; 0: it is not known.
 
@@ -57,16 +55,12 @@ class Log:
         self._files: dict[str, Appended] = {}
         self._bar = tqdm(disable=True)
         self.unlogged: list[dict[str, float]] = []
-        self.scores = {row["step"]: row for row in run.rows() if _scores(row)}
+        self.scores: dict[int, dict[str, float]] = {}
 
     def restart(self, step: int, unlogged: Sequence[dict[str, float]] = ()) -> None:
-        """Begin at a step. Later rows, left by a run that was cut off, are dropped.
-
-        unlogged: as it was saved with the step, so that a resumed run writes the rows
-          of an uninterrupted one.
-
-        Raises OSError where metrics.jsonl cannot be written.
-        """
+        """Begin at a step, with `unlogged` as it was saved with it. Later rows, left by
+        a run that was cut off, are dropped. Raises OSError where metrics.jsonl cannot
+        be written."""
         kept = [row for row in self._run.rows() if row["step"] <= step]
         self.scores = {row["step"]: row for row in kept if _scores(row)}
         self.unlogged = list(unlogged)
@@ -82,10 +76,9 @@ class Log:
             self._tensorboard = SummaryWriter(str(self._run.tensorboard))
         else:
             self._tensorboard = EventWriter(self._run.tensorboard)
-        steps = self._config.steps
-        self._bar = tqdm(
-            total=steps, initial=step, unit="step", smoothing=0.05, disable=None
-        )  # None: on a terminal alone
+        bar = {"total": self._config.steps, "initial": step, "unit": "step"}
+        # None: on a terminal alone.
+        self._bar = tqdm(**bar, smoothing=0.05, disable=None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Take the metrics of a step."""
@@ -100,14 +93,14 @@ class Log:
         row = mean(self.unlogged) | {"images_per_second": speed}
         if self._mfu:
             row["mfu"] = self._mfu * speed
-        left = round((config.steps - step) * config.batch_size / speed)
         self.unlogged, self._count, self._clock = [], 0, now
         if not self._bar.disable:
             losses = {k: f"{v:.4f}" for k, v in row.items() if k.startswith("loss")}
             self._bar.set_postfix(losses | {"images/s": f"{speed:.0f}"})
         else:
-            shown = row | {"seconds_left": left}
-            texts = (f"{name}={shown[name]:.6g}" for name in sorted(shown))
+            left = round((config.steps - step) * config.batch_size / speed)
+            shown = sorted((row | {"seconds_left": left}).items())
+            texts = (f"{name}={value:.6g}" for name, value in shown)
             self.message(f"{time.strftime('%H:%M:%S')} [{step}] {', '.join(texts)}")
         self.scalars(step, row)
 
@@ -156,8 +149,7 @@ class Log:
     def score(self, step: int) -> float:
         """The Fréchet distance of a step's samples; infinity where it has none."""
         row = self.scores.get(step, {})
-        found = [row[key] for key in DISTANCES if key in row]
-        return float(found[0]) if found else float("inf")
+        return next((row[key] for key in DISTANCES if key in row), math.inf)
 
     def report(self, line: str) -> None:
         """A line for a person that is also an event."""
@@ -273,11 +265,8 @@ class Profile:
 
 
 class Guard:
-    """Finds updates that were skipped and losses that jump; writes them to the log's
-    events, with the ids of the batch's records.
-
-    most_skipped: skipped updates in a row that are borne.
-    """
+    """Finds updates that were skipped, of which `most_skipped` in a row are borne, and
+    losses that jump; writes them to the log's events, with the batch's records."""
 
     def __init__(self, most_skipped: int, log: Log) -> None:
         self._most, self._log = most_skipped, log
@@ -288,7 +277,6 @@ class Guard:
         self, step: int, metrics: dict[str, float], records: Callable[[], list[int]]
     ) -> None:
         """Take a step's metrics, the same on all processes, which call it together.
-
         records: gives the `index` of each record of the batch.
 
         Raises UserError: more updates skipped in a row than are borne.

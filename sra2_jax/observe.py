@@ -24,18 +24,16 @@ from sra2_jax.step import Program
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
-# what results.json says of the numbers
+# what results.json says of the numbers: of digits, and of all else
 PROXIES = (
     "Proxies, not FID: a Fréchet distance to the held-out real digits in the space of "
     "their pixels, made smaller, and the share of samples that a support vector "
     "machine, fitted on the training digits, gives the label asked for."
 )
-NOTES = {
-    **dict.fromkeys(DIGITS, PROXIES),
-    "inception": "Fréchet distances fall with the number of samples: only those of as "
-    "many samples can be compared. Papers print 50,000.",
-}
-NOTES["dinov2"] = NOTES["inception"]
+NOTE = (
+    "Fréchet distances fall with the number of samples: only those of as many samples "
+    "can be compared. Papers print 50,000."
+)
 
 
 class Observer:
@@ -58,17 +56,16 @@ class Observer:
         self.generate = Generator.of(program)
         self.features: Features | None = None
         e, batch = self.config.eval, self.generate.batch
+        self._levels: dict[str, float] = {}
         if e.features:
             weights = getattr(e, e.features, "")
-            features = make_features(e.features, weights, program.mesh, batch)
-            self.features = features
-        self._levels: dict[str, float] = {}
+            self.features = make_features(e.features, weights, program.mesh, batch)
         if e.features in DIGITS:
             self._digits(e.features)
             return
-        if e.features:
+        if self.features:
             held = open_images(e.reference, self.config.data.resolution)
-            self.reference = compare.summarise_reference(features, held, batch)
+            self.reference = compare.summarise_reference(self.features, held, batch)
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)
@@ -191,7 +188,7 @@ class Observer:
                 "metrics": self._score(step, params),
                 "reference": self._levels,
                 **self.features.facts,
-                "note": NOTES[self.features.kind],
+                "note": PROXIES if self.features.kind in DIGITS else NOTE,
             }
         self.run.write("results", results | {"versions": versions()})
         self.report()

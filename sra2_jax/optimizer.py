@@ -49,8 +49,8 @@ def optimizer(o: Optim) -> optax.GradientTransformation:
 
 def _kinds(tree: Any) -> Any:
     def kind(path: tuple, x: Any) -> str:
-        *_, module, leaf = (str(getattr(key, "key", key)) for key in path)
-        return "muon" if module in HIDDEN and leaf == "kernel" else "adamw"
+        hidden = path[-2].key in HIDDEN and path[-1].key == "kernel"
+        return "muon" if hidden else "adamw"
 
     return jax.tree_util.tree_map_with_path(kind, tree)
 

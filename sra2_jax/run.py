@@ -72,10 +72,9 @@ class Run:
         found = ((re.fullmatch(r"step_(\d+)\.png", path.name), path) for path in paths)
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    # JSON files: config, versions, run (facts), results (the mark of a finished run)
-
     def read(self, name: str) -> dict[str, Any]:
-        """The object in NAME.json; empty where there is none that can be read."""
+        """The object in NAME.json; empty where there is none that can be read. NAME:
+        config, versions, run (facts), results (the mark of a finished run)."""
         with contextlib.suppress(UserError):
             return read_json(self.folder / f"{name}.json")
         return {}
@@ -103,25 +102,23 @@ class Run:
 
     def steps(self) -> list[int]:
         """Those with a checkpoint, falling; whole or not."""
-        try:
+        with contextlib.suppress(OSError):
             names = [path.name for path in self.checkpoints.iterdir()]
-        except OSError:
-            return []
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+            return sorted((int(n) for n in names if n.isdecimal()), reverse=True)
+        return []
 
     def whole(self, step: int) -> bool:
         """Whether a checkpoint's arrays and facts are there, these as they were saved
         (the arrays are held against them when the run goes on)."""
-        folder, names = self.checkpoints / str(step), ("_METADATA", "manifest.ocdbt")
-        try:
-            facts = read_json(folder / "fingerprint" / "metadata")
-        except UserError:
-            return False
-        saved = facts.pop("sha256", None) == digest(facts)
-        wanted = [folder / "state" / name for name in names]
+        folder = self.checkpoints / str(step)
+        wanted = ["state/_METADATA", "state/manifest.ocdbt"]
         if is_remote(folder):  # Orbax's last word, where it cannot rename a folder
-            wanted.append(folder / "commit_success.txt")
-        return saved and all(path.exists() for path in wanted)
+            wanted.append("commit_success.txt")
+        with contextlib.suppress(UserError):
+            facts = read_json(folder / "fingerprint" / "metadata")
+            saved = facts.pop("sha256", None) == digest(facts)
+            return saved and all((folder / name).exists() for name in wanted)
+        return False
 
     def rows(self) -> list[dict[str, Any]]:
         """The whole rows of metrics.jsonl that have a step, in the order written."""
@@ -252,11 +249,9 @@ class Lock:
         text = json.dumps(facts) + "\n"
         if self._file is None:
             self._run.lock.write_text(text)
-            return
-        self._file.seek(0)
-        self._file.write(text)
-        self._file.truncate()
-        self._file.flush()
+        else:
+            os.pwrite(self._file.fileno(), text.encode(), 0)
+            self._file.truncate(len(text))
 
     def _beat(self) -> None:
         while not self._done.wait(BEAT_SECONDS):

@@ -151,9 +151,9 @@ class Watch:
         # once.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
+        both = signal.SIGTERM, signal.SIGINT
         self._before = {
-            number: signal.signal(number, self._signalled)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self._signalled) for number in both
         }
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -229,11 +229,10 @@ def tensorflow() -> Any:
 def versions() -> dict[str, Any]:
     """What a program ran on: packages, commit, devices, date."""
     found: dict[str, Any] = {"sra2_jax": sra2_jax.__version__, "commit": "unknown"}
-    git = ["git", "-C", str(Path(sra2_jax.__file__).parents[1]), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(Path(sra2_jax.__file__).parent), "rev-parse", "HEAD"]
     with suppress(OSError, subprocess.CalledProcessError):
-        found["commit"] = subprocess.check_output(
-            git, text=True, stderr=subprocess.DEVNULL
-        ).strip()
+        commit = subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL)
+        found["commit"] = commit.strip()
     found["python"] = platform.python_version()
     for name in PACKAGES:
         found[name] = "not installed"

@@ -83,6 +83,22 @@ def fits(f: Field, value: Any) -> bool:
     return f.type is bool or bool(re.fullmatch(known.pattern[0], value))
 
 
+def converted(kind: Any, value: Any) -> Any:
+    """A text, a list of JSON, or a whole number as a key of this type has it; what
+    cannot be one stays as it is, to be refused."""
+    if type(value) is str:
+        if kind is bool:
+            return {"true": True, "false": False}.get(value.lower(), value)
+        with contextlib.suppress(ValueError):
+            if kind == NUMBERS:
+                return tuple(map(float, filter(None, value.strip("()").split(","))))
+            if kind in (int, float):
+                return kind(value)
+    if kind is float and type(value) is int:
+        return float(value) if abs(value) < 1e300 else math.inf
+    return tuple(value) if kind == NUMBERS and type(value) is list else value
+
+
 def shown(value: Any) -> str:
     """A value, not too long."""
     text = repr(value)
@@ -105,15 +121,10 @@ class Section:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
             if "key" not in f.metadata:  # a section in it
                 continue
-            if f.type is float and type(value) is int:
-                value = float(value) if abs(value) < 1e300 else math.inf
-                object.__setattr__(self, f.name, value)
-            if f.type == NUMBERS and type(value) is list:  # JSON has no tuples
-                value = tuple(value)
-                object.__setattr__(self, f.name, value)
+            value = converted(f.type, getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
             if not fits(f, value):
                 raise UserError(f"{self.given(f.name)}: {allowed(f)}")
         for line in self.conflicts():
@@ -141,7 +152,7 @@ class Section:
         return _make(cls, flat, "")
 
     def override(self, values: Mapping[str, Any]) -> Self:
-        """A copy with {"section.key": value}. Raises UserError as `of`."""
+        """A copy with {"section.key": value or text}. Raises UserError as `of`."""
         return self.of(self.flat() | dict(values))
 
     def flat(self) -> dict[str, Any]:
@@ -197,23 +208,3 @@ def find(cls: Any, name: str) -> Field:
     near = difflib.get_close_matches(name[:80], names, 1)
     hint = f"did you mean config.{near[0]}?" if near else "--keys lists them"
     raise UserError(f"unknown key config.{name[:80]}: {hint}")
-
-
-def parse(cls: Any, texts: Mapping[str, str]) -> dict[str, Any]:
-    """{"section.key": value} of {"section.key": value as a text}; a text that is no
-    such value stays one, for the section to refuse.
-
-    Raises UserError: no such key.
-    """
-    return {name: _value(find(cls, name).type, text) for name, text in texts.items()}
-
-
-def _value(kind: Any, text: str) -> Any:
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    with contextlib.suppress(ValueError):
-        if kind == NUMBERS:
-            return tuple(map(float, filter(None, text.strip("()").split(","))))
-        if kind in (int, float):
-            return kind(text)
-    return text

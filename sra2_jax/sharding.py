@@ -125,10 +125,10 @@ def placed(state: Any, mesh: Mesh) -> Any:
     a dimension that its axis does not divide stays whole."""
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes: Sequence[str | None] = [None] * leaf.ndim
         if np.prod(leaf.shape) >= MIN_SHARDED_SIZE:
-            axes = _axes("/".join(names), leaf.shape, mesh)
+            axes = _axes(name, leaf.shape, mesh)
         fits = [
             axis if axis and size % mesh.shape[axis] == 0 else None
             for axis, size in zip(axes, leaf.shape, strict=True)

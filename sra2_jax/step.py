@@ -100,12 +100,12 @@ class Program:
         x, tokens, c = (jnp.zeros((1, *shape)) for shape in shapes)
         inputs = x, jnp.zeros(1), jnp.zeros(1, int)
         key = jax.random.key(self.config.seed)
-        keys = jax.random.split(key, 1 + len(self.heads))
+        first, *keys = jax.random.split(key, 1 + len(self.heads))
         params = {
-            "network": self.network.init(keys[0], *inputs)["params"],
+            "network": self.network.init(first, *inputs)["params"],
             "heads": {
                 name: head.init(k, tokens, c)["params"]
-                for k, (name, head) in zip(keys[1:], self.heads.items(), strict=True)
+                for k, (name, head) in zip(keys, self.heads.items(), strict=True)
             },
         }
         copies = {name: jax.tree.map(jnp.copy, params) for name in self.others}
@@ -149,26 +149,23 @@ class Program:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """What the step reads of a record besides latent and label."""
-        found = (f for a in self.alignments.values() for f in a.fields)
-        return tuple(dict.fromkeys(found))
+        return tuple({f: f for a in self.alignments.values() for f in a.fields})
 
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
         label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
         (B, T, d) float16."""
-        c = self.config
-        side = c.data.resolution
+        c, place = self.config, sharding.batch_sharding(self.mesh)
         readers = (a for a in self.alignments.values() if "features" in a.fields)
         width = next((a.features(self.network) for a in readers), 0)
         rows: dict[str, tuple[tuple[int, ...], Any]] = {
             "mean": (c.latent_shape, jnp.float16),
             "std": (c.latent_shape, jnp.float16),
             "label": ((), jnp.int32),
-            "image": ((side, side, 3), jnp.uint8),
+            "image": ((c.data.resolution, c.data.resolution, 3), jnp.uint8),
             "features": ((c.grid**2, width), jnp.float16),
         }
-        place = sharding.batch_sharding(self.mesh)
         return {
             name: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=place)
             for name, (shape, dtype) in rows.items()

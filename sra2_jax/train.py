@@ -77,9 +77,8 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
         log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
         with closing(batches(config, program, start, folder)) as ready:
             profile = Profile(run, config)
-            Loop(
-                program, step, state, log, checkpoints, observer, watch, profile
-            ).run(ready)  # fmt: skip
+            parts = log, checkpoints, observer, watch, profile
+            Loop(program, step, state, *parts).run(ready)
         log.message(f"done: {run.report}")
 
 
@@ -98,13 +97,9 @@ def with_statistics(config: Config, folder: epath.Path) -> Config:
 def prepare(
     config: Config, folder: epath.Path, fields: Sequence[str], watch: Watch
 ) -> dict[str, Any]:
-    """See that a run's dataset is in `folder`: encodes config.data.images where it is
-    missing.
-
-    fields: what the run reads besides latents and labels, see `batches`; watch: is told
-    of progress.
-
-    Returns what the run's run.json says of it.
+    """See that a run's dataset, with these fields besides latents and labels, is in
+    `folder`; encodes config.data.images where it is missing. Returns what run.json
+    says of it.
 
     Raises UserError: no dataset and no images, or one that contradicts the config.
     """
@@ -112,19 +107,17 @@ def prepare(
         if not config.data.images:
             raise no_latents(folder)
         if jax.process_count() > 1:
-            raise UserError(
-                f"no latents dataset in {folder}: encode it on one machine first "
-                f"({ENCODE})"
-            )
-        encoders = [s.model for s in config.feature_readers().values()]
+            line = f"no latents dataset in {folder}: encode it on one machine first"
+            raise UserError(f"{line} ({ENCODE})")
+        encoder = next((s.model for s in config.feature_readers().values()), "")
         options = EncodeOptions(
             out=str(folder),
             vae=config.vae,
             resolution=config.data.resolution,
             images=config.data.images,
             store_images="image" in fields,
-            encoder=encoders[0] if encoders else "",
-            grid=config.grid if encoders else 0,
+            encoder=encoder,
+            grid=config.grid if encoder else 0,
         )
         encode(options, lambda count: watch.progress("start"))
     info = LatentsInfo.read(folder)
@@ -148,11 +141,10 @@ def batches(
 
     Raises UserError: as `data.pipeline.batches`.
     """
-    order, processes = Order.of(config), jax.process_count()
-    process = jax.process_index()
+    order, process = Order.of(config), (jax.process_index(), jax.process_count())
     folder = folder or config.data.dir
     check(LatentsInfo.read(folder), folder, config, program.fields)
-    rows = pipeline.batches(folder, order, start, program.fields, process, processes)
+    rows = pipeline.batches(folder, order, start, program.fields, *process)
     rows = itertools.islice(rows, config.steps - start)
     return pipeline.prefetch_to_device(rows, batch_sharding(program.mesh))
 
@@ -261,7 +253,7 @@ class Loop:
         stop = values.pop("stop")
 
         def records() -> list[int]:
-            return list(map(int, multihost_utils.process_allgather(index, tiled=True)))
+            return multihost_utils.process_allgather(index, tiled=True).tolist()
 
         self.guard.check(step, values, records)
         self.log.step(step, values)

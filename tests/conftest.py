@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +133,19 @@ def tiny() -> ConfigDict:
     return c
 
 
+def write_config(folder: Path, config: ConfigDict) -> Path:
+    """Write a config to a file for --config."""
+    file, text = folder / "config.py", json.dumps(config.to_dict())
+    file.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config(): return ConfigDict(json.loads({text!r}))\n"
+    )
+    return file
+
+
 @pytest.fixture
 def as_file(tmp_path: Path) -> Callable[[ConfigDict], Path]:
-    """Writes a config to a file for --config."""
-
-    def write(config: ConfigDict) -> Path:
-        file, text = tmp_path / "config.py", json.dumps(config.to_dict())
-        file.write_text(
-            "import json\nfrom ml_collections import ConfigDict\n"
-            f"def get_config(): return ConfigDict(json.loads({text!r}))\n"
-        )
-        return file
-
-    return write
+    return partial(write_config, tmp_path)
 
 
 @pytest.fixture
@@ -247,7 +248,7 @@ class Process:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
-    """start(*words, devices=2, **faults) -> Process: arguments of main.py, or a program
+    """start(*words, devices=1, **faults) -> Process: arguments of main.py, or a program
     and its; see faults/driver.py."""
     folder = tmp_path_factory.mktemp("out")
     driver = subprocess.Popen(
@@ -270,7 +271,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pr
     threading.Thread(target=listen, daemon=True).start()
     count = iter(range(1000))
 
-    def start(*arguments, devices=2, environment=None, **faults):
+    def start(*arguments, devices=1, environment=None, **faults):
         out = folder / f"{next(count)}.txt"
         flags = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
         faults["environment"] = {"XLA_FLAGS": flags} | (environment or {})

@@ -14,7 +14,6 @@ from benchmarks.gpu import session
 from benchmarks.sampling import network_rows
 from sra2_jax import command, config_file
 from sra2_jax.config import Config
-from sra2_jax.section import parse
 
 
 @pytest.fixture
@@ -154,7 +153,7 @@ def test_steps_of_the_session(sizes, tmp_path):
         config = config_file.override(file, keys)
         for variant in (f.partition(":")[2] for f in flags if ": " in f):
             words = (word.split("=", 1) for word in variant.split())
-            assert config.override(parse(Config, dict(words)))
+            assert config.override(dict(words))
 
 
 def test_variants(small, benchmark):

@@ -14,8 +14,9 @@ from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.config import Config
 from sra2_jax.config_align import Align
 from sra2_jax.errors import UserError
+from sra2_jax.fingerprint import kinds
 from sra2_jax.run import Run
-from sra2_jax.section import fields, fits, parse
+from sra2_jax.section import fields, fits
 from sra2_jax.sharding import make_mesh, mesh
 from sra2_jax.step import Program
 from tests.conftest import ROOT, one_line
@@ -28,35 +29,29 @@ def get_config():
     return c
 """
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
-# config -> the sections of config.align that it switches on
-METHODS = {name: {"vae"} for name in NAMES} | {
-    "sit_xl": set(), "sit_b_lognormal": set(), "sra_xl_512": {"teacher"},
-    "lightning_b": set(), "lightning_xl": set(),
-    "irepa_b": {"irepa"}, "repa_b": {"encoder"}, "repa_xl": {"encoder"},
-    "sra_b": {"teacher"}, "sra_xl": {"teacher"},
-    "repa_sra2_b": {"encoder", "vae"}, "repa_sra2_xl": {"encoder", "vae"},
-}  # fmt: skip
+# of each method and block one -> the sections of config.align that it switches on
+STEPS = {
+    "ig_b": {"vae"},
+    "irepa_b": {"irepa"},
+    "lightning_b": set(),
+    "repa_sra2_b": {"encoder", "vae"},
+    "sra_b": {"teacher"},
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_are_valid(name):
-    """State and batch of each at its real size, as shapes only; the whole step, too, of
-    those that are no larger version of another."""
-    config = config_file.load(name)
-    program = Program(config, make_mesh(config.mesh))
-    assert set(program.heads) == METHODS[name]
-    on = {"image"} if METHODS[name] & {"encoder", "irepa"} else set()
-    assert program.batch.keys() == {"mean", "std", "label"} | on
-    assert program.abstract.params["heads"].keys() == METHODS[name]
-    if name.endswith(("_l", "_xl", "_512")):
-        return
-    after, metrics = jax.eval_shape(
-        program.update, program.abstract, program.batch, program.frozen
-    )
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), program.abstract
-    )
-    assert metrics["loss"].shape == ()
+    """State and batch of each at its real size, some whole steps, as shapes only."""
+    program = Program(config_file.load(name), make_mesh())
+    on = {n for n, s in vars(program.config.align).items() if s.enabled}
+    assert program.abstract.params["heads"].keys() == STEPS.get(name, on)
+    image = {"image"} if on & {"encoder", "irepa"} else set()
+    assert program.batch.keys() == {"mean", "std", "label"} | image
+    if name in STEPS:
+        inputs = program.abstract, program.batch, program.frozen
+        after, metrics = jax.eval_shape(program.update, *inputs)
+        assert kinds(after) == kinds(program.abstract)
+        assert metrics["loss"].shape == ()
 
 
 @pytest.mark.parametrize(
@@ -73,17 +68,12 @@ def test_configs_are_valid(name):
 def test_paper_settings(name, size, depth, steps):
     """The paper's table as method.md gives it."""
     c = config_file.load(name)
-    sizes = c.model.width, c.model.depth, c.model.heads
-    assert sizes == config_file.SIZES[size]
-    assert c.steps == steps
-    assert (c.align.vae.depth if c.align.vae.enabled else None) == depth
-    assert (c.align.vae.weight, c.align.vae.beta, c.align.vae.loss) == (
-        1.0, 0.05, "smooth_l1",
-    )  # fmt: skip
-    o = c.optim
-    assert (o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
-        1e-4, 0.9, 0.999, 1e-8, 0.0, 1.0,
-    )  # fmt: skip
+    vae, o, sizes = c.align.vae, c.optim, (c.model.width, c.model.depth, c.model.heads)
+    assert (sizes, c.steps) == (config_file.SIZES[size], steps)
+    assert (vae.depth if vae.enabled else None) == depth
+    assert (vae.weight, vae.beta, vae.loss) == (1.0, 0.05, "smooth_l1")
+    assert (o.learning_rate, o.b1, o.b2, o.eps) == (1e-4, 0.9, 0.999, 1e-8)
+    assert (o.weight_decay, o.clip_norm) == (0.0, 1.0)
     assert (c.batch_size, c.ema_decay, c.label_dropout) == (256, 0.9999, 0.1)
     assert (c.sampling.method, c.sampling.steps) == ("euler_maruyama", 250)
     assert c.latents.size * 8 == c.data.resolution == (512 if "512" in name else 256)
@@ -95,12 +85,10 @@ def test_settings_of_repa_and_sra():
     config_file.set_size(same, "XL")
     assert Config.of(same) == Config()
     e, t = Config().align.encoder, Config().align.teacher
-    assert (e.depth, e.weight, e.loss, e.head_layers, e.head_width) == (
-        8, 0.5, "cosine", 3, 2048,
-    )  # fmt: skip
-    assert (t.depth, t.teacher_depth, t.interval, t.weight, t.loss, t.beta) == (
-        8, 20, 0.2, 0.2, "smooth_l1", 0.05,
-    )  # fmt: skip
+    assert (e.depth, e.weight, e.loss) == (8, 0.5, "cosine")
+    assert (e.head_layers, e.head_width) == (3, 2048)
+    assert (t.depth, t.teacher_depth, t.interval, t.weight) == (8, 20, 0.2, 0.2)
+    assert (t.loss, t.beta) == ("smooth_l1", 0.05)
     spec = ALIGNMENTS["teacher"](**vars(t))
     for epoch in (0, 149, 300, 800):
         expected = 0.2 * 10 ** (-max(epoch - 149, 0) / 1000)
@@ -124,25 +112,19 @@ def test_overrides_make_a_copy():
     assert (config.steps, config.seed, config.model.scan) == (1000, 7, True)
     assert (config.optim.eps, config.data.dir) == (1.0, "")
     assert type(config.optim.eps) is float
-    numbers = parse(
-        Config, {"latents.mean": "1,-.5,2,3", "latents.std": "(1, 2, 1, 1)"}
-    )
+    numbers = {"latents.mean": "1,-.5,2,3", "latents.std": "(1, 2, 1, 1)"}
     by_channel = config.override(numbers)
     assert by_channel.latents.mean == (1.0, -0.5, 2.0, 3.0)
     assert Config.of(json.loads(json.dumps(by_channel.to_dict()))) == by_channel
     changed = config.override({"steps": 3, "latents.shift_factor": -1})
     assert (changed.steps, config.steps) == (3, 1000)
     assert changed.latents.shift_factor == -1.0
-    assert parse(Config, {"latents.shift_factor": "-.5"}) == {
-        "latents.shift_factor": -0.5
-    }
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("def get_config(:", "is no config file (SyntaxError: "),
-        ("import nothing_of_this_name", "(ModuleNotFoundError: No module"),
         ("def get_config(): raise SystemExit(3)", "(SystemExit: 3)"),
         ("x = 1", "(KeyError: 'get_config')"),
         ("def get_config(): return {}", "its get_config() returns no ConfigDict"),
@@ -161,7 +143,6 @@ def test_config_files_that_are_none(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh.data": 3}, "must be the number of devices, 8"),
         ({"mesh.fsdp": 3, "batch_size": 48}, "must be the number of devices, 8"),
         ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices"),
         ({"mesh.fsdp": 2, "accumulate": 4}, "x config.accumulate=4"),
@@ -184,7 +165,6 @@ def test_mesh_refuses(tiny, changes, message):
         ('{"a": ' * 500 + "1" + "}" * 500, "unknown key config.a.a"),
         ("steps=4.5", "config.steps=4.5: must lie between"),
         ("steps=true", "config.steps=True: must lie between"),
-        ("steps=[4]", "config.steps=[4]: must lie between"),
         ("steps={}", "config.steps={}: must lie between"),
         ("ema_decay=NaN", "config.ema_decay=nan: must"),
         ("ema_decay=1" + "0" * 400, "config.ema_decay=inf"),
@@ -245,10 +225,7 @@ def test_a_resumed_run_says_what_changed(tiny, resumable, capsys):
     [
         {"seed": 1},
         {"batch_size": 32},
-        {"data.shuffle_buffer": 7},
         {"data.resolution": 64, "eval.features": ""},
-        {"label_dropout": 0.2},
-        {"latents.scaling_factor": 1.0},
         {"model.width": 32},
         {"transport.path": "gvp"},
         {"align.vae.weight": 0.1},

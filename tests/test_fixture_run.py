@@ -26,7 +26,7 @@ FLAGS = (
 @pytest.mark.timeout(900)  # of a busy machine
 def test_goes_on_to_the_same_numbers(tmp_path, start):
     def done(*words):
-        process = start(*words, environment={"XLA_FLAGS": FLAGS})
+        process = start(*words, environment={"XLA_FLAGS": FLAGS}, no_pictures=1)
         assert process.status(800) == 0, process.text
         return process.text
 

@@ -28,15 +28,9 @@ PYTHON = ["python", "python3", "pip"]
 
 TPU = {"TPU_NAME": "pod", "ZONE": "us-west4-a", "WORKDIR": "gs://bucket/run"}
 NEW = TPU | {"ACCELERATOR": "v5litepod-16", "RUNTIME": "v2-alpha-tpuv5-lite"}
-GKE = {
-    "CLUSTER": "cluster",
-    "ZONE": "us-west4-a",
-    "PROJECT": "project",
-    "WORKLOAD": "run",
-    "ACCELERATOR": "v5p-128",
-    "IMAGE": "registry/image:1",
-    "WORKDIR": "gs://bucket/run",
-}
+ON = {"CLUSTER": "cluster", "ZONE": "us-west4-a", "PROJECT": "project"}
+GKE = ON | {"WORKLOAD": "run", "ACCELERATOR": "v5p-128", "IMAGE": "registry/image:1"}
+GKE |= {"WORKDIR": "gs://bucket/run"}
 SLURM = {
     "WORKDIR": "runs/xl",
     "SLURM_JOB_ID": "7",
@@ -90,6 +84,14 @@ class Site:
     def run(self, script, *words, **variables):
         return self.shell([f"launch/{script}", *words], variables)
 
+    def refuses(self, line, script, *words, **variables):
+        """In one line, before anything is called."""
+        done = self.run(script, *words, **variables)
+        assert (done.returncode, done.stdout, self.record()) == (2, "", [])
+        assert line in done.stderr
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
     def record(self) -> list[list[str]]:
         """What was called since the last look, without questions about the machine."""
         path = self.fakes / "record"
@@ -120,6 +122,7 @@ def test_shellcheck_finds_nothing():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_comment_at_the_top(site, script):
+    """Nor does an unknown command run anything."""
     done = site.run(script, "--help")
     assert done.returncode == 0
     text = "".join(f"# {line}".rstrip() + "\n" for line in done.stdout.splitlines())
@@ -127,14 +130,8 @@ def test_help_is_the_comment_at_the_top(site, script):
     assert "WORKDIR" in done.stdout
     assert "--dry-run" in done.stdout
     assert not site.record()
-
-
-@pytest.mark.parametrize("script", ["machine.sh", "tpu_pod.sh", "xpk.sh"])
-def test_refuses_an_unknown_command(site, script):
-    done = site.run(script, "nonsense", **NEW)
-    assert done.returncode == 2
-    assert "give a command" in done.stderr
-    assert not site.record()
+    line = "no SLURM job" if "slurm" in script else "give a command"
+    site.refuses(line, script, "nonsense", **NEW)
 
 
 @pytest.mark.parametrize(
@@ -149,21 +146,16 @@ def test_refuses_an_unknown_command(site, script):
         ("tpu_pod.sh", "delete", ["TPU_NAME", "ZONE"]),
         ("xpk.sh", "image", ["IMAGE"]),
         ("xpk.sh", "create", list(GKE)),
-        ("xpk.sh", "list", ["CLUSTER", "ZONE", "PROJECT"]),
+        ("xpk.sh", "list", list(ON)),
         ("xpk.sh", "logs", ["WORKLOAD"]),
-        ("xpk.sh", "delete", ["CLUSTER", "ZONE", "PROJECT", "WORKLOAD"]),
+        ("xpk.sh", "delete", [*ON, "WORKLOAD"]),
     ],
 )
 def test_refuses_without_each_variable(site, script, command, needed):
     everything = NEW | GKE | SLURM | {"WORKDIR": "gs://bucket/run"}
     for name in needed:
         variables = {key: value for key, value in everything.items() if key != name}
-        done = site.run(script, command, **variables)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"error: set {name}, for example: {name}=")
-        assert done.stderr.count("\n") == 1
-        assert not done.stdout
-    assert not site.record()
+        site.refuses(f"set {name}, for example: {name}=", script, command, **variables)
 
 
 # What the commands run, in shell's own writing.
@@ -275,6 +267,7 @@ def test_words_survive_down_to_the_program(site):
     assert site.run("slurm.sbatch", *WORDS, **SLURM | run).returncode == 0
     assert site.record()[0][-5:] == [*python[1:], "--distributed", *WORDS]
 
+    site.refuses("line break", "xpk.sh", "create", "--config.name=two\nlines", **GKE)
     assert site.run("xpk.sh", "create", *WORDS, **GKE | run).returncode == 0
     line = site.record()[0][-1].removeprefix("--command=")
     site.shell(["bash", "-c", line], {})
@@ -286,13 +279,6 @@ def test_words_survive_down_to_the_program(site):
     line = line.replace("cd sra2_jax", ":").replace(" start ", " run ")
     site.shell(["sh", "-c", line], {})
     assert site.record() == [[*python, "--distributed", *WORDS]]
-
-
-def test_line_breaks_do_not_reach_xpk(site):
-    done = site.run("xpk.sh", "create", "--config.name=two\nlines", **GKE)
-    assert done.returncode == 2
-    assert "line break" in done.stderr
-    assert not site.record()
 
 
 @pytest.mark.parametrize(
@@ -408,17 +394,10 @@ def test_slurm_tells_reasons_from_signals(site):
         assert site.shell(task, {}).returncode == ends
 
 
-def test_slurm_refuses_what_cannot_run(site):
-    done = site.run("slurm.sbatch", **SLURM | {"SLURM_NTASKS_PER_NODE": "1"})
-    assert done.returncode == 2
-    assert "1 processes for 4 GPUs" in done.stderr
-    done = site.run("slurm.sbatch", WORKDIR="runs/xl")
-    assert done.returncode == 2
-    assert "no SLURM job" in done.stderr
-    assert not site.record()
-
-
 def test_slurm_runs_in_a_container(site):
+    """And refuses a process for more than one GPU."""
+    alone = SLURM | {"SLURM_NTASKS_PER_NODE": "1"}
+    site.refuses("1 processes for 4 GPUs", "slurm.sbatch", **alone)
     site.run("slurm.sbatch", "--config=a", **SLURM | {"IMAGE": "sra2.sif"})
     words = site.record()[0]
     inside = words.index("apptainer")

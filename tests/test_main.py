@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+
+import jax
 
 from sra2_jax.command import Parser
 from sra2_jax.config_file import override
+from sra2_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 WHOLE = "a whole number"
@@ -20,11 +22,9 @@ BAD = {
     # keys and flags
     "--config.stepz=3": "unknown key config.stepz: did you mean config.steps?",
     "--config.optim.learning_rat=1": "did you mean config.optim.learning_rate?",
-    "--config.steps.x=3": "unknown key config.steps.x: did you mean config.steps?",
     "--config.xyzzy=3": "unknown key config.xyzzy: --keys lists them",
     "--config.model=5": "config.model is a section: set its keys, as config.model.",
     "--steps=3": "unknown flag --steps: did you mean --config.steps?",
-    "--noconfig.model.scan": "unknown flag --noconfig.model.scan",
     "steps=3": "unexpected argument 'steps' (--help",
     "--workdir": "argument --workdir: expected one argument",
     "--workdir=": "--workdir= is empty: name a folder",
@@ -32,21 +32,16 @@ BAD = {
     "--config=configs/nothing.py": "--config=configs/nothing.py names no file",
     "--config=README.md": "--config=README.md is no config file (SyntaxError: ",
     # types
-    "--config.steps": "argument --config.steps: expected one argument",
     "--config.steps=": f"config.steps='': must lie between 1 and 2147483647, {WHOLE}",
     "--config.steps=many": f"config.steps='many': must lie between 1 and 2147483647, {WHOLE}",  # noqa: E501
-    "--config.steps=1e6": "config.steps='1e6': must lie between 1 and 2147483647",
     f"--config.steps={MANY}": "config.steps='999999",
     "--config.model.scan=1": "config.model.scan='1': must be true or false",
     "--config.optim.eps=tiny": "config.optim.eps='tiny': must lie between 1e-30 and 1",
-    "--config.ema_decay=False": "config.ema_decay='False': must lie between 0 and 0.99",
     "--config.name=../../etc": "config.name='../../etc': must be a name of letters",
     "--config.vae=": "config.vae='': must not be empty",
     # ranges
     "--config.steps=0": "config.steps=0: must lie between 1 and 2147483647",
     "--config.optim.learning_rate=nan": "config.optim.learning_rate=nan: must lie betw",
-    "--config.label_dropout=1.1": "config.label_dropout=1.1: must lie between 0 and 1",
-    "--config.align.vae.t_max=2": "config.align.vae.t_max=2.0: must lie between 0",
     "--config.transport.path=cubic": "must be one of 'linear', 'gvp', 'vp'",
     # combinations
     "--config.batch_size=12 --config.accumulate=5": "config.batch_size=12 is not divis",
@@ -67,12 +62,10 @@ BAD = {
     "--config.sampling.head_guidance=2 --config.align.vae.zscore=true": (
         "config.sampling.head_guidance=2.0 needs config.align.vae on, zscore off"
     ),
-    "--config.sampling.head_guidance=2 --config.align.vae.enabled=false": "needs conf",
     "--config.model.rope=true --config.model.heads=16": "must be divisible by 4",
     "--config.latents.mean=1,2": "(1.0, 2.0): 4 numbers are wanted, or none",
     "--config.latents.mean=1,2,3,4 --config.latents.std=1,1,1,0": "must be numbers bet",
     "--config.run.profile_steps=9": 'must be "" or FIRST:LAST',
-    "--config.model.heads=7": "config.model.width=96 must be divisible by 4 and by",
     "--config.model.patch_size=3": "latents.size=8 is not divisible by config.model.",
     "--config.run.log_every=33": "must be a multiple of config.run.log_every=33",
     "--config.run.keep_every=7": "config.run.keep_every=7 must be 0 or a multiple of",
@@ -83,9 +76,8 @@ BAD = {
     "--config.vae=/nowhere": "config.vae=/nowhere: no such folder, and no owner/name",
     "--config.eval.features=inception": "needs config.eval.reference",
     "--workdir=runs/[2026]/a --config.data.images=digits": "must have no [, * or ?",
-    "--config.eval.features=inception --config.eval.reference=/nowhere.npz": (
-        "config.eval.inception=inception.safetensors: no such file"
-    ),
+    "--config.eval.features=inception --config.eval.reference=/nowhere.npz "
+    "--config.eval.inception=/nowhere": "config.eval.inception=/nowhere: no such file",
 }
 
 # Runs main() on each line of arguments, in a process that has imported nothing yet.
@@ -106,10 +98,14 @@ for line in json.load(sys.stdin):
 """
 
 
-def python(*arguments, **named):
-    return subprocess.run(
+def python(*arguments, quick=60, **named):
+    """The process; it must not compute for longer than `quick` seconds."""
+    before = os.times()
+    done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, **named
     )
+    assert os.times().children_user - before.children_user < quick
+    return done
 
 
 def test_mistakes_are_refused_without_jax():
@@ -118,20 +114,15 @@ def test_mistakes_are_refused_without_jax():
     done = python("-c", ALL, input=json.dumps(lines), timeout=60)
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(said) == len(lines) >= 40
     wrong = {a: b for a, b in zip(lines, said, strict=True) if BAD[a] not in b}
     assert not wrong
-    for message in said:
-        assert "\n" not in message
-        assert len(message) < 300
+    assert not [line for line in said if "\n" in line or len(line) >= 300]
 
 
 def test_program_refuses_within_three_seconds(tmp_path):
     """With status 2, and nothing made."""
     line = "--config.optim.learning_rate=nan"
-    began = time.perf_counter()
-    done = python("main.py", line, f"--workdir={tmp_path / 'run'}")
-    assert time.perf_counter() - began < 3
+    done = python("main.py", line, f"--workdir={tmp_path / 'run'}", quick=3)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert BAD[line] in done.stderr
@@ -140,48 +131,39 @@ def test_program_refuses_within_three_seconds(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mesh_is_refused_before_the_workdir(tmp_path):
+def test_mesh_is_refused_before_the_workdir(start, tmp_path):
     """The number of devices is known to jax alone."""
-    script = (
-        "import sys, main; from sra2_jax.command import run_program\n"
-        f"sys.argv = ['main.py', '--config.mesh.fsdp=16', '--workdir={tmp_path}/run']\n"
-        "run_program(main.main)"
-    )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = python("-c", script, env=os.environ | flags)
-    assert done.returncode == 2
-    assert "config.mesh.fsdp=16 x config.mesh.tensor=1 must be the num" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    run = start("--config.mesh.fsdp=16", f"--workdir={tmp_path}/run", devices=8)
+    assert run.status() == 2
+    assert "config.mesh.fsdp=16 x config.mesh.tensor=1 must be the num" in run.text
+    assert len(run.text.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_jax_as_the_environment_has_it():
     """What numbers rest on is pinned; what cannot work is said in one line."""
     script = (
-        "import jax; from sra2_jax.sharding import make_mesh; make_mesh()\n"
-        "key = jax.random.key(0)\n"
-        "print(jax.random.bits(key, (3,)), jax.numpy.ones(1).dtype)"
+        "import jax; from sra2_jax.sharding import make_mesh\n"
+        "try: make_mesh()\n"
+        "except ValueError as error: print(error)\n"
+        "jax.config.update('jax_platforms', 'cpu')\n"
+        "print(jax.random.bits(jax.random.key(0), (3,)), jax.numpy.ones(1).dtype)\n"
     )
-    plain, odd = (
-        python("-c", script, env=os.environ | variables)
-        for variables in (
-            {},
-            {
-                "JAX_ENABLE_X64": "1",
-                "JAX_DEFAULT_PRNG_IMPL": "rbg",
-                "JAX_THREEFRY_PARTITIONABLE": "0",
-            },
-        )
-    )
-    assert plain.stdout == odd.stdout != ""
-    arguments = "main.py", "--workdir=/nowhere/run"
-    for flags, variables, match in (
-        ((), {"JAX_PLATFORMS": "rocm"}, "error: JAX finds no device (.*)"),
-        (("-OO",), {}, "error: Python leaves out texts .* without -OO"),
-    ):
-        done = python(*flags, *arguments, env=os.environ | variables)
-        assert done.returncode == 2
-        assert re.fullmatch(match + ".*\n", done.stderr), done.stderr
+    odd = {
+        "JAX_PLATFORMS": "rocm",
+        "JAX_ENABLE_X64": "1",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+    }
+    said, drawn = python("-c", script, env=os.environ | odd).stdout.splitlines()
+    assert re.fullmatch(r"JAX finds no device \(.*\): see JAX_PLATFORMS.*", said)
+    make_mesh()
+    here = jax.random.bits(jax.random.key(0), (3,)), jax.numpy.ones(1).dtype
+    assert drawn == "{} {}".format(*here)
+    done = python("-OO", "main.py", "--workdir=/nowhere/run")
+    assert done.returncode == 2
+    match = "error: Python leaves out texts .* without -OO\n"
+    assert re.fullmatch(match, done.stderr), done.stderr
 
 
 def test_home_is_found_behind_every_flag(tmp_path, monkeypatch):
@@ -204,21 +186,16 @@ def test_home_is_found_behind_every_flag(tmp_path, monkeypatch):
 
 
 def test_help_and_keys():
-    began = time.perf_counter()
-    done = python("main.py", "--help")
-    assert time.perf_counter() - began < 2
+    done = python("main.py", "--help", quick=2)
     assert done.returncode == 0
     for flag in ("--workdir", "--config", "--keys", "--distributed", "--config.KEY="):
         assert flag in done.stdout
     done = python("main.py", "--keys", "--config.steps=7")
-    assert (
-        "--config.steps=7  optimizer steps of the whole run (must lie between 1 and"
-        in done.stdout
-    )
-    assert (
-        "--config.align.teacher.loss=smooth_l1  between prediction and target (must"
-        in done.stdout
-    )
+    for line in (
+        "--config.steps=7  optimizer steps of the whole run (must lie between 1 and",
+        "--config.align.teacher.loss=smooth_l1  between prediction and target (must",
+    ):
+        assert line in done.stdout
 
 
 def test_nobody_listens():

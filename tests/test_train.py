@@ -1,6 +1,5 @@
 """The whole job on real digits with a tiny network: run, resume, refuse."""
 
-import functools
 import io
 import json
 import re
@@ -22,7 +21,6 @@ from sra2_jax.chips import Chip
 from sra2_jax.config import Config
 from sra2_jax.data.digits import load_digits
 from sra2_jax.data.pixels import decode_rgb
-from sra2_jax.errors import UserError
 from sra2_jax.log import Log
 from sra2_jax.metrics.features import make_features
 from sra2_jax.metrics.moments import kernel_distance
@@ -39,11 +37,18 @@ from tests.test_checkpoint import flip
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """The same, cut off before its results were written, as a copy to break."""
+    """The same as a copy to break: killed while it scored step 2, with its last
+    checkpoint damaged; the log goes further, and is torn."""
     config, workdir = finished
-    shutil.copytree(workdir, tmp_path / "run")
-    (tmp_path / "run" / "results.json").unlink()
-    return config, tmp_path / "run"
+    run = shutil.copytree(workdir, tmp_path / "run")
+    (run / "results.json").unlink()
+    logged = [r for r in rows(run) if r["step"] <= 2 and "loss" in r]
+    lines = [*map(json.dumps, logged), '{"step": 3, "loss": 99.0}', '{"step": 4, "lo']
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    for path in (run / "checkpoints" / "4").glob("state/**/*"):
+        if path.is_file():
+            flip(path)
+    return config, run
 
 
 def final_state(config, workdir):
@@ -53,8 +58,8 @@ def final_state(config, workdir):
         return jax.device_get(checkpoints.restore(program.abstract))
 
 
-def rows(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+def rows(workdir, name="metrics"):
+    lines = (workdir / f"{name}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -154,67 +159,59 @@ def test_what_a_run_leaves_behind(finished):
     assert versions["jax"] == jax.__version__
 
 
-def test_resumed_run_equals_the_uninterrupted_one(finished, tmp_path, monkeypatch):
-    """Bit for bit: state, logged metrics and scores. Killed while it scores step 2,
-    which is saved by then: the resumed run scores it first. Rows after the checkpoint
-    are replaced."""
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.usefixtures("litter")
+def test_resumed_run_equals_the_uninterrupted_one(finished, run, monkeypatch, capfd):
+    """Bit for bit: state, logged metrics and scores. A damaged checkpoint is set aside
+    for the one before, whose scores are made up for first."""
     config, workdir = finished
     score, seen = Observer._score, []
-
-    def killed(self, step, params):
-        raise KeyboardInterrupt
 
     def counted(self, step, params):
         seen.append(step)
         return score(self, step, params)
 
-    monkeypatch.setattr(Observer, "_score", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, str(tmp_path / "run"))
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
     monkeypatch.setattr(Observer, "_score", counted)
-    train(config, str(tmp_path / "run"))
+    _, resumed = run
+    train(config, str(resumed))
     assert seen == [2, 4]
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        final_state(config, workdir),
-        final_state(config, tmp_path / "run"),
-    )
+    states = final_state(config, workdir), final_state(config, resumed)
+    jax.tree.map(np.testing.assert_array_equal, *states)
     for key in ("loss", "eval/frechet"):
-        resumed, whole = (
-            without_speed([r for r in rows(run) if key in r])
-            for run in (tmp_path / "run", workdir)
+        ours, whole = (
+            without_speed(r for r in rows(folder) if key in r)
+            for folder in (resumed, workdir)
         )
-        assert resumed == whole
+        assert ours == whole
     assert [r["step"] for r in whole] == [2, 4]
+    heard = capfd.readouterr().err
+    assert f"{resumed / 'checkpoints' / '4'} is damaged (" in heard
+    assert "set aside as damaged-4" in heard
+    reason = (resumed / "checkpoints" / "damaged-4" / "reason.txt").read_text()
+    assert reason.strip() in heard
+    told, event, *_ = rows(resumed, "events")
+    assert told["line"] in heard
+    assert (event["event"], event["step"], event["instead_of"]) == ("restored", 2, 4)
 
 
-class TinyInception:
+def tiny_inception(*_):
     """Something that gives what Inception gives, in no time."""
 
-    kind, distance, facts = (
-        "inception",
-        "fid",
-        types.MappingProxyType({"inception": "w"}),
-    )
-
-    def __init__(self, *_):
-        pass
-
-    def __call__(self, images):
+    def features(images):
         x = images.reshape(len(images), -1) / 255.0
         p = np.exp(x[:, :5])
-        return {
-            "pool": x[:, :8], "spatial": x[:, 8:12],
-            "probabilities": p / p.sum(axis=1, keepdims=True),
-        }  # fmt: skip
+        p /= p.sum(axis=1, keepdims=True)
+        return {"pool": x[:, :8], "spatial": x[:, 8:12], "probabilities": p}
+
+    vars(features).update(kind="inception", distance="fid", facts={"inception": "w"})
+    return features
 
 
 def test_fid_while_training(finished, tmp_path, monkeypatch):
     """As on ImageNet: against a reference file; decoded records stand for the real
     images; the distances follow from the moments of the samples, which are those of
-    `sample`. With Internal Guidance."""
+    `sample`."""
     config, _ = finished
     mu, sigma = np.full(8, 2.0), np.eye(8)
     reference = tmp_path / "reference.npz"
@@ -227,12 +224,9 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
             "eval.every": 1, "eval.num_samples": 24, "sampling.labels": "random",
             "run.checkpoint_every": 1, "run.keep_checkpoints": 1,
             "run.sample_every": 1, "run.profile_steps": "2:2",
-            "sampling.head_guidance": 1.5,
-            "align.vae.target": "velocity", "align.vae.loss": "l2",
-            "align.vae.head_layers": 1, "align.vae.head_final_layer": True,
         }
     )  # fmt: skip
-    monkeypatch.setattr("sra2_jax.observe.make_features", TinyInception)
+    monkeypatch.setattr("sra2_jax.observe.make_features", tiny_inception)
     workdir = tmp_path / "run"
     train(config, str(workdir))
     scored = [r for r in rows(workdir) if "eval/fid" in r]
@@ -254,8 +248,7 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     sample.main()
     with np.load(out) as file:
         x = file["arr_0"].reshape(24, -1)[:, :12] / 255.0
-    for name, columns in (("fid", slice(8)), ("sfid", slice(8, 12))):
-        part = x[:, columns]
+    for name, part in (("fid", x[:, :8]), ("sfid", x[:, 8:])):
         shift = np.sum((part.mean(axis=0) - 2) ** 2)
         values = np.linalg.eigvalsh(np.cov(part, rowvar=False))
         expected = shift + np.sum((np.sqrt(np.maximum(values, 0)) - 1) ** 2)
@@ -277,19 +270,16 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
 
 
 def test_samples_that_cannot_be_scored_stop_nothing(tiny):
-    heard = []
-    black = np.zeros((80, 32, 32, 3), np.uint8)
-    observer = types.SimpleNamespace(
+    heard, observer = [], Observer.__new__(Observer)
+    vars(observer).update(
         config=Config.of(tiny),
         features=make_features("digits", "", None, 0),
         reference="not reached",
-        generate=lambda *_: iter([black]),
+        generate=lambda *_: iter([np.zeros((80, 32, 32, 3), np.uint8)]),
         log=types.SimpleNamespace(message=heard.append),
         _between=lambda batches: batches,
     )
-    observer.metrics = functools.partial(Observer.metrics, observer)
-    observer._summary = functools.partial(Observer._summary, observer)
-    assert Observer._score(observer, 2, None) == {}
+    assert observer._score(2, None) == {}
     assert "step 2: not scored: samples: 80 images, all with the same" in heard[0]
 
 
@@ -297,45 +287,30 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_lost_config_and_foreign_checkpoint(run):
-    """A checkpoint is also held against the model itself, array by array; nothing is
-    touched."""
-    config, workdir = run
+def test_a_finished_run_a_lost_config_and_a_foreign_checkpoint(
+    finished, tmp_path, capsys
+):
+    """Are left alone. A checkpoint is also held against the model itself, array by
+    array."""
+    config, workdir = finished
+    workdir = shutil.copytree(workdir, tmp_path / "run")
+    before = snapshot(workdir)
+    train(config, str(workdir))
+    assert "finished at step 4 already" in capsys.readouterr().out
+    changed = {p.name for p, b in snapshot(workdir).items() if before.get(p) != b}
+    assert changed <= {"versions.json"}
+    (workdir / "results.json").unlink()
     before = snapshot(workdir / "checkpoints")
-    with pytest.raises(UserError, match=r"is at step 4, beyond config\.steps=3"):
+    with one_line("is at step 4, beyond config.steps=3"):
         train(config.override({"steps": 3}), str(workdir))
     (workdir / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+    with one_line("config.json cannot be read"):
         train(config, str(workdir))
     config = config.override({"model.width": 32})
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
-    with pytest.raises(UserError, match="is of another model: ema/heads/vae/linear_0"):
+    with one_line("is of another model: ema/heads/vae/linear_0"):
         train(config, str(workdir))
     assert snapshot(workdir / "checkpoints") == before
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-@pytest.mark.usefixtures("litter", "blind")
-def test_a_damaged_checkpoint_is_set_aside(run, capfd):
-    """A bit of each file: the run goes on from the one before, to the same end."""
-    config, workdir = run
-    expected = final_state(config, workdir)
-    newest = workdir / "checkpoints" / "4"
-    for path in newest.glob("state/**/*"):
-        if path.is_file():
-            flip(path)
-    train(config, str(workdir))
-    heard = capfd.readouterr().err
-    assert f"{newest} is damaged (" in heard
-    assert "set aside as damaged-4" in heard
-    reason = (workdir / "checkpoints" / "damaged-4" / "reason.txt").read_text()
-    assert reason.strip() in heard
-    jax.tree.map(np.testing.assert_array_equal, expected, final_state(config, workdir))
-    events = (workdir / "events.jsonl").read_text().splitlines()
-    told, event = map(json.loads, events)
-    assert told["line"] in heard
-    assert (event["event"], event["step"], event["instead_of"]) == ("restored", 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -348,35 +323,22 @@ def test_a_damaged_checkpoint_is_set_aside(run, capfd):
     ],
 )
 def test_refusals(finished, tmp_path, changes, message):
-    config, _ = finished
-    config = config.override(changes)
     with one_line(message):
-        train(config, str(tmp_path / "run"))
+        train(finished[0].override(changes), str(tmp_path / "run"))
 
 
 def test_compiled_programs_are_kept_on_accelerators(tmp_path, monkeypatch):
     """Unless the user has named a place, as these tests do."""
     place = jax.config.jax_compilation_cache_dir
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    keep_compiled(tmp_path)
-    assert jax.config.jax_compilation_cache_dir == place
     try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_compiled(tmp_path)
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
-        monkeypatch.undo()
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_compiled(tmp_path)  # a CPU
-        assert jax.config.jax_compilation_cache_dir is None
+        for backend, before, after in (
+            ("gpu", place, place),
+            ("gpu", None, str(tmp_path)),
+            ("cpu", None, None),
+        ):
+            monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+            jax.config.update("jax_compilation_cache_dir", before)
+            keep_compiled(tmp_path)
+            assert jax.config.jax_compilation_cache_dir == after
     finally:
         jax.config.update("jax_compilation_cache_dir", place)
-
-
-def test_a_finished_run_is_left_alone(finished, tmp_path, capsys):
-    config, workdir = finished
-    workdir = shutil.copytree(workdir, tmp_path / "run")
-    before = snapshot(workdir)
-    train(config, str(workdir))
-    assert "finished at step 4 already" in capsys.readouterr().out
-    changed = {p.name for p, b in snapshot(workdir).items() if before.get(p) != b}
-    assert changed <= {"versions.json"}

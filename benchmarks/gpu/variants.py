@@ -22,10 +22,8 @@ import numpy as np
 
 from sra2_jax.chips import chip_of
 from sra2_jax.command import Parser, run_program, writable
-from sra2_jax.config import Config
 from sra2_jax.errors import one_line
 from sra2_jax.programs.fit import peak_bytes
-from sra2_jax.section import parse
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
 from tools.measure import (
@@ -78,7 +76,7 @@ def main() -> None:
     for text in arguments.variants:
         name, _, keys = text.partition(":")
         given = dict(key.split("=", 1) for key in keys.split())
-        changed = config.override(parse(Config, given))
+        changed = config.override(given)
         program = programs[name] = Program(changed, make_mesh(changed.mesh))
         # Tries cuDNN, which gives wrong gradients while other threads run something.
         print(f"{name}: attention by {program.running.attention}", flush=True)

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import shared
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port():
     """A function that finds one."""
 
@@ -32,18 +32,20 @@ def whole(start, command):
     """The workdir of such a run that nothing stops; not to change."""
 
     def make(path):
-        run = start(*command, f"--workdir={path}")
+        run = start(*command, f"--workdir={path}", no_report=1)
         assert run.status() == 0, run.text
 
     return shared("whole", make)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pair(start, free_port):
-    """pair(*words, **faults): two processes of one job."""
+    """pair(*words, **faults): two processes of one job, with two devices each."""
 
     def pair(*words, **faults):
         words = *words, f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"
-        return [start(*words, f"--process_id={i}", **faults) for i in range(2)]
+        return [
+            start(*words, f"--process_id={i}", devices=2, **faults) for i in range(2)
+        ]
 
     return pair

@@ -8,6 +8,7 @@ Arguments are those of main.py, of sra2, or a module of benchmarks or tools and 
 import gc
 import importlib
 import json
+import math
 import os
 import sys
 import threading
@@ -18,51 +19,63 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-def no_data(after):
-    """The disk hangs: no batch after so many."""
+def each_batch(change):
+    """change(i, batch): before a run gets its batch i."""
     from sra2_jax.data import pipeline
 
     whole = pipeline.batches
 
     def batches(*arguments, **named):
         for i, batch in enumerate(whole(*arguments, **named)):
-            if i == after:
-                time.sleep(1)  # the batches before are used up
-                print("no data", flush=True)
-                time.sleep(1e6)
+            change(i, batch)
             yield batch
 
     pipeline.batches = batches
+
+
+def no_data(after):
+    """The disk hangs: no batch after so many."""
+
+    def hang(i, batch):
+        if i == after:
+            time.sleep(1)  # the batches before are used up
+            print("no data", flush=True)
+            time.sleep(1e6)
+
+    each_batch(hang)
+
+
+def only_data_stalls(_):
+    """All else may take its time, so that a test need not wait for a stall."""
+    from sra2_jax import runtime
+
+    class Watch(runtime.Watch):
+        def __init__(self, stall_seconds):
+            super().__init__(stall_seconds)
+            self.progress("start")
+
+        def progress(self, phase):
+            super().progress(phase)
+            if phase != "data":
+                self._since = math.inf
+
+    runtime.Watch = Watch
 
 
 def infinite(batches_of_infinity):
     """Latents of infinity in these batches, the first is 0."""
-    from sra2_jax.data import pipeline
 
-    whole = pipeline.batches
+    def spoil(i, batch):
+        if i in batches_of_infinity:
+            batch["mean"] = batch["mean"].copy()
+            batch["mean"][0] = math.inf
 
-    def batches(*arguments, **named):
-        for i, batch in enumerate(whole(*arguments, **named)):
-            if i in batches_of_infinity:
-                batch["mean"] = batch["mean"].copy()
-                batch["mean"][0] = float("inf")
-            yield batch
-
-    pipeline.batches = batches
+    each_batch(spoil)
 
 
 def slow_steps(seconds):
     """For every batch."""
-    from sra2_jax.data import pipeline
-
-    whole = pipeline.batches
-
-    def batches(*arguments, **named):
-        for batch in whole(*arguments, **named):
-            time.sleep(seconds)
-            yield batch
-
-    pipeline.batches = batches
+    each_batch(lambda i, batch: time.sleep(seconds))
 
 
 def slow_samples(seconds):
@@ -84,20 +97,17 @@ def slow_commit(seconds):
     """A checkpoint's last step, when all its files are written."""
     from orbax.checkpoint._src.path import atomicity
 
-    for kind in (
-        atomicity.AtomicRenameTemporaryPath,
-        atomicity.CommitFileTemporaryPath,
-    ):
-        kind.finalize = _slowly(kind.finalize, seconds)
+    def slowly(finalize):
+        async def finalized(self, *arguments, **named):
+            print("saving", flush=True)
+            time.sleep(seconds)
+            return await finalize(self, *arguments, **named)
 
+        return finalized
 
-def _slowly(finalize, seconds):
-    async def finalized(self, *arguments, **named):
-        print("saving", flush=True)
-        time.sleep(seconds)
-        return await finalize(self, *arguments, **named)
-
-    return finalized
+    for name in ("AtomicRenameTemporaryPath", "CommitFileTemporaryPath"):
+        kind = getattr(atomicity, name)
+        kind.finalize = slowly(kind.finalize)
 
 
 def fast_beat(seconds):
@@ -139,24 +149,15 @@ def no_pictures(_):
     train.Observer = Blind
 
 
+def no_report(_):
+    """Pictures, but nothing drawn of them."""
+    from sra2_jax import observe
+
+    observe.write_report = print
+
+
 def environment(values):
     os.environ.update(values)
-
-
-FAULTS = {
-    f.__name__: f
-    for f in (
-        no_data,
-        infinite,
-        slow_steps,
-        slow_samples,
-        slow_commit,
-        fast_beat,
-        no_tensorboard,
-        no_pictures,
-        environment,
-    )
-}
 
 
 def child(command):
@@ -172,7 +173,7 @@ def child(command):
     else:
         sys.argv = ["sra2", *([] if words[0] in COMMANDS else ["train"]), *words]
     for name, value in command["faults"].items():
-        FAULTS[name](value)
+        globals()[name](value)
     try:
         run_program(main)
     except SystemExit as end:
