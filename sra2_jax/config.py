@@ -70,8 +70,12 @@ class Model(Section, where="model"):
     time_scale: float = key(1.0, "factor on t in [0, 1] before its features", 1e-6, 1e6)
     learn_sigma: bool = key(False, "a second half of the output that nothing uses")
     scan: bool = free(True, "blocks as a loop, or unrolled")
-    remat: Literal["none", "dots", "attention", "full"] = free("dots", "computed twice")
-    attention: Literal["auto", "xla", "cudnn"] = free("auto", "cudnn where it works")
+    remat: Literal["none", "dots", "attention", "full"] = free(
+        "dots", "what the backward pass computes again"
+    )
+    attention: Literal["auto", "xla", "cudnn"] = free(
+        "auto", "auto: cudnn on GPUs where it works"
+    )
     dtype: Literal["bfloat16", "float32"] = free("bfloat16", "compute type")
 
     def conflicts(self) -> Iterator[str]:
@@ -87,7 +91,9 @@ class Model(Section, where="model"):
 @dataclass(frozen=True)
 class Transport(Section, where="transport"):
     path: Literal["linear", "gvp", "vp"] = key("linear", "from data to noise")
-    prediction: Literal["velocity", "noise", "data"] = key("velocity", "the output")
+    prediction: Literal["velocity", "noise", "data"] = key(
+        "velocity", "the network's output"
+    )
     time: Literal["uniform", "lognormal"] = key("uniform", "density of training times")
     time_mean: float = key(0.0, "of log(sigma / alpha), lognormal only", -100, 100)
     time_std: float = key(1.0, "see time_mean", 1e-6, 100)
@@ -136,9 +142,13 @@ class Sampling(Section, where="sampling"):
     head_guidance_low: float = free(0.0, "so guided where low <= t <= high", 0, 1)
     head_guidance_high: float = free(1.0, "see head_guidance_low", 0, 1)
     rounding: Literal["truncate", "sit"] = free("truncate", "to uint8, as REPA or SiT")
-    labels: Literal["random", "balanced"] = free("random", "scored; or i mod classes")
+    labels: Literal["random", "balanced"] = free(
+        "random", "of scored samples; or i mod classes"
+    )
     batch_size: int = free(64, "images at a time, over all devices", 1, 2**24)
-    dtype: Literal["float32", "bfloat16"] = free("float32", "of the network")
+    dtype: Literal["float32", "bfloat16"] = free(
+        "float32", "of the network, as SiT and REPA sample"
+    )
 
     def conflicts(self) -> Iterator[str]:
         for name in ("guidance", "head_guidance"):

@@ -319,7 +319,6 @@ def test_a_finished_run_a_lost_config_and_a_foreign_checkpoint(
         ({"data.dir": "/nowhere", "data.images": ""}, "no latents dataset in /nowhere"),
         ({"latents.size": 8}, "config says latents.size=8, dataset was encoded with 4"),
         ({"vae": "/nowhere"}, "/nowhere"),
-        ({"batch_size": 12}, "config.batch_size=12 is not divisible by 8 devices"),
     ],
 )
 def test_refusals(finished, tmp_path, changes, message):
