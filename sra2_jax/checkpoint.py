@@ -260,6 +260,11 @@ class Checkpoints:
         facts = dict(self._manager.restore(step, args=args).fingerprint)
         if facts.pop("sha256") != digest(facts):
             raise ValueError("its fingerprint is not what was saved")
+        if facts["format"] != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {facts['format']}, this version reads "
+                f"{FORMAT}: use the version that wrote it"
+            )
         item = ocp.args.PyTreeRestore(
             abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

@@ -1,11 +1,10 @@
-"""What is said of the numbers of a run."""
+"""What is said of the numbers of a run; see also faults/test_mishaps."""
 
 import math
 
 import numpy as np
 import pytest
 
-from sra2_jax.errors import UserError
 from sra2_jax.log import Guard, mean
 
 
@@ -45,20 +44,6 @@ def test_spikes_are_found_and_ordinary_losses_are_not():
     assert skipped == (
         2000, "skipped", {"not_finite": ["loss", "loss_denoise"], "records": [7, 8]}
     )  # fmt: skip
-
-
-def test_too_many_in_a_row_end_the_run():
-    """Not of those that a good step interrupts."""
-    guard = Guard(2, Heard())
-    bad = metrics(math.nan, skipped=1.0, loss_align_vae=math.nan)
-    for step in (1, 2, 4, 5):
-        guard.check(step, bad, lambda: [1])
-        if step == 2:
-            guard.check(3, metrics(1.0), lambda: [1])
-    with pytest.raises(
-        UserError, match=r"steps 4 to 6 were all skipped.*\(loss, loss_align"
-    ):
-        guard.check(6, bad, lambda: [1])
 
 
 def test_a_row_is_the_mean_of_the_steps_that_count():

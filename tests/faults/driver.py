@@ -2,7 +2,7 @@
 
 A line is {"arguments": [...], "out": FILE, "faults": {NAME: VALUE}}; the answers are
 "started PID" and, when that process has ended, "ended PID STATUS" (-N: by signal N).
-Arguments are those of main.py, of sra2, or a module of benchmarks or tools and its.
+Arguments are those of main.py, of sra2, or a module with a `main` and its.
 """
 
 import gc
@@ -168,7 +168,7 @@ def child(command):
     from sra2_jax.command import run_program
 
     sys.argv = words = command["arguments"]
-    if words[0].startswith(("benchmarks.", "tools.")):
+    if words[0].startswith(("benchmarks.", "tools.", "tests.")):
         main = importlib.import_module(words[0]).main
     else:
         sys.argv = ["sra2", *([] if words[0] in COMMANDS else ["train"]), *words]

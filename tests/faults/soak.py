@@ -7,7 +7,6 @@ checkpoint, and trains long enough for leaks to show; prints a line for each par
 SOAK_SEED=1 picks other moments, files and bits.
 """
 
-import json
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program
 from tests.test_checkpoint import KEEP
+from tests.test_train import rows
 
 ROOT = Path(__file__).parents[2]
 KILLS, FLIPS, STEPS, ENCODE_KILLS = 50, 200, 2000, 20
@@ -36,9 +36,7 @@ DRAW = random.Random(int(os.environ.get("SOAK_SEED", "0")))
 
 
 def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    return [(r["step"], r["loss"]) for r in rows(workdir) if "loss" in r]
 
 
 @pytest.mark.timeout(3600)
@@ -173,9 +171,9 @@ def test_leaks(start, command, tmp_path):
     seen = []
     while not seen or seen[-1][0] < STEPS:
         time.sleep(1)
-        rows = losses(workdir) if (workdir / "metrics.jsonl").exists() else []
-        if rows and rows[-1][0] >= 200:
-            seen.append((rows[-1][0], *usage(process.pid)))
+        found = losses(workdir) if (workdir / "metrics.jsonl").exists() else []
+        if found and found[-1][0] >= 200:
+            seen.append((found[-1][0], *usage(process.pid)))
     assert process.status(300) == 0
     memory, threads, files = (np.array(x) for x in list(zip(*seen, strict=True))[1:])
     tenth = max(len(seen) // 10, 1)
