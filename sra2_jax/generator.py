@@ -1,9 +1,10 @@
 """Images of a run: open it, sample latents, decode, round to uint8."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from operator import getitem
 from typing import Any
 
@@ -33,11 +34,8 @@ WITHOUT_EFFECT = ("batch_size", "versions")
 
 
 def to_uint8(images: Float[Array, "b h w 3"], rounding: str) -> UInt8[Array, "b h w 3"]:
-    """Images in [-1, 1] to bytes, cutting off the fraction as the references do.
-
-    "truncate": 255 clip((x + 1) / 2), as REPA and SRA; "sit": clip(127.5 x + 128), as
-    SiT and DiT.
-    """
+    """Images in [-1, 1] to bytes, cutting off the fraction: "truncate" as REPA and SRA,
+    "sit" as SiT and DiT."""
     if rounding == "sit":
         return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
     return (255 * jnp.clip((images + 1) / 2, 0, 1)).astype(jnp.uint8)
@@ -50,11 +48,8 @@ def _keys(config: Config, purpose: int, indices: Any) -> Array:
 
 
 def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
-    """Class (N,) of each image: a function of (config.seed, index) alone.
-
-    config.sampling.labels: "random", independent, as ADM, SiT and REPA; or "balanced",
-    index mod classes, which scores slightly better.
-    """
+    """Class (N,) of each image: a function of (config.seed, index) alone, random as
+    ADM's, SiT's and REPA's, or "balanced", index mod classes."""
     classes = config.data.num_classes
     if config.sampling.labels == "balanced":
         return np.asarray(indices) % classes
@@ -66,9 +61,8 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
 
-    params: of the network and, where one guides, the heads, as a state's `ema`.
-
-    The noise of image i depends on (config.seed, i) alone, on no batch or devices.
+    params: of the network and, where one guides, the heads, as a state's `ema`. The
+    noise of image i depends on (config.seed, i) alone, on no batch or devices.
     """
     config, mesh, transport = program.config, program.mesh, program.transport
     s, shape = config.sampling, config.latent_shape
@@ -83,13 +77,16 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         keys = _keys(config, NOISE, indices)
+
+        def cast(path: Any, x: Array) -> Array:
+            return x if path[-1].key == "embedding" else x.astype(s.dtype)
+
         # Once, not in every step, which would convert them alike.
-        cast = lambda path, x: x if path[-1].key == "embedding" else x.astype(s.dtype)  # noqa: E731
         params = jax.tree_util.tree_map_with_path(cast, params)
 
-        def noise(i: Array | int) -> Array:
-            draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
-            return jax.vmap(draw)(keys)
+        @partial(jax.vmap, in_axes=(0, None))
+        def draw(key: Array, i: Array | int) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, i), shape)
 
         def velocity(x: Array, t: Array, y: Array) -> Any:
             network, inputs = program.running, (params["network"], x, t, y)
@@ -103,7 +100,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             return transport.velocity(output, x, t), early
 
         x = jax.lax.with_sharding_constraint(
-            noise(s.steps), sharding.batch_sharding(mesh)
+            draw(keys, s.steps), sharding.batch_sharding(mesh)
         )
         return sampler.sample(
             velocity,
@@ -115,7 +112,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             transport=transport,
             guidance=guidance,
             head=head,
-            noise=noise,
+            noise=partial(draw, keys),
         )
 
     return jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
@@ -125,8 +122,8 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
-    vae, vae_params: the decoder; params: a state's `params` or `ema`, for calls without
-    any; settings: what its samples are, for the file they go to.
+    params: a state's `params` or `ema`, for calls without any; settings: what its
+    samples are, for the file they go to.
     """
 
     program: Program
@@ -136,11 +133,11 @@ class Generator:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, program: Program, **named: Any) -> "Generator":
+    def of(cls, program: Program) -> "Generator":
         """With the VAE of the config. Raises UserError: there is none."""
         vae, params = load_vae(program.config.vae)
         params = jax.device_put(params, sharding.replicated(program.mesh))
-        return cls(program, vae, params, **named)
+        return cls(program, vae, params)
 
     @property
     def config(self) -> Config:
@@ -169,15 +166,12 @@ class Generator:
     @cached_property
     def _decode(self) -> Callable[[Any, Array], tuple[Array, Array]]:
         """`_pixels` of scaled latents, the same on all devices."""
-        latents, place = self.config.latents, sharding.replicated(self.program.mesh)
+        latents = self.config.latents
 
-        @jax.jit
         def decode(vae_params: Any, z: Array) -> tuple[Array, Array]:
-            raw = z / latents.scale + latents.shift
-            found = self._pixels(vae_params, raw)
-            return jax.lax.with_sharding_constraint(found, place)
+            return self._pixels(vae_params, z / latents.scale + latents.shift)
 
-        return decode
+        return jax.jit(decode, out_shardings=sharding.replicated(self.program.mesh))
 
     def decode(self, raw: np.ndarray) -> np.ndarray:
         """uint8 images of latents (N, h, w, c) as the VAE gives them, not scaled."""
@@ -204,33 +198,27 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """Images of indices (N,) and labels (N,), in batches of uint8 (n, H, W, 3).
 
-        A batch is on its way to the device before the one before it is handed out, so
-        that whatever is done with that (files, features) costs the device no time.
-
         Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
-        batch, ahead = self.batch, None
-        for start in range(0, len(indices), batch):
+        starts = range(0, len(indices), self.batch)
+
+        def begin(start: int) -> Any:
             # The last batch is filled up with copies: one shape, one compilation.
-            rows = np.arange(start, start + batch).clip(max=len(indices) - 1)
+            rows = np.arange(start, start + self.batch).clip(max=len(indices) - 1)
             numbers, classes = (x[rows].astype(np.int32) for x in (indices, labels))
-            z = self._sample(params, numbers, classes)
-            behind, ahead = ahead, self._decode(self.vae_params, z)
-            if behind is not None:
-                yield _finite(behind)
-        if ahead is not None:
-            yield _finite(ahead)[: (len(indices) - 1) % batch + 1]
+            return self._decode(self.vae_params, self._sample(params, numbers, classes))
 
-
-def _finite(decoded: tuple[Array, Array]) -> np.ndarray:
-    images, numbers = decoded
-    if not numbers:
-        raise UserError(
-            "samples are not finite numbers: try another checkpoint or a smaller "
-            "sampling.guidance, and look at the VAE (its reconstructions)"
-        )
-    return np.asarray(images)
+        # A batch is on its way to the device before the one before it is handed out:
+        # whatever is done with that (files, features) costs the device no time.
+        ahead = itertools.pairwise(itertools.chain(map(begin, starts), [None]))
+        for start, ((images, finite), _) in zip(starts, ahead, strict=True):
+            if not finite:
+                raise UserError(
+                    "samples are not finite numbers: try another checkpoint or a "
+                    "smaller sampling.guidance, and look at the VAE"
+                )
+            yield np.asarray(images)[: len(indices) - start]
 
 
 def generate(
@@ -244,8 +232,9 @@ def generate(
     Raises UserError: no such key, value or VAE.
     """
     values = {f"sampling.{name}": value for name, value in sampling.items()}
-    images = Generator.of(program, params=params).override(values)
-    return np.concatenate([*images(np.arange(len(labels)), np.asarray(labels))])
+    images = Generator.of(program).override(values)
+    indices = np.arange(len(labels))
+    return np.concatenate([*images(indices, np.asarray(labels), params)])
 
 
 def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
@@ -257,9 +246,9 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
     for name in values:
         free = name.startswith("model.") and fields(Config)[name].metadata["key"].free
         if not (free or name.startswith(CHANGEABLE)):
+            changeable = "config.sampling.*, config.seed, config.vae"
             raise UserError(
-                f"config.{name} is part of the run: sampling can change "
-                "config.sampling.*, config.seed, config.vae"
+                f"config.{name} is part of the run: sampling can change {changeable}"
             )
     return Run(workdir).config().override(values)
 
@@ -267,11 +256,10 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
 def open_run(
     workdir: str, config: Config, weights: str = "ema", step: int | None = None
 ) -> Generator:
-    """A run's weights and its VAE, on all devices.
+    """A run's weights (see `Program.weights`) and its VAE, on all devices.
 
     Optimizer moments and the other set of weights are not read: a quarter of the file.
-    config: as `read_settings` gives it; weights: "ema", "raw", or the decay of another
-    average; step: of the checkpoint, the newest by default.
+    config: as of `read_settings`; step: of the checkpoint, the newest by default.
 
     Raises UserError: no such run, checkpoint, weights or VAE.
     """
@@ -287,8 +275,7 @@ def open_run(
         state = checkpoints.restore(wanted | {"step": program.abstract.step}, step)
     facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
     settings = describe(config, **facts, versions=versions())
-    params = reduce(getitem, path, state)
-    return replace(generator, params=params, settings=settings)
+    return replace(generator, params=reduce(getitem, path, state), settings=settings)
 
 
 def describe(config: Config, **more: Any) -> dict[str, Any]:

@@ -37,26 +37,21 @@ FOREIGN = "no autoencoder of the latent-diffusion code"
 def from_ldm(
     tensors: Mapping[str, np.ndarray], **numbers: object
 ) -> tuple[AutoencoderKL, tree.Params]:
-    """The network and parameters of a state dict.
-
-    tensors: names -> arrays, convolutions (out, in, h, w); those of other networks
-    beside it (losses, discriminators) are left out. numbers: fields of `VAEConfig` that
-    no shape shows: scaling_factor, latents_mean, latents_std.
+    """The network and parameters of a state dict, without its losses, discriminators.
+    numbers: fields of `VAEConfig` that no shape shows.
 
     Raises UserError: tensors that are missing, foreign or of shapes that do not fit.
     """
     own = {k: v for k, v in tensors.items() if k.startswith(PARTS)}
-    levels = 1 + max(
-        (int(n) for n in _found(r"encoder\.down\.(\d+)\.", own)), default=0
-    )
+    levels = len(_found(r"encoder\.down\.(\d+)\.", own))
+
+    def from_latent(match: re.Match[str]) -> str:
+        """Theirs count from the image, diffusers' from the latent."""
+        return f"decoder.up.{levels - 1 - int(match[1])}"
+
     renamed = {}
     for name, tensor in own.items():
-        # Their levels of the decoder count from the image, diffusers' from the latent.
-        name = re.sub(
-            r"^decoder\.up\.(\d+)",
-            lambda m: f"decoder.up.{levels - 1 - int(m[1])}",
-            name,
-        )
+        name = re.sub(r"^decoder\.up\.(\d+)", from_latent, name)
         for pattern, new in RULES:
             name = re.sub(pattern, new, name)
         matrix = ".attentions." in name and tensor.ndim == 4
@@ -71,8 +66,6 @@ def convert_ldm(
     file: Path, out: str, statistics: Path | None = None, scaling_factor: float = 1.0
 ) -> None:
     """Write the autoencoder in `file` as a folder that `load_vae` and diffusers read.
-
-    file: as of `files.read_file`; out: new folder; statistics: see `read_statistics`.
 
     Raises UserError: `out` exists, or a file that is none of these.
     """
@@ -97,7 +90,7 @@ def _config(
         return len(tensors[f"{name}.weight"])
 
     def kinds(names: tuple[str, str], where: str) -> tuple[str, ...]:
-        found = {*_found(rf"{where}\.(\d+)\.attentions", tensors)}
+        found = _found(rf"{where}\.(\d+)\.attentions", tensors)
         return tuple(names[str(i) in found] for i in range(levels))
 
     first = "encoder.down_blocks.0.resnets"
@@ -109,7 +102,7 @@ def _config(
         block_out_channels=tuple(
             out(f"encoder.down_blocks.{i}.resnets.0.conv1") for i in range(levels)
         ),
-        layers_per_block=len({*_found(rf"{first}\.(\d+)\.", tensors)}),
+        layers_per_block=len(_found(rf"{first}\.(\d+)\.", tensors)),
         mid_block_add_attention="encoder.mid_block.attentions.0.to_q.weight" in tensors,
         use_quant_conv="quant_conv.weight" in tensors,
         use_post_quant_conv="post_quant_conv.weight" in tensors,
@@ -119,6 +112,6 @@ def _config(
     )
 
 
-def _found(pattern: str, names: Mapping[str, object]) -> list[str]:
+def _found(pattern: str, names: Mapping[str, object]) -> set[str]:
     matches = (re.match(pattern, name) for name in names)
-    return [match[1] for match in matches if match]
+    return {match[1] for match in matches if match}

@@ -12,12 +12,7 @@ from sra2_jax.weights.files import Format, read_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Attention names of early diffusers, still in the file of sd-vae-ft-ema.
-OLD_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # Keys that change the network and have one value we implement.
 ONLY_VALUE = {"_class_name": "AutoencoderKL", "act_fn": "silu"}
 
@@ -32,7 +27,7 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     renamed = {}
     for name, tensor in tensors.items():
         if ".attentions." in name:
-            for old, new in OLD_ATTENTION.items():
+            for old, new in OLD.items():
                 name = name.replace(f".{old}.", f".{new}.")
             if tensor.shape[2:] == (1, 1):
                 tensor = tensor[:, :, 0, 0]
