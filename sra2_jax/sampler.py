@@ -46,22 +46,19 @@ def guided(
     score is affine in the velocity: the drift of the SDE is guided alike.
     """
 
-    def once(x: Array, t: Array, y: Array, on: Array) -> Array:
+    def once(x: Array, t: Array, on: Array, y: Array = y) -> Array:
         found = velocity(x, jnp.full(x.shape[:1], t, x.dtype), y)
         if head.scale == 1.0:
             return found
         v, early = found
         return jnp.where(on[1], early + head.scale * (v - early), v)
 
-    def conditional(x: Array, t: Array, on: Array) -> Array:
-        return once(x, t, y, on)
-
     def both(x: Array, t: Array, on: Array) -> Array:
         # Pairs side by side, so that a sharded batch stays where it is.
         b = x.shape[0]
         x2 = jnp.repeat(x, 2, axis=0)
         y2 = jnp.stack([y, jnp.full_like(y, null)], axis=1).reshape(2 * b)
-        v = once(x2, t, y2, on).reshape(b, 2, *x.shape[1:])
+        v = once(x2, t, on, y2).reshape(b, 2, *x.shape[1:])
         cond, uncond = v[:, 0], v[:, 1]
         mixed = uncond + guidance.scale * (cond - uncond)
         n = guidance.channels
@@ -69,8 +66,8 @@ def guided(
 
     def evaluate(x: Array, t: Array, on: Array) -> Array:
         if guidance.scale == 1.0:
-            return conditional(x, t, on)
-        return jax.lax.cond(on[0], both, conditional, x, t, on)
+            return once(x, t, on)
+        return jax.lax.cond(on[0], both, once, x, t, on)
 
     return evaluate
 

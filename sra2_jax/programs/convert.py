@@ -9,7 +9,6 @@ FILE is a .pt, .pth or .ckpt of SiT, REPA or SRA (PyTorch reads these), a .safet
 or an .npz. Runs without TensorFlow.
 """
 
-import argparse
 import json
 from functools import reduce
 from operator import getitem
@@ -35,9 +34,9 @@ from sra2_jax.step import Program, State
 from sra2_jax.storage import new_file
 from sra2_jax.weights import files
 from sra2_jax.weights.inception import convert_inception
-from sra2_jax.weights.ldm import convert_ldm
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
 from sra2_jax.weights.tree import Params
+from sra2_jax.weights.vae import convert_ldm
 
 Trees = tuple[Params, dict[str, Params]]  # of a network and its heads
 
@@ -93,11 +92,7 @@ def import_file(
     state = _state(program, raw, ema, step, bool(classes))
     _write_run(run, state, config, step)
     both = ", taken for both raw and ema" if raw is ema else ""
-    lines = [
-        f"{file}: step {step}",
-        f"{' and '.join(sets)} weights{both}",
-        "optimizer moments: zero, they are not converted",
-    ]
+    lines = [f"{file}: step {step}", f"{' and '.join(sets)} weights{both}"]
     found = raw[1].keys() | ema[1].keys()
     for name in sorted(found | wanted.keys()):
         fate = "loaded" if name in wanted else "left out, it is off in the config"
@@ -110,12 +105,7 @@ def import_file(
             "mostly comes from, runs the other way: --reverse_time"
         )
     if not contents.heads:
-        given = config.model.given("heads")
-        lines.append(f"attention: {given}, the file does not say")
-    if classes:
-        lines.append(f"labels: {classes} new ones; that of no class was kept")
-    if resize:
-        lines.append(f"positions: computed for latents of side {config.latents.size}")
+        lines.append(f"{config.model.given('heads')}: the file does not say")
     lines.append(f"written: {run.checkpoints / str(step)}; main.py goes on from it")
     print("\n  ".join(lines))
 
@@ -208,7 +198,7 @@ def export_run(
     print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")
 
 
-def _arguments() -> argparse.Namespace:
+def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     out: dict[str, Any] = {"required": True, "metavar": "FILE"}
@@ -247,11 +237,7 @@ def _arguments() -> argparse.Namespace:
     add("--statistics", type=Path, metavar="FILE", help="mean and std of each channel")
     add("--scaling_factor", type=float, default=1.0, help="(%(default)s)")
 
-    return parser.parse_args()
-
-
-def main() -> None:
-    flags = vars(_arguments())
+    flags = vars(parser.parse_args())
     command = flags.pop("command")
     if command == "import":
         config = config_file.override(flags.pop("config"), flags.pop("overrides"))

@@ -185,27 +185,19 @@ class Format(Generic[Network]):
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """What a file holds, and what it says of that."""
 
-    Attributes:
-      sets: "raw" and "ema", either, or "unnamed" where the file does not say which;
-        reference names -> arrays.
-      step: training steps done; heads: of the attention. None where it does not say.
-      reverse: it says that its time runs from noise to data.
-    """
-
+    # "raw", "ema", or "unnamed" where it does not say which -> names -> arrays
     sets: dict[str, dict[str, np.ndarray]]
-    step: int | None
-    heads: int | None
-    reverse: bool
+    step: int | None  # training steps done
+    heads: int | None  # of the attention
+    reverse: bool  # time runs from noise to data
 
 
 def read_file(path: Path) -> Contents:
-    """Read a checkpoint of the reference code, or one that `write_file` wrote.
-
-    A state dict, or a dict with model, ema or both (in flat files name prefixes,
-    "ema." or "ema/"), perhaps below state_dict. What is no tensor or a single number is
-    left out.
+    """Read a checkpoint of the reference code, or one that `write_file` wrote: a state
+    dict, or a dict with model, ema or both (in flat files name prefixes, "ema." or
+    "ema/"), perhaps below state_dict.
 
     Raises UserError: no such file, another kind, damaged, a pickle that asks for code,
     or tensors beside its sets, which nothing would read.
@@ -285,18 +277,14 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def write_file(
-    path: epath.Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    path: epath.Path, tensors: Mapping[str, Any], notes: Mapping[str, str]
 ) -> None:
     """Write a state dict whole or not at all; an .npz has no place for the notes.
 
     Raises UserError: it cannot be written.
     """
-    arrays = dict[str, Any](tensors)
-    with (
-        explained(f"{path}: cannot be written", "use another"),
-        whole_file(path) as file,
-    ):
+    with explained(f"{path}: not written", "use another"), whole_file(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, **arrays)
+            np.savez(file, **tensors)
         else:
-            save_file(arrays, file.name, dict(notes))
+            save_file(dict(tensors), file.name, dict(notes))
