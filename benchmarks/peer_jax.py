@@ -71,11 +71,7 @@ class Worker:
         params = random_weights(program.abstract.params)
         inputs = random_inputs(c)
         reference = to_reference(
-            params["network"],
-            params["heads"],
-            HEAD_NAMES,
-            size=c.latents.size,
-            patch_size=c.model.patch_size,
+            params["network"], params["heads"], HEAD_NAMES, program.network
         )
         arrays = {f"weight/{k}": v for k, v in reference.items()}
         np.savez(weights, **arrays, **{f"input/{k}": v for k, v in inputs.items()})

@@ -51,11 +51,8 @@ def _keys(config: Config, purpose: int, indices: Any) -> Array:
 
 
 def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
-    """Class (N,) of each image: a function of (config.seed, index) alone.
-
-    config.sampling.labels: "random", independent, as ADM, SiT and REPA; or "balanced",
-    index mod classes, which scores slightly better.
-    """
+    """Class (N,) of each image: a function of (config.seed, index) alone, random as
+    ADM's, SiT's and REPA's, or "balanced", index mod classes."""
     classes = config.data.num_classes
     if config.sampling.labels == "balanced":
         return np.asarray(indices) % classes
@@ -68,9 +65,8 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
 
-    params: of the network and, where one guides, the heads, as a state's `ema`.
-
-    The noise of image i depends on (config.seed, i) alone, on no batch or devices.
+    params: of the network and, where one guides, the heads, as a state's `ema`. The
+    noise of image i depends on (config.seed, i) alone, on no batch or devices.
     """
     config, mesh, transport = program.config, program.mesh, program.transport
     s, shape = config.sampling, config.latent_shape
@@ -85,13 +81,16 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 
     def run(params: Any, indices: Array, labels: Array) -> Array:
         keys = _keys(config, NOISE, indices)
+
+        def cast(path: Any, x: Array) -> Array:
+            return x if path[-1].key == "embedding" else x.astype(s.dtype)
+
         # Once, not in every step, which would convert them alike.
-        cast = lambda path, x: x if path[-1].key == "embedding" else x.astype(s.dtype)  # noqa: E731
         params = jax.tree_util.tree_map_with_path(cast, params)
 
-        def noise(i: Array | int) -> Array:
-            draw = lambda key: jax.random.normal(jax.random.fold_in(key, i), shape)  # noqa: E731
-            return jax.vmap(draw)(keys)
+        @partial(jax.vmap, in_axes=(0, None))
+        def draw(key: Array, i: Array | int) -> Array:
+            return jax.random.normal(jax.random.fold_in(key, i), shape)
 
         def velocity(x: Array, t: Array, y: Array) -> Any:
             network, inputs = program.running, (params["network"], x, t, y)
@@ -105,7 +104,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             return transport.velocity(output, x, t), early
 
         x = jax.lax.with_sharding_constraint(
-            noise(s.steps), sharding.batch_sharding(mesh)
+            draw(keys, s.steps), sharding.batch_sharding(mesh)
         )
         return sampler.sample(
             velocity,
@@ -117,7 +116,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             transport=transport,
             guidance=guidance,
             head=head,
-            noise=noise,
+            noise=partial(draw, keys),
         )
 
     return jax.jit(run, out_shardings=sharding.batch_sharding(mesh))
@@ -127,8 +126,8 @@ def make_sampler(program: Program) -> Callable[..., Array]:
 class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
-    vae, vae_params: the decoder; params: a state's `params` or `ema`, for calls without
-    any; settings: what its samples are, for the file they go to.
+    params: a state's `params` or `ema`, for calls without any; settings: what its
+    samples are, for the file they go to.
     """
 
     program: Program
@@ -138,11 +137,11 @@ class Generator:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, program: Program, **named: Any) -> "Generator":
+    def of(cls, program: Program) -> "Generator":
         """With the VAE of the config. Raises UserError: there is none."""
         vae, params = load_vae(program.config.vae)
         params = jax.device_put(params, sharding.replicated(program.mesh))
-        return cls(program, vae, params, **named)
+        return cls(program, vae, params)
 
     @property
     def config(self) -> Config:
@@ -182,9 +181,6 @@ class Generator:
         self, indices: np.ndarray, labels: np.ndarray, params: Any = None
     ) -> Iterator[np.ndarray]:
         """Images of indices (N,) and labels (N,), in batches of uint8 (n, H, W, 3).
-
-        A batch is on its way to the device before the one before it is handed out, so
-        that whatever is done with that (files, features) costs the device no time.
 
         Raises UserError: values that are no numbers, which would be black.
         """
@@ -243,8 +239,9 @@ def generate(
     Raises UserError: no such key, value or VAE.
     """
     values = {f"sampling.{name}": value for name, value in sampling.items()}
-    images = Generator.of(program, params=params).override(values)
-    return np.concatenate([*images(np.arange(len(labels)), np.asarray(labels))])
+    images = Generator.of(program).override(values)
+    indices = np.arange(len(labels))
+    return np.concatenate([*images(indices, np.asarray(labels), params)])
 
 
 def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
@@ -255,9 +252,9 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
     for name in overrides:
         free = name.startswith("model.") and find(Config, name).metadata["key"].free
         if not (free or name.startswith(CHANGEABLE)):
+            changeable = "config.sampling.*, config.seed, config.vae"
             raise UserError(
-                f"config.{name} is part of the run: sampling can change "
-                "config.sampling.*, config.seed, config.vae"
+                f"config.{name} is part of the run: sampling can change {changeable}"
             )
     return Run(workdir).config().override(overrides)
 
@@ -265,11 +262,10 @@ def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
 def open_run(
     workdir: str, config: Config, weights: str = "ema", step: int | None = None
 ) -> Generator:
-    """A run's weights and its VAE, on all devices.
+    """A run's weights (see `Program.weights`) and its VAE, on all devices.
 
     Optimizer moments and the other set of weights are not read: a quarter of the file.
-    config: as `read_settings` gives it; weights: "ema", "raw", or the decay of another
-    average; step: of the checkpoint, the newest by default.
+    config: as of `read_settings`; step: of the checkpoint, the newest by default.
 
     Raises UserError: no such run, checkpoint, weights or VAE.
     """
@@ -285,8 +281,7 @@ def open_run(
         state = checkpoints.restore(wanted | {"step": program.abstract.step}, step)
     facts = {"run": workdir, "step": int(state["step"]), "weights": weights}
     settings = describe(config, **facts, versions=versions())
-    params = reduce(getitem, path, state)
-    return replace(generator, params=params, settings=settings)
+    return replace(generator, params=reduce(getitem, path, state), settings=settings)
 
 
 def describe(config: Config, **more: Any) -> dict[str, Any]:

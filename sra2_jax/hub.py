@@ -1,6 +1,7 @@
 """Networks on the Hugging Face hub: config.json, the weights in SiT's names, and the
 VAE where it is one of the run's own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,4 +56,5 @@ def load_run(source: str, **sampling: Any) -> Generator:
     network, found = from_reference(weights, program.network, heads, HEAD_NAMES)
     params = {"network": network, "heads": found}
     facts = {"run": source, "step": contents.step, "versions": versions()}
-    return Generator.of(program, params=params, settings=describe(config, **facts))
+    settings = describe(config, **facts)
+    return replace(Generator.of(program), params=params, settings=settings)

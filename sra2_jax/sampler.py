@@ -1,7 +1,6 @@
 """Euler, Heun and Euler-Maruyama samplers with guidance: classifier-free, and by the
 prediction of an early block (Internal Guidance, arXiv 2512.24176).
 
-Each takes a velocity function and runs the whole trajectory in one `lax.scan`.
 Source: the samplers of SiT and REPA (`euler_sampler`, `euler_maruyama_sampler`).
 """
 
@@ -23,10 +22,9 @@ Velocity = Callable[[Array, Array, Array], Any]
 class Guidance:
     """weaker + scale (v - weaker) where low <= t <= high, scale 1 = off.
 
-    Weaker is the velocity without a condition (classifier-free guidance: outside the
-    interval the network runs once, on the condition alone), or that of an early block.
-    `channels` limits it to the first channels (SiT's and DiT's own published numbers
-    guide 3 of 4); 0 means all.
+    Weaker is the velocity without a condition, or that of an early block. `channels`
+    limits it to the first channels (SiT's and DiT's own published numbers guide 3 of
+    4); 0 means all.
     """
 
     scale: float = 1.0
@@ -45,27 +43,22 @@ def guided(
     """(x, t, on) -> velocity, guided where the two of `on` say: by `guidance`, `head`.
 
     The head guides each call, with and without condition, before the two are mixed. The
-    score is affine in the velocity, so guiding the velocity equals guiding the drift of
-    the SDE.
+    score is affine in the velocity: the drift of the SDE is guided alike.
     """
 
-    def once(x: Array, t: Array, y: Array, on: Array) -> Array:
+    def once(x: Array, t: Array, on: Array, y: Array = y) -> Array:
         found = velocity(x, jnp.full(x.shape[:1], t, x.dtype), y)
         if head.scale == 1.0:
             return found
         v, early = found
         return jnp.where(on[1], early + head.scale * (v - early), v)
 
-    def conditional(x: Array, t: Array, on: Array) -> Array:
-        return once(x, t, y, on)
-
     def both(x: Array, t: Array, on: Array) -> Array:
         # Pairs side by side, so that a sharded batch stays where it is.
         b = x.shape[0]
         x2 = jnp.repeat(x, 2, axis=0)
         y2 = jnp.stack([y, jnp.full_like(y, null)], axis=1).reshape(2 * b)
-        v = once(x2, t, y2, on)
-        v = v.reshape(b, 2, *x.shape[1:])
+        v = once(x2, t, on, y2).reshape(b, 2, *x.shape[1:])
         cond, uncond = v[:, 0], v[:, 1]
         mixed = uncond + guidance.scale * (cond - uncond)
         n = guidance.channels
@@ -73,23 +66,18 @@ def guided(
 
     def evaluate(x: Array, t: Array, on: Array) -> Array:
         if guidance.scale == 1.0:
-            return conditional(x, t, on)
-        return jax.lax.cond(on[0], both, conditional, x, t, on)
+            return once(x, t, on)
+        return jax.lax.cond(on[0], both, once, x, t, on)
 
     return evaluate
 
 
-def time_grid(
-    method: str, steps: int, transport: Transport, last_step: float = 0.04
-) -> np.ndarray:
-    """The steps + 1 times of a trajectory, descending, float64.
-
-    The SDE ends with one noise-free step from `last_step` (reference: 0.04). All times
-    are shifted as those of training.
-    """
+def time_grid(method: str, steps: int, transport: Transport) -> np.ndarray:
+    """The steps + 1 times of a trajectory, descending, float64, shifted as those of
+    training. The SDE ends with one noise-free step from 0.04, as the reference."""
     end, start = transport.sample_range
     if method == "euler_maruyama":
-        times = np.append(linspace(start, last_step, steps), end)
+        times = np.append(linspace(start, 0.04, steps), end)
     else:
         times = linspace(start, end, steps + 1)
     return transport.shifted(times)
@@ -157,10 +145,8 @@ def sample(
         spread = jnp.sqrt(2 * t * jnp.abs(dt))
         return x + dt * drift(x, t, on) + spread * noise(i), None
 
-    body, last = [r[:-1] for r in rows], [r[-1] for r in rows]
     step = {"euler": euler, "heun": heun, "euler_maruyama": euler_maruyama}[method]
-    x, _ = jax.lax.scan(step, x, tuple(body))
-    if method != "euler_maruyama":
-        return euler(x, tuple(last))[0]  # Heun ends with an Euler step
-    t, dt, on, _ = last
-    return x + dt * drift(x, t, on)
+    x, _ = jax.lax.scan(step, x, tuple(row[:-1] for row in rows))
+    t, dt, on, _ = (row[-1] for row in rows)
+    last = drift if method == "euler_maruyama" else evaluate  # Heun ends with Euler
+    return x + dt * last(x, t, on)

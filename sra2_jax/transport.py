@@ -69,10 +69,7 @@ class Transport(config.Transport):
         return (1e-3, 1.0) if self.path == "vp" else self.train_range
 
     def shifted(self, t: Any) -> Any:
-        """Times moved towards noise for `time_shift` above 1, in training and sampling.
-
-        SD3's (arXiv 2403.03206, eq. 23); RAE takes sqrt(numbers in a latent / 4096).
-        """
+        """Times moved towards noise, SD3's way (arXiv 2403.03206, eq. 23)."""
         s = self.time_shift
         return t if s == 1 else s * t / (1 + (s - 1) * t)
 
@@ -89,10 +86,7 @@ class Transport(config.Transport):
         return jnp.clip(self.shifted(t), low, high)
 
     def _at(self, t: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-        values = coefficients(self.path, t)
-        shape = t.shape + (1,) * (x.ndim - t.ndim)
-        alpha, sigma, d_alpha, d_sigma = (v.reshape(shape) for v in values)
-        return alpha, sigma, d_alpha, d_sigma
+        return coefficients(self.path, t.reshape(t.shape + (1,) * (x.ndim - t.ndim)))
 
     def interpolate(self, x: Array, noise: Array, t: Array) -> tuple[Array, Array]:
         """x_t and the network's target, for data x, noise of x's shape, t (B,)."""
@@ -103,10 +97,7 @@ class Transport(config.Transport):
         return x_t, noise if self.prediction == "noise" else x
 
     def velocity(self, output: Array, x_t: Array, t: Array) -> Array:
-        """Velocity dx_t/dt from the network's output.
-
-        Singular at t = 1 for "noise" (linear, gvp).
-        """
+        """dx_t/dt from the network's output; singular at t = 1 for "noise"."""
         if self.prediction == "velocity":
             return output
         if self.prediction == "data":
@@ -115,7 +106,7 @@ class Transport(config.Transport):
         return d_alpha * (x_t - sigma * output) / alpha + d_sigma * output
 
     def towards(self, clean: Array, x_t: Array, t: Array) -> Array:
-        """Velocity dx_t/dt where E[x | x_t] is `clean`.
+        """dx_t/dt where E[x | x_t] is `clean`.
 
         The noise is (x_t - alpha clean) / sigma, without bound as t goes to 0: there t
         counts as 1e-3, where training on "data" begins.

@@ -17,8 +17,7 @@ from sra2_jax.programs import convert
 from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_vae
 from sra2_jax.weights.files import CONFIG, INDEX, fetch
-from sra2_jax.weights.ldm import from_ldm
-from sra2_jax.weights.vae import FORMAT, WEIGHTS
+from sra2_jax.weights.vae import FORMAT, WEIGHTS, from_ldm
 from tests.conftest import ROOT, one_line
 from tests.test_weights import assert_same_tree, edit_config, refused
 

@@ -1,8 +1,4 @@
-"""The alignments, by their section of config.align; a new one is a file and a line.
-
-An early block's tokens, through a head that is used in training only, predict a target.
-Any combination of them trains in one step.
-"""
+"""The alignments, by their section of config.align; a new one is a file and a line."""
 
 from sra2_jax.alignment.base import Alignment as Alignment
 from sra2_jax.alignment.encoder import EncoderAlignment

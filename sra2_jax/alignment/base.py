@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sra2_jax import config_align
-from sra2_jax.models.block import XAVIER, FinalLayer
+from sra2_jax.models.block import FinalLayer, dense
 from sra2_jax.models.dit import DiT
 
 Arrays = Mapping[str, Array]
@@ -23,6 +23,7 @@ class Alignment(config_align.Alignment):
     """Targets are computed inside the jitted step, without gradient.
 
     Attributes:
+      title: of the method, "REPA"; aim: what a block is aligned with, in words.
       reference: name of the head in the method's published checkpoints;
         reference_linear: of its i-th linear layer, {twice} = 2 i or {next} = i + 1.
     """
@@ -32,12 +33,10 @@ class Alignment(config_align.Alignment):
 
     @property
     def title(self) -> str:
-        """Of the method, "REPA"."""
         raise NotImplementedError
 
     @property
     def aim(self) -> str:
-        """What a block is aligned with, in words."""
         raise NotImplementedError
 
     @property
@@ -112,8 +111,7 @@ class MLPAlignment(config_align.MLPAlignment, Alignment):
     """One whose head are linear layers."""
 
     def head(self, network: DiT) -> nn.Module:
-        """SRA 2: 5 layers to p*p*C; REPA: 3 with hidden 2048 to the encoder's width;
-        SRA: 2 back to D. With `head_final_layer` the last hidden layer returns to D."""
+        """With `head_final_layer` the last hidden layer returns to the width D."""
         sizes = [self.head_width or 2 * network.model.width] * (self.head_layers - 1)
         if self.head_final_layer and sizes:
             sizes[-1] = network.model.width
@@ -127,9 +125,7 @@ class MLPHead(nn.Module):
 
     Attributes:
       widths: of the hidden layers; features: of the output of each token.
-      final_layer: end in a layer like DiT's final one (this norm and adaLN by the
-        condition) in place of a plain linear one.
-      dtype: compute type of the matrix products.
+      final_layer: the norm of a last layer like DiT's final one.
     """
 
     widths: tuple[int, ...]
@@ -139,13 +135,9 @@ class MLPHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        """Tokens (B, T, D) and condition (B, D) -> predictions (B, T, features)."""
-
         sizes = (*self.widths, *(() if self.final_layer else (self.features,)))
         for i, width in enumerate(sizes):
-            x = nn.silu(x) if i else x
-            name = f"linear_{i}"
-            x = nn.Dense(width, dtype=self.dtype, kernel_init=XAVIER, name=name)(x)
+            x = dense(self, width, f"linear_{i}")(nn.silu(x) if i else x)
         if self.final_layer:
             norm = self.final_layer
             x = FinalLayer(self.features, self.dtype, norm, name="final")(x, c)

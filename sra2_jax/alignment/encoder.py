@@ -25,8 +25,6 @@ class EncoderTarget(config_align.EncoderKeys, Alignment):
         return describe_dinov2(self.model) if self.source == "images" else None
 
     def load(self) -> Any:
-        if self.frozen is None:
-            return None
         encoder, params = load_dinov2(self.model)
         if encoder.config.hidden_size != self.width:
             raise UserError(

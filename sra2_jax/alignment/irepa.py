@@ -33,9 +33,7 @@ class SpatialAlignment(config_align.AlignIREPA, EncoderTarget):
 class ConvHead(nn.Module):
     """One 3x3 convolution over a square of row-major tokens, padded with zeros.
 
-    Attributes:
-      features: size of each token's output; grid: tokens on a side.
-      dtype: compute type.
+    features: size of each token's output; grid: tokens on a side.
     """
 
     features: int
@@ -44,7 +42,6 @@ class ConvHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        """Tokens (B, T, D) -> predictions (B, T, features); c is not looked at."""
         b, t, d = x.shape
         conv = nn.Conv(self.features, (3, 3), dtype=self.dtype, name="conv")
         x = conv(x.reshape(b, self.grid, self.grid, d)).reshape(b, t, self.features)

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from sra2_jax import config_align
 from sra2_jax.alignment.base import Arrays, MLPAlignment
@@ -16,8 +16,8 @@ from sra2_jax.models.dit import DiT
 class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
     """Block `teacher_depth` of the EMA network; the blocks after it never run.
 
-    It sees the same sample, noise and dropped label at a time that lies up to
-    `interval` before the student's.
+    It sees the same sample, noise and dropped label at clamp(t - interval u, 0, 1), u
+    uniform in [0, 1) for each sample.
     """
 
     title = "SRA"
@@ -28,14 +28,9 @@ class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
     def features(self, network: DiT) -> int:
         return network.model.width
 
-    def teacher_times(
-        self, t: Float[Array, " b"], u: Float[Array, " b"]
-    ) -> Float[Array, " b"]:
-        """clamp(t - interval * u, 0, 1), u uniform in [0, 1) for each sample."""
-        return jnp.clip(t - self.interval * u, 0.0, 1.0)
-
     def draw(self, key: Array, clean: Arrays, transport: Any) -> dict[str, Array]:
-        t = self.teacher_times(clean["t"], jax.random.uniform(key, clean["t"].shape))
+        t = clean["t"] - self.interval * jax.random.uniform(key, clean["t"].shape)
+        t = jnp.clip(t, 0.0, 1.0)
         x, _ = transport.interpolate(clean["z"], clean["noise"], t)
         return {"t_teacher": t, "x_teacher": x}
 
@@ -46,10 +41,9 @@ class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
         params = dict(ema)
         params["blocks"] = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
         inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
-        # Its final layer is not asked for and compiled away.
         model = replace(network.model, depth=depth, remat="none")
-        teacher = network.clone(model=model)
-        _, kept, _ = apply(teacher, params, *inputs, (depth,))
+        # Its final layer is not asked for and compiled away.
+        _, kept, _ = apply(network.clone(model=model), params, *inputs, (depth,))
         return kept[depth]
 
     def macs(self, network: DiT) -> int:

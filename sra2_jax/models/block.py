@@ -25,9 +25,8 @@ ZEROS = nn.initializers.zeros_init()
 def rotations(width: int, grid: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (grid * grid, width) of 2-D RoPE, float32, row-major tokens.
 
-    Half of a head's channels turn with the row, half with the column, in pairs of
-    neighbours, base 10000. Source: EVA's, as LightningDiT has it. width: of a head, a
-    multiple of 4.
+    Half of a head's channels, `width`, turn with the row, half with the column, in
+    pairs of neighbours, base 10000. Source: EVA's, as LightningDiT has it.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
     angles = np.arange(grid)[:, None] * frequencies.repeat(2)
@@ -44,16 +43,14 @@ def rotate(x: Float[Array, "b t h d"]) -> Float[Array, "b t h d"]:
     return x * cos[:, None] + turned * sin[:, None]
 
 
-def layer_norm(x: Array) -> Array:
-    """LayerNorm without affine parameters, eps 1e-6, in float32 (or wider)."""
+def normalised(x: Array, kind: str, name: str) -> Array:
+    """Inside a module: RMSNorm with a weight, or LayerNorm without any, eps 1e-6, in
+    float32 or wider."""
+    if kind == "rms":
+        return nn.RMSNorm(name=name)(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x - x.mean(axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
-
-
-def normalised(x: Array, kind: str, name: str) -> Array:
-    """Inside a module: `layer_norm`, or RMSNorm with a weight, eps 1e-6, float32."""
-    return layer_norm(x) if kind == "layer" else nn.RMSNorm(name=name)(x)
 
 
 def modulate(x: Array, shift: Array | None, scale: Array) -> Array:

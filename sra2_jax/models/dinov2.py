@@ -50,39 +50,18 @@ class DINOv2Config:
         return self.image_size // self.patch_size
 
 
-def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-    """Keys' kernel (1981, eq. 4 with free a): 1 at 0, 0 at other integers and |x|>2."""
-    x = np.abs(x)
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
-
-
-def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray:
-    """Weights (new, old) of cubic interpolation along one axis, float32.
-
-    As torch's `interpolate(align_corners=False)`: pixels beyond the border repeat the
-    last one; with antialias they are left out, rows sum to 1 again, and the kernel is
-    as many times wider as the axis shrinks.
-    """
-    scale = old / new
-    centres = (np.arange(new) + 0.5)[:, None] * scale
-    if antialias:
-        weights = _cubic((np.arange(old) + 0.5 - centres) / max(scale, 1.0), a)
-        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    taps = np.floor(centres - 0.5).astype(int) + np.arange(-1, 3)
-    weights = np.zeros((new, old))
-    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
-    np.add.at(weights, (rows, taps.clip(0, old - 1)), _cubic(taps + 0.5 - centres, a))
-    return weights.astype(np.float32)
-
-
-def _resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
-    """(B, H, W, C) to (B, height, width, C), untouched if equal."""
+def _resize(x: Array, height: int, width: int, antialias: bool) -> Array:
+    """(B, H, W, C) to (B, height, width, C) by PyTorch's bicubic rule."""
     if x.shape[1:3] == (height, width):
         return x
-    down = _bicubic_matrix(x.shape[1], height, a, antialias)
-    across = _bicubic_matrix(x.shape[2], width, a, antialias)
+
+    def weights(old: int, new: int) -> np.ndarray:
+        with jax.enable_x64(True), jax.ensure_compile_time_eval():
+            shape = new, old
+            found = jax.image.resize(np.eye(old), shape, "cubic-pytorch", antialias)
+        return np.asarray(found, np.float32)
+
+    down, across = weights(x.shape[1], height), weights(x.shape[2], width)
     # Accelerators would otherwise round the weights to bf16 or TF32.
     return jnp.einsum("ih,jw,bhwc->bijc", down, across, x, precision="highest")
 
@@ -98,7 +77,7 @@ def preprocess(
     """What the encoder takes, float32: standardised, then resized without antialiasing,
     as `preprocess_raw_image` of REPA's train.py."""
     x = standardise(images.astype(jnp.float32) / 255)
-    return _resize(x, side, side, -0.75, antialias=False)
+    return _resize(x, side, side, antialias=False)
 
 
 def layer_norm(config: DINOv2Config, name: str) -> nn.LayerNorm:
@@ -139,8 +118,7 @@ class DINOv2(nn.Module):
       config: the shape.
       antialias: how the position table (37x37 in dinov2-base) is resized to another
         grid than its own. True: as REPA does (utils.py, `load_encoders`, by timm's
-        `resample_abs_pos_embed`: torch's antialiased bicubic, a = -0.5); False: as
-        transformers does (a = -0.75).
+        `resample_abs_pos_embed`); False: as transformers does.
       scan: run the blocks as a loop, or unrolled.
       dtype: compute type of the matrix products.
     """
@@ -194,8 +172,7 @@ class DINOv2(nn.Module):
         side, d = self.config.grid, self.config.hidden_size
         table = jnp.asarray(self.param("positions", NORMAL, (1, 1 + side**2, d)))
         grid = table[:, 1:].reshape(1, side, side, d)
-        a = -0.5 if self.antialias else -0.75
-        grid = _resize(grid, height, width, a, self.antialias)
+        grid = _resize(grid, height, width, self.antialias)
         return jnp.concatenate([table[:, :1], grid.reshape(1, -1, d)], axis=1)
 
 

@@ -45,7 +45,6 @@ def sincos_positions(width: int, grid: int) -> np.ndarray:
 
     Half of the channels encode the column, then half the row; each half is
     [sin, cos] with base 10000, computed in float64 as the reference does.
-    width: a multiple of 4.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
@@ -84,14 +83,11 @@ class DiT(nn.Module):
     """SiT/DiT backbone on latents of any square size and channel number.
 
     Attributes:
-      model: the keys of the config; its attention and dtype do not count. RMSNorm and
-        QK-norm have weights, LayerNorm none. RoPE turns beside the fixed table. With
+      model: the keys of the config; its attention and dtype do not count. With
         learn_sigma 2 * channels are predicted and the second half dropped, as published
-        SiT and DiT weights do. A loop compiles fast, unrolled blocks take less memory
-        without rematerialisation; the parameters are the same stacked tree either way.
+        SiT and DiT weights do. Blocks unrolled or in a loop have the same stacked tree.
       size: side of the latent grid; channels: latent channels.
       num_classes: labels run over [0, num_classes); num_classes is the null label.
-      attention: "xla" or "cudnn".
       dtype: compute type of the matrix products.
     """
 
@@ -127,15 +123,10 @@ class DiT(nn.Module):
         y: Int[Array, " b"],
         features: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "b h w c"], dict[int, Array], Float[Array, "b d"]]:
-        """Predict from x_t.
+        """Prediction (float32), {block: tokens (B, T, width)}, the condition vector.
 
-        Args:
-          x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise.
-          y: labels, num_classes for the null label.
-          features: 1-based numbers of the blocks whose output is wanted.
-
-        Returns:
-          prediction (float32), {block: tokens (B, T, width)}, the condition vector.
+        x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise; y: labels; features:
+        1-based numbers of the blocks whose output is wanted.
         """
         p, d = self.model.patch_size, self.model.width
         tokens = dense(self, d, "patch")(patchify(x, p))

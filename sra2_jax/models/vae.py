@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from sra2_jax.models import shapes
 
 Layer = Callable[..., nn.Module]  # takes its name
-NORM_EPS = 1e-6
 # levels of the encoder and decoder, without and with attention after each resnet
 DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
@@ -30,10 +29,9 @@ LOGVAR_RANGE = (-30.0, 20.0)  # diffusers DiagonalGaussianDistribution
 class VAEConfig:
     """Shape of an AutoencoderKL; the defaults are those of sd-vae-ft-ema.
 
-    A latent z goes to the diffusion model as (z - shift_factor) * scaling_factor, with
-    `latents_mean` and `latents_std` of each channel, or none, as (z - shift_factor -
-    latents_mean) / latents_std * scaling_factor; the network itself never applies these
-    numbers, they only travel with it.
+    A latent z goes to the diffusion model as (z - shift_factor - latents_mean) /
+    latents_std * scaling_factor, with a mean and deviation for each channel, or without
+    both. The network never applies these numbers, they only travel with it.
 
     Raises ValueError: other than a number for each channel, or a kind for each level.
     """
@@ -73,26 +71,19 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation with statistics in float32, result in `dtype`, then SiLU."""
+class GroupNorm(nn.GroupNorm):
+    """Flax's, statistics in float32. In two passes: E[x^2] - E[x]^2 loses the digits
+    that the golden cases ask for."""
 
-    groups: int
-    dtype: Any
-    silu: bool = True
+    epsilon: float = 1e-6
+    use_fast_variance: bool = False
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
-        # Two passes: E[x^2] - E[x]^2 loses the digits the golden cases ask for.
-        mean = grouped.mean((1, 2, 4), keepdims=True)
-        centred = grouped - mean
-        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
-        normed = (centred * jax.lax.rsqrt(variance + NORM_EPS)).reshape(x.shape)
-        normed = (normed * scale + bias).astype(self.dtype)
-        return nn.silu(normed) if self.silu else normed
+
+class NormSiLU(GroupNorm):
+    """Followed by SiLU."""
+
+    def __call__(self, x: Float[Array, "b h w c"], **named: Any) -> Array:
+        return nn.silu(super().__call__(x, **named))
 
 
 class ResnetBlock(nn.Module):
@@ -104,7 +95,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-        norm = partial(GroupNorm, self.groups, self.dtype)
+        norm = partial(NormSiLU, self.groups, dtype=self.dtype)
         conv = partial(nn.Conv, self.features, dtype=self.dtype)
         h = conv((3, 3), padding=1, name="conv1")(norm(name="norm1")(x))
         h = conv((3, 3), padding=1, name="conv2")(norm(name="norm2")(h))
@@ -123,7 +114,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         batch, height, width, channels = x.shape
         linear = partial(nn.Dense, channels, dtype=self.dtype)
-        h = GroupNorm(self.groups, self.dtype, silu=False, name="group_norm")(x)
+        h = GroupNorm(self.groups, dtype=self.dtype, name="group_norm")(x)
         h = h.reshape(batch, height * width, channels)
         q, k, v = (linear(name=name)(h) for name in ("to_q", "to_k", "to_v"))
         scores = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
@@ -173,53 +164,40 @@ def blocks(
     return layers
 
 
-def mid_block(cfg: VAEConfig, dtype: Any) -> Layer:
-    attentions = int(cfg.mid_block_add_attention)
-    return partial(Chain, blocks(cfg, dtype, cfg.block_out_channels[-1], 2, attentions))
-
-
-def outputs(cfg: VAEConfig, dtype: Any, features: int) -> dict[str, Layer]:
-    norm = partial(GroupNorm, cfg.norm_num_groups, dtype)
-    return {"conv_norm_out": norm, "conv_out": conv3(features, dtype)}
-
-
-def encoder(cfg: VAEConfig, dtype: Any) -> Chain:
-    """Images to twice `latent_channels` maps, each level but the last halving them."""
-    widths = cfg.block_out_channels
-    layers = {"conv_in": conv3(widths[0], dtype)}
+def coder(cfg: VAEConfig, dtype: Any, up: bool) -> Chain:
+    """The decoder, or the encoder: one resnet less on each level. Each level but the
+    last changes the resolution."""
+    widths = cfg.block_out_channels[:: -1 if up else 1]
+    kinds = cfg.up_block_types if up else cfg.down_block_types
+    count = cfg.layers_per_block + up
+    levels: dict[str, Layer] = {}
     for i, width in enumerate(widths):
-        count = cfg.layers_per_block
-        attentions = count * (cfg.down_block_types[i] == DOWN[1])
+        attentions = count * (kinds[i] in (DOWN[1], UP[1]))
         level = blocks(cfg, dtype, width, count, attentions)
-        if i < len(widths) - 1:
+        if i < len(widths) - 1 and up:
+            level["upsamplers_0"] = partial(Upsample, dtype)
+        elif i < len(widths) - 1:
             # Padded on the lower and right side only.
             half = conv3(width, dtype, 2, ((0, 1), (0, 1)))
             level["downsamplers_0"] = partial(Chain, {"conv": half})
-        layers[f"down_blocks_{i}"] = partial(Chain, level)
-    layers["mid_block"] = mid_block(cfg, dtype)
-    return Chain(layers | outputs(cfg, dtype, 2 * cfg.latent_channels))
-
-
-def decoder(cfg: VAEConfig, dtype: Any) -> Chain:
-    """Latents to images; one resnet more on each level than in the encoder."""
-    widths = cfg.block_out_channels[::-1]
-    layers = {"conv_in": conv3(widths[0], dtype), "mid_block": mid_block(cfg, dtype)}
-    for i, width in enumerate(widths):
-        count = cfg.layers_per_block + 1
-        attentions = count * (cfg.up_block_types[i] == UP[1])
-        level = blocks(cfg, dtype, width, count, attentions)
-        if i < len(widths) - 1:
-            level["upsamplers_0"] = partial(Upsample, dtype)
-        layers[f"up_blocks_{i}"] = partial(Chain, level)
-    return Chain(layers | outputs(cfg, dtype, cfg.out_channels))
+        levels[f"{'up' if up else 'down'}_blocks_{i}"] = partial(Chain, level)
+    attentions = int(cfg.mid_block_add_attention)
+    middle = blocks(cfg, dtype, cfg.block_out_channels[-1], 2, attentions)
+    mid_block: dict[str, Layer] = {"mid_block": partial(Chain, middle)}
+    inner = mid_block | levels if up else levels | mid_block
+    last = cfg.out_channels if up else 2 * cfg.latent_channels
+    outer: dict[str, Layer] = {
+        "conv_norm_out": partial(NormSiLU, cfg.norm_num_groups, dtype=dtype),
+        "conv_out": conv3(last, dtype),
+    }
+    return Chain({"conv_in": conv3(widths[0], dtype)} | inner | outer)
 
 
 class AutoencoderKL(nn.Module):
     """Variational autoencoder between images in [-1, 1] and latents, NHWC.
 
     Convolutions and attention run in `dtype`; parameters, group norms, softmax and all
-    results are float32. With height = width = R, latents are R / config.downsample.
-    Call a method by `vae.apply({"params": params}, x, method="encode")`.
+    results are float32.
     """
 
     config: VAEConfig
@@ -228,8 +206,8 @@ class AutoencoderKL(nn.Module):
     def setup(self) -> None:
         cfg = self.config
         conv1 = partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
-        self.encoder = encoder(cfg, self.dtype)
-        self.decoder = decoder(cfg, self.dtype)
+        self.encoder = coder(cfg, self.dtype, up=False)
+        self.decoder = coder(cfg, self.dtype, up=True)
         if cfg.use_quant_conv:
             self.quant_conv = conv1(2 * cfg.latent_channels)
         if cfg.use_post_quant_conv:
@@ -244,10 +222,8 @@ class AutoencoderKL(nn.Module):
     def moments(
         self, images: Float[Array, "b height width c"]
     ) -> Float[Array, "b h w moments"]:
-        """Posterior mean, then log variance before clipping, along the last axis.
-
-        images: in [-1, 1]. Returns float32, unscaled.
-        """
+        """Posterior mean, then log variance before clipping, along the last axis, of
+        images in [-1, 1]."""
         out = self.encoder(images.astype(self.dtype))
         if self.config.use_quant_conv:
             out = self.quant_conv(out)
@@ -256,21 +232,15 @@ class AutoencoderKL(nn.Module):
     def encode(
         self, images: Float[Array, "b height width c"]
     ) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
-        """Mean and standard deviation of the posterior q(z | image).
-
-        images: in [-1, 1]. Returns float32, unscaled; the log variance is clipped to
-        [-30, 20] as diffusers does.
-        """
+        """Mean and standard deviation of the posterior, unscaled, of images in
+        [-1, 1]."""
         mean, logvar = jnp.split(self.moments(images), 2, axis=-1)
         return mean, jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR_RANGE))
 
     def decode(
         self, latents: Float[Array, "b h w z"]
     ) -> Float[Array, "b height width c"]:
-        """Images of unscaled latents: z = scaled / scaling_factor + shift_factor.
-
-        Returns float32, about [-1, 1], not clipped.
-        """
+        """Images of unscaled latents, about [-1, 1], not clipped."""
         h = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
             h = self.post_quant_conv(h)

@@ -9,7 +9,6 @@ FILE is a .pt, .pth or .ckpt of SiT, REPA or SRA (PyTorch reads these), a .safet
 or an .npz. Runs without TensorFlow.
 """
 
-import argparse
 import json
 from functools import reduce
 from operator import getitem
@@ -28,17 +27,18 @@ from sra2_jax.checkpoint import Checkpoints
 from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, one_line
-from sra2_jax.programs.sample import WEIGHTS
+from sra2_jax.programs.sample import add_weights
 from sra2_jax.run import Run
 from sra2_jax.sharding import make_mesh
 from sra2_jax.step import Program, State
 from sra2_jax.storage import new_file
-from sra2_jax.weights import files, tree
+from sra2_jax.weights import files
 from sra2_jax.weights.inception import convert_inception
-from sra2_jax.weights.ldm import convert_ldm
 from sra2_jax.weights.sit import from_reference, reverse_time, to_reference
+from sra2_jax.weights.tree import Params
+from sra2_jax.weights.vae import convert_ldm
 
-Trees = tuple[tree.Params, dict[str, tree.Params]]  # of a network and its heads
+Trees = tuple[Params, dict[str, Params]]  # of a network and its heads
 
 
 def import_file(
@@ -53,9 +53,8 @@ def import_file(
     """Make `workdir` a run at the file's step, and print what became of its parts.
 
     step: in place of the file's own; 1 where neither says. reverse: the file's network
-    runs from noise at 0 to data at 1 (SiT's code); `export_run` notes that in the file.
-    To fine-tune: classes: so many new ones, in place of the file's and the config's;
-    resize: the file's latents may be of another size than the config's.
+    runs from noise at 0 to data at 1. classes: so many new ones, in place of the file's
+    and the config's. resize: the file's latents may be of another size.
 
     Raises UserError: an unusable file, a config that does not fit it, or a run that has
     checkpoints already. Nothing is left behind then.
@@ -78,15 +77,11 @@ def import_file(
         raise UserError(f"{file} does not fit the config: it needs --{now}")
     program = Program(config, make_mesh())
     sets: dict[str, Trees] = {}
+    wanted = program.abstract.params["heads"]
     for name, weights in contents.sets.items():
         try:
             network, heads = from_reference(
-                weights,
-                program.network,
-                program.abstract.params["heads"],
-                HEAD_NAMES,
-                relabel=bool(classes),
-                resize=resize,
+                weights, program.network, wanted, HEAD_NAMES, bool(classes), resize
             )
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
@@ -98,9 +93,8 @@ def import_file(
     _write_run(run, state, config, step)
     both = ", taken for both raw and ema" if raw is ema else ""
     lines = [f"{file}: step {step}", f"{' and '.join(sets)} weights{both}"]
-    lines.append("optimizer moments: zero, they are not converted")
-    found, wanted = raw[1].keys() | ema[1].keys(), state.params["heads"].keys()
-    for name in sorted(found | wanted):
+    found = raw[1].keys() | ema[1].keys()
+    for name in sorted(found | wanted.keys()):
         fate = "loaded" if name in wanted else "left out, it is off in the config"
         if name not in found:
             fate = "not in the file, initialised afresh"
@@ -111,17 +105,12 @@ def import_file(
             "mostly comes from, runs the other way: --reverse_time"
         )
     if not contents.heads:
-        given = f"config.model.heads={config.model.heads}"
-        lines.append(f"attention: {given}, the file does not say")
-    if classes:
-        lines.append(f"labels: {classes} new ones; that of no class was kept")
-    if resize:
-        lines.append(f"positions: computed for latents of side {config.latents.size}")
+        lines.append(f"{config.model.given('heads')}: the file does not say")
     lines.append(f"written: {run.checkpoints / str(step)}; main.py goes on from it")
     print("\n  ".join(lines))
 
 
-def _turned(network: tree.Params, config: Config) -> tree.Params:
+def _turned(network: Params, config: Config) -> Params:
     velocity = config.transport.prediction == "velocity"
     return reverse_time(network, config.model.time_scale, velocity)
 
@@ -133,7 +122,7 @@ def _state(program: Program, raw: Trees, ema: Trees, step: int, relabel: bool) -
     wanted = state.params["heads"]
     fresh = np.asarray(state.params["network"]["label"]["embedding"])[:-1]
 
-    def complete(network: tree.Params, heads: dict[str, tree.Params]) -> Any:
+    def complete(network: Params, heads: dict[str, Params]) -> Any:
         if relabel:
             null = network["label"]["embedding"][-1:]
             network = network | {"label": {"embedding": np.concatenate([fresh, null])}}
@@ -175,10 +164,9 @@ def export_run(
 ) -> None:
     """Write a run's weights in SiT's names, float32, and print what was written.
 
-    out: new .safetensors or .npz; weights: "ema", "raw", or the decay of another
-    average; step: of the checkpoint, the newest by default; heads: with the alignment
-    heads, see `alignment.HEAD_NAMES`;
-    reverse: for code that runs from noise at 0 to data at 1 (SiT's).
+    out: new .safetensors or .npz; weights: see `Program.weights`; step: of the
+    checkpoint, the newest by default; heads: with the alignment heads; reverse: for
+    code that runs from noise at 0 to data at 1.
 
     Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
     """
@@ -195,9 +183,7 @@ def export_run(
         _turned(network, config) if reverse else network,
         found["heads"] if heads else {},
         HEAD_NAMES,
-        size=config.latents.size,
-        patch_size=config.model.patch_size,
-        rope=config.model.heads if config.model.rope else 0,
+        program.network,
     )
     notes = {
         "format": "pt",
@@ -212,7 +198,7 @@ def export_run(
     print(f"{out}: {weights} weights of step {state.step}, {len(tensors)} tensors")
 
 
-def _arguments() -> argparse.Namespace:
+def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     out: dict[str, Any] = {"required": True, "metavar": "FILE"}
@@ -233,11 +219,9 @@ def _arguments() -> argparse.Namespace:
     add("--reverse_time", **reverse)
 
     exporting = commands.add_parser("export", help="write weights in SiT's names")
+    add_weights(exporting)
     add = exporting.add_argument
-    add("workdir", metavar="RUN", help="folder of a run")
     add("--out", **out)
-    add("--weights", default="ema", help=WEIGHTS)
-    add("--step", type=int, help="of the checkpoint (the newest)")
     add("--heads", action="store_true", help="with the alignment heads")
     add("--reverse_time", **reverse)
 
@@ -253,11 +237,7 @@ def _arguments() -> argparse.Namespace:
     add("--statistics", type=Path, metavar="FILE", help="mean and std of each channel")
     add("--scaling_factor", type=float, default=1.0, help="(%(default)s)")
 
-    return parser.parse_args()
-
-
-def main() -> None:
-    flags = vars(_arguments())
+    flags = vars(parser.parse_args())
     command = flags.pop("command")
     if command == "import":
         config = config_file.override(flags.pop("config"), flags.pop("overrides"))

@@ -19,7 +19,7 @@ from sra2_jax.config import Config
 from sra2_jax.errors import explained
 from sra2_jax.hub import CONFIG, VAE, WEIGHTS
 from sra2_jax.programs.convert import export_run
-from sra2_jax.programs.sample import WEIGHTS as CHOICES
+from sra2_jax.programs.sample import add_weights
 from sra2_jax.report.page import Page
 from sra2_jax.run import Run
 from sra2_jax.storage import is_remote
@@ -160,11 +160,9 @@ def push(
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
+    add_weights(parser)
     add = parser.add_argument
-    add("workdir", metavar="RUN", help="folder of a run")
     add("--to", required=True, metavar="USER/NAME", help="on the hub")
-    add("--weights", default="ema", help=CHOICES)
-    add("--step", type=int, help="of the checkpoint (the newest)")
     add("--licence", default="not stated", help="of the data, for the model card")
     add("--private", action="store_true", help="a new repository only you can see")
     push(**vars(parser.parse_args()))

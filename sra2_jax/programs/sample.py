@@ -6,6 +6,7 @@ alone. A program that was killed goes on where it was when run again: finished p
 stay in samples.shards/ until the .npz is whole. Runs without TensorFlow.
 """
 
+import argparse
 import itertools
 import json
 import time
@@ -25,7 +26,6 @@ from sra2_jax.storage import new_file, read_json, whole_file, write_json
 
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
-WEIGHTS = "ema, raw, or one of config.ema_others (%(default)s)"
 
 
 class Parts:
@@ -36,8 +36,7 @@ class Parts:
 
     def __init__(self, folder: epath.Path, count: int, size: int) -> None:
         self.folder = folder
-        cuts = np.arange(size, count, size)
-        self.indices = np.split(np.arange(count), cuts)
+        self.indices = np.split(np.arange(count), np.arange(size, count, size))
 
     def path(self, number: int) -> epath.Path:
         return self.folder / f"{number:06d}.npy"
@@ -56,16 +55,14 @@ class Parts:
 
     def read(self) -> Iterator[np.ndarray]:
         """All in order. Raises UserError: a damaged one, which is removed."""
-        for number in range(len(self.indices)):
-            path = self.path(number)
+        for path in map(self.path, range(len(self.indices))):
             try:
                 with path.open("rb") as file:
                     yield np.load(file, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 path.unlink(missing_ok=True)
-                raise UserError(
-                    f"{path}: was damaged and is removed: run the same command again"
-                ) from error
+                again = "was damaged and is removed: run the same command again"
+                raise UserError(f"{path}: {again}") from error
 
 
 def fill(parts: Parts, generate: generator.Generator) -> None:
@@ -110,12 +107,17 @@ def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
 
 
-def add_run_arguments(parser: Parser) -> None:
-    """The flags that name a run and its weights."""
+def add_weights(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("workdir", metavar="RUN", help="folder of a run")
     add("--step", type=int, help="of the checkpoint (the newest)")
-    add("--weights", default="ema", help=WEIGHTS)
+    weights = "ema, raw, or one of config.ema_others (%(default)s)"
+    add("--weights", default="ema", help=weights)
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """The flags that name a run and its weights."""
+    add_weights(parser)
     add_distributed(parser)
     parser.add_keys()
     parser.epilog = (

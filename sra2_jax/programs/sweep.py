@@ -29,7 +29,7 @@ FILE = "sweep.json"
 NAMES = ("guidance", "guidance_low", "guidance_high")  # of a cell
 Interval = tuple[float, float]
 Cell = tuple[float, float, float]  # of NAMES
-Results = dict[Cell, dict[str, float]]  # metrics of the finished cells
+Results = dict[Any, dict[str, float]]  # metrics of the finished cells
 
 
 def scales(text: str) -> list[float]:
@@ -38,7 +38,7 @@ def scales(text: str) -> list[float]:
 
 
 def intervals(text: str) -> list[Interval]:
-    """argparse's type of "0:1,0:0.7", pairs low, high, in the order given."""
+    """argparse's type of "0:1,0:0.7": low, high, in the order given."""
     pairs = [part.split(":") for part in text.split(",")]
     return list(dict.fromkeys((float(low), float(high)) for low, high in pairs))
 
@@ -62,10 +62,9 @@ def run_cell(
     count: int,
 ) -> dict[str, float]:
     """The metrics of `count` samples with a guidance."""
-    indices = np.arange(count)
+    indices, side = np.arange(count), generate.config.data.resolution
     labels = generator.draw_labels(generate.config, indices)
-    name = "guidance {:g} in [{:g}, {:g}]".format(*cell)
-    shape = count, *2 * (generate.config.data.resolution,), 3
+    name, shape = f"guidance {cell}", (count, side, side, 3)
     images = ImageSet(name, shape, lambda _: generate(indices, labels), labels)
     keep = count if reference.kept is not None else 0
     found = compare.summarise(features, images, generate.batch, keep)
@@ -93,16 +92,6 @@ def table(results: Results, settings: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(out: epath.Path, results: Results, settings: dict[str, Any]) -> None:
-    """The finished cells as sweep.json and sweep.md."""
-    cells = [
-        dict(zip(NAMES, cell, strict=True)) | {"metrics": metrics}
-        for cell, metrics in results.items()
-    ]
-    write_json(out / FILE, {"settings": settings, "cells": cells})
-    (out / "sweep.md").write_text(table(results, settings))
-
-
 def draw(
     path: epath.Path,
     results: Results,
@@ -110,8 +99,7 @@ def draw(
     interval: list[Interval],
     samples: int,
 ) -> None:
-    """Write a heat map of the distance as a PNG: darker is better, the best one bold;
-    what is not measured yet is left blank."""
+    """A heat map of the distance: darker is better; what is missing is left blank."""
     from matplotlib.figure import Figure
 
     metric = next(iter(next(iter(results.values()))))
@@ -166,25 +154,23 @@ def main() -> None:
     features = make_features(a.features, vars(a).get(a.features, ""), mesh, batch)
     swept = [name.replace("guidance", a.of) for name in NAMES]
     settings = {k: v for k, v in generate.settings.items() if k not in swept}
-    settings |= {
-        "of": a.of,
-        "num_samples": a.num,
-        "reference": a.reference,
-        **features.facts,
-    }
-    results: Results = {}
+    settings |= {"of": a.of, "num_samples": a.num, "reference": a.reference}
+    settings |= features.facts
+    done: list[dict[str, Any]] = []  # the finished cells, as in the file
     if (out / FILE).exists():
         saved = read_json(out / FILE)
         generator.refuse_others(out / FILE, saved["settings"], settings)
-        for cell in saved["cells"]:
-            results[tuple(cell[name] for name in NAMES)] = cell["metrics"]
+        done = saved["cells"]
+    results = {tuple(c[name] for name in NAMES): c["metrics"] for c in done}
     reference = compare.summarise_reference(features, held, batch)
     for cell in cells:
         if cell not in results:
             guided = generate.override(guidance_of(cell, a.of))
             results[cell] = run_cell(guided, features, reference, cell, a.num)
+            done.append(dict(zip(NAMES, cell, strict=True), metrics=results[cell]))
         if jax.process_index() == 0:
-            write(out, results, settings)
+            write_json(out / FILE, {"settings": settings, "cells": done})
+            (out / "sweep.md").write_text(table(results, settings))
             draw(out / "sweep.png", results, a.guidance, a.interval, a.num)
     if jax.process_index() == 0:
         print(table(results, settings))

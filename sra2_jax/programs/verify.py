@@ -39,8 +39,8 @@ from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
 from sra2_jax.weights.files import read_npz
 from sra2_jax.weights.inception import from_torch_fidelity
-from sra2_jax.weights.ldm import from_ldm
 from sra2_jax.weights.sit import from_reference
+from sra2_jax.weights.vae import from_ldm
 
 FLOAT32, TRAJECTORY32, FLOAT64 = 1e-4, 1e-3, 1e-6
 FLOAT16_DISTANCES = 0.005  # in which ADM finds neighbours; absolute

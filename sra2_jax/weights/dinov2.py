@@ -35,24 +35,14 @@ NAMES = {
 PREFIX, CLASSIFIER = "dinov2.", ("classifier.weight", "classifier.bias")
 
 
-def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _encoder(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Those of an image classifier without its prefix and its last layer."""
     kept = {k: v for k, v in tensors.items() if k not in CLASSIFIER}
     return {k.removeprefix(PREFIX): v for k, v in kept.items()}
 
 
-FORMAT = Format(
-    WEIGHTS,
-    DINOv2,
-    DINOv2Config,
-    ONLY_VALUE,
-    NAMES.__getitem__,
-    _current_names,
-)
-
-
-# Of transformers' Dinov2Model, or of Dinov2ForImageClassification, whose classifier is
-# left out; positions are resized as REPA does.
+name = NAMES.__getitem__
+FORMAT = Format(WEIGHTS, DINOv2, DINOv2Config, ONLY_VALUE, name, _encoder)
 load_dinov2 = FORMAT.load
 
 

@@ -49,12 +49,8 @@ AGAIN = (
 
 
 def fetch(source: str, weights: str) -> Path:
-    """The local folder of `source`, downloaded if it is a hub id.
-
-    source: a folder or `owner/name[@revision]`; an existing folder wins, "digits" and
-    "mnist" are those shipped with this package. A commit as revision pins what is
-    loaded. With HF_HUB_OFFLINE=1 what was downloaded before is used. weights: the file
-    wanted in it.
+    """The local folder of `source`: a folder, a hub id, or "digits" and "mnist", which
+    are shipped with this package. weights: the file wanted in it.
 
     Raises UserError: a whole pipeline, or as `from_hub`.
     """
@@ -78,7 +74,8 @@ def from_hub(
     kinds: Sequence[str] = ("model",),
 ) -> Path:
     """The local folder of `owner/name[@revision]`, downloaded: the files that fit one
-    of the patterns, of the first of these kinds of repository that there is.
+    of the patterns, of the first of these kinds of repository that there is. With
+    HF_HUB_OFFLINE=1 what was downloaded before is used.
 
     Raises UserError: no hub id, or the hub does not deliver it.
     """
@@ -147,25 +144,19 @@ class Format(Generic[Network]):
             known = {f.name for f in dataclasses.fields(self.config)} & found.keys()
             values = {key: found[key] for key in known}
             for key, value in values.items():
-                parts = value if isinstance(value, list) else [value]
+                parts = tuple(value) if isinstance(value, list) else (value,)
                 numbers = [x for x in parts if isinstance(x, int | float)]
                 if not all(abs(x) <= LARGEST for x in numbers):  # also refuses NaN
                     raise ValueError(f"{key} is {value!r:.80}, at most {LARGEST}")
-                values[key] = tuple(value) if isinstance(value, list) else value
+                values[key] = parts if isinstance(value, list) else value
             return folder, self.network(self.config(**values))
 
     def load(self, source: str) -> tuple[Network, tree.Params]:
-        """Read a network from a folder or from the Hugging Face hub.
+        """The module, which computes in float32, and its parameters, float32 arrays of
+        numpy. source: see `fetch`.
 
-        source: a folder as the library's `save_pretrained` writes it, a hub id
-        `owner/name[@revision]`, or "digits", see `fetch`.
-
-        Returns the module (float32 compute; `module.clone(dtype=jnp.bfloat16)` for
-        less) and its parameters: nested dict of float32 numpy arrays, the value of
-        "params" in `module.apply`. Put them on the device once with `jax.device_put`.
-
-        Raises UserError: no such folder or file, hub not reachable, a malformed file,
-        another kind of model, or tensors that do not fit the config.
+        Raises UserError: as `describe`, a damaged file, or tensors that do not fit the
+        config.
         """
         folder, module = self.describe(source)
         with explained(f"{folder / CONFIG}: makes no network", "choose another model"):
@@ -176,11 +167,8 @@ class Format(Generic[Network]):
         return module, tree.read(tensors, wanted, self.name, complaint, patch)
 
     def save(self, folder: str | Path, config: Any, params: tree.Params) -> None:
-        """Write what `load`, and the library's `from_pretrained`, reads.
-
-        folder: made where missing; files of the same name are replaced. params: as of
-        `load`; each tensor is stored in its own dtype.
-        """
+        """Write what `load`, and the library's `from_pretrained`, reads, each tensor in
+        its own dtype; files of the same name are replaced."""
         folder = Path(folder)
         tensors = tree.write(params, self.name, getattr(config, "patch_size", 1))
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,28 +185,19 @@ class Format(Generic[Network]):
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """What a file holds, and what it says of that."""
 
-    Attributes:
-      sets: "raw" and "ema", either, or "unnamed" where the file does not say which;
-        reference names -> arrays.
-      step: training steps done; heads: of the attention. None where it does not say.
-      reverse: it says that its time runs from noise to data.
-    """
-
+    # "raw", "ema", or "unnamed" where it does not say which -> names -> arrays
     sets: dict[str, dict[str, np.ndarray]]
-    step: int | None
-    heads: int | None
-    reverse: bool
+    step: int | None  # training steps done
+    heads: int | None  # of the attention
+    reverse: bool  # time runs from noise to data
 
 
 def read_file(path: Path) -> Contents:
-    """Read a checkpoint of the reference code, or one that `write_file` wrote.
-
-    A state dict, or a dict with model, ema or both (in flat files name prefixes,
-    "ema." or "ema/"), perhaps below state_dict. What is no tensor or a single number is
-    left out. The dtypes are the file's own, but PyTorch's of 32 bits or less come as
-    float32.
+    """Read a checkpoint of the reference code, or one that `write_file` wrote: a state
+    dict, or a dict with model, ema or both (in flat files name prefixes, "ema." or
+    "ema/"), perhaps below state_dict.
 
     Raises UserError: no such file, another kind, damaged, a pickle that asks for code,
     or tensors beside its sets, which nothing would read.
@@ -250,7 +229,7 @@ def read_file(path: Path) -> Contents:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The names of a file and what they hold: arrays, or of PyTorch plain values."""
+    """The names of a file and what they hold: arrays, of PyTorch plain values too."""
     readers: dict[str, Callable[[Path], dict[str, Any]]]
     readers = {".npz": read_npz, ".safetensors": load_file}
     readers |= dict.fromkeys((".pt", ".pth", ".ckpt"), _read_torch)
@@ -286,33 +265,29 @@ def _read_torch(path: Path) -> dict[str, Any]:
         except pickle.UnpicklingError as error:
             # It comes after advice to load the file without any protection.
             raise ValueError(str(error).split("Unpickler error: ")[-1]) from None
-    flat = traverse_util.flatten_dict(tree).items()
-    return {".".join(map(str, k)): _array(v) for k, v in flat if "opt" not in k}
-
-
-def _array(value: Any) -> Any:
-    """A tensor as an array; floats of up to 32 bits as float32, which changes none."""
-    if not hasattr(value, "detach"):
-        return value
-    if value.is_floating_point() and value.itemsize <= 4:
-        value = value.float()
-    return value.detach().numpy()
+    found = {}
+    for key, value in traverse_util.flatten_dict(tree).items():
+        if hasattr(value, "detach"):
+            # numpy has no bfloat16
+            small = value.is_floating_point() and value.itemsize <= 4
+            value = (value.float() if small else value).detach().numpy()
+        if "opt" not in key:
+            found[".".join(map(str, key))] = value
+    return found
 
 
 def write_file(
-    path: epath.Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]
+    path: epath.Path, tensors: Mapping[str, Any], notes: Mapping[str, str]
 ) -> None:
     """Write a state dict whole or not at all; an .npz has no place for the notes.
 
     Raises UserError: it cannot be written.
     """
-    arrays = dict[str, Any](tensors)
-    advice = "give another file"
-    with explained(f"{path}: cannot be written", advice), whole_file(path) as file:
+    with explained(f"{path}: not written", "use another"), whole_file(path) as file:
         if path.suffix == ".npz":
-            np.savez(file, **arrays)
+            np.savez(file, **tensors)
         else:
-            save_file(arrays, file.name, dict(notes))
+            save_file(dict(tensors), file.name, dict(notes))
             _sort_notes(file.name)
 
 

@@ -26,14 +26,10 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 def load_inception(source: str) -> tuple[Inception, Params]:
-    """The network of FID with its published weights, float32.
+    """The network of FID with its published weights, float32: torch-fidelity's file,
+    which PyTorch reads, or what `convert inception` made of it.
 
-    source: the file that torch-fidelity and pytorch-fid publish
-    (*-inception-2015-12-05-6726825d.pth; PyTorch reads it), or what
-    `sra2_jax.programs.convert inception` made of it.
-
-    Raises UserError: no such file (the message says where to get it), a damaged one, or
-    weights of another network.
+    Raises UserError: no such file, a damaged one, or weights of another network.
     """
     path = Path(source).expanduser()
     return from_torch_fidelity(_read(path), path)
@@ -54,10 +50,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def convert_inception(file: Path, out: str) -> None:
-    """Write the weights as .safetensors or .npz, which need no PyTorch.
-
-    Raises UserError: as `load_inception` and `files.write_file`.
-    """
+    """Write the weights as .safetensors or .npz, which need no PyTorch."""
     path = new_file(out, *files.WRITTEN)
     weights = _read(file)
     from_torch_fidelity(weights, file)  # refuses another network's
@@ -69,7 +62,7 @@ def from_torch_fidelity(
     weights: Mapping[str, np.ndarray], source: Path
 ) -> tuple[Inception, Params]:
     """Fold each batch norm into its convolution, in float64. Raises UserError: names or
-    shapes that are not this network's; `source` is named."""
+    shapes that are not this network's."""
     complaint = f"{source}: not the Inception network of FID ({HOW})"
     # Without PyTorch's counters, and the bias, which no metric uses.
     rest = {k: v for k, v in weights.items() if np.ndim(v) and k != "fc.bias"}

@@ -3,8 +3,7 @@
 Names and layouts are those of the `SiT` network (willisma/SiT), of LightningDiT
 (hustvl/LightningDiT), which changes its blocks, and of the heads that
 REPA (sihyun-yu/REPA) and SRA (vvvvvjdy/SRA) add to it. SRA 2's head and heads that end
-in a final layer have no published names and get names in the same style; one that is a
-final layer alone is Internal Guidance's `final_layer_xr`.
+in a final layer have no published names and get names in the same style.
 """
 
 import math
@@ -30,7 +29,9 @@ FINAL = {
     "final.linear": "final_layer.linear",
     "final.norm_final": "final_layer.norm_final",
 }
-EARLY = "final_layer_xr"  # Internal Guidance's head (CVL-UESTC/Internal-Guidance)
+# Internal Guidance's name (CVL-UESTC/Internal-Guidance) of a head that is a final layer
+# alone, and the one by the rule of the others.
+ALONE = "final_layer_xr.", "sra2_head.final_layer."
 # our modules -> theirs
 NAMES = FINAL | {
     "patch": "x_embedder.proj",
@@ -63,20 +64,17 @@ def from_reference(
     network: DiT,
     heads: Mapping[str, Any],
     names: HeadNames,
-    *,
     relabel: bool = False,
     resize: bool = False,
 ) -> tuple[Params, dict[str, Params]]:
     """Convert the state dict of a SiT, with or without heads.
 
     Args:
-      weights: names -> float arrays; patch kernel (out, in, h, w), matrices (out, in).
-        Prefixes of PyTorch's wrappers are dropped, and the `decoder_blocks` of older
-        REPA files follow their `blocks`.
+      weights: names -> arrays. Prefixes of PyTorch's wrappers are dropped, and the
+        `decoder_blocks` of older REPA files follow their `blocks`.
       network: whose they must be; heads: shapes of those wanted, by the section of
         config.align; names: of all, see `alignment.HEAD_NAMES`.
-      relabel: the file's labels may be others; each of the network gets the null label.
-      resize: the file's latents may be of another size.
+      relabel: the file may have more or fewer labels; resize: latents of another size.
 
     Returns the float32 tree of `network`, and that of each head in the file, empty
     where it is not wanted.
@@ -86,18 +84,17 @@ def from_reference(
     """
     weights = _plain_names(weights)
     if relabel and LABELS in weights:
-        rows = network.num_classes + 1
-        weights[LABELS] = weights[LABELS][-1:].repeat(rows, axis=0)
+        network = network.clone(num_classes=len(weights[LABELS]) - 1)
     tables = {POSITIONS: weights.pop(POSITIONS, None)}
     if network.model.rope:
         tables |= {name: weights.pop(name, None) for name in ROTATIONS}
     found = {}
-    kinds = [(k, prefix, _head_name(prefix, i)) for k, (prefix, i) in names.items()]
-    for section, prefix, name in (*kinds, ("vae", EARLY, _early_name)):
+    for section, (prefix, linear) in names.items():
         own = {k: weights.pop(k) for k in list(weights) if k.startswith(f"{prefix}.")}
         if own and section in heads:
             keys = "head_layers, head_width, head_final_layer or width"
             foreign = f"the head of config.align.{section} is another (its {keys})"
+            name = _head_name(prefix, linear)
             found[section] = tree.read(own, heads[section], name, foreign)
         elif own:
             found[section] = {}
@@ -130,26 +127,20 @@ def _check_table(name: str, table: np.ndarray, network: DiT, resize: bool) -> No
 
 
 def to_reference(
-    params: Params,
-    heads: Mapping[str, Params],
-    names: HeadNames,
-    *,
-    size: int,
-    patch_size: int,
-    rope: int = 0,
+    params: Params, heads: Mapping[str, Params], names: HeadNames, network: DiT
 ) -> dict[str, np.ndarray]:
-    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names;
-    size: side of the latent grid; rope: attention heads of a network that has it."""
-    width, grid = params["patch"]["bias"].size, size // patch_size
-    weights = {POSITIONS: sincos_positions(width, grid)[None]}
-    if rope:
-        tables = rotations(width // rope, grid)
+    """The exact inverse of `from_reference`: float32 and contiguous, in SiT's names."""
+    m, grid = network.model, network.grid
+    weights = {POSITIONS: sincos_positions(m.width, grid)[None]}
+    if m.rope:
+        tables = rotations(m.width // m.heads, grid)
         weights |= dict(zip(ROTATIONS, tables, strict=True))
-    weights |= tree.write(params, NAMES.__getitem__, patch_size)
+    weights |= tree.write(params, NAMES.__getitem__, m.patch_size)
     for section, head in heads.items():
-        alone = section == "vae" and head.keys() == {"final"}
-        name = _early_name if alone else _head_name(*names[section])
-        weights |= tree.write(head, name)
+        own = tree.write(head, _head_name(*names[section]))
+        if head.keys() == {"final"}:
+            own = {k.replace(ALONE[1], ALONE[0]): v for k, v in own.items()}
+        weights |= own
     return {k: np.ascontiguousarray(v, np.float32) for k, v in weights.items()}
 
 
@@ -181,8 +172,8 @@ def reverse_time(params: Params, time_scale: float, velocity: bool) -> Params:
 def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Without wrappers of PyTorch; `decoder_blocks` of REPA as more `blocks`."""
     plain = {
-        re.sub(r"(?<![^.])(module|_orig_mod)\.", "", name): tensor
-        for name, tensor in weights.items()
+        re.sub(r"(?<![^.])(module|_orig_mod)\.", "", k).replace(*ALONE): v
+        for k, v in weights.items()
     }
     found = (re.match(r"blocks\.(\d+)\.", name) for name in plain)
     first = max((int(m[1]) + 1 for m in found if m), default=0)
@@ -201,11 +192,7 @@ def _head_name(prefix: str, linear: str) -> Name:
     def name(module: str) -> str:
         if module.startswith("linear_"):
             i = int(module.removeprefix("linear_"))
-            return f"{prefix}.{linear.format(twice=2 * i, next=i + 1)}"
+            module = linear.format(twice=2 * i, next=i + 1)
         return f"{prefix}.{FINAL.get(module, module)}"
 
     return name
-
-
-def _early_name(module: str) -> str:
-    return FINAL.get(module, module).replace("final_layer", EARLY)

@@ -72,11 +72,8 @@ def read(
 def check(
     tensors: Mapping[str, np.ndarray], wanted: Mapping[str, Shape], complaint: str
 ) -> None:
-    """Refuse tensors whose names and shapes are not exactly the wanted ones.
-
-    Raises UserError: the complaint, and the first that is missing, foreign, of another
-    shape, or does not hold real numbers.
-    """
+    """Raise UserError, the complaint and the first tensor that is missing, foreign, of
+    another shape, or does not hold real numbers."""
     found: dict[str, Any] = {
         key: x.shape if jnp.issubdtype(x.dtype, jnp.floating) else str(x.dtype)[:80]
         for key, x in tensors.items()
