@@ -41,14 +41,14 @@ def join(arguments: argparse.Namespace) -> None:
     flags that do not belong together, or no cluster to be found.
     """
     by_hand = (arguments.coordinator, arguments.num_processes, arguments.process_id)
-    given = [value is not None for value in by_hand]
-    if any(given) and not all(given):
+    missing = by_hand.count(None)
+    if missing in (1, 2):
         raise UserError("--coordinator, --num_processes and --process_id go together")
-    if not (arguments.distributed or all(given)):
+    if missing and not arguments.distributed:
         return
-    seconds = arguments.join_seconds
-    who = "process {2} of {1}".format(*by_hand) if all(given) else "this process"
-    where = f" at {arguments.coordinator}" if all(given) else ""
+    seconds, who, where = arguments.join_seconds, "this process", ""
+    if not missing:
+        who, where = "process {2} of {1}".format(*by_hand), f" at {by_hand[0]}"
     line = f"stopped: {who} waited {seconds} s for the others{where}: start all of them"
     # JAX would abort, a minute later, with no word on what to do.
     late = threading.Timer(seconds, leave, (f"{line}, or mend the address", RESTART))

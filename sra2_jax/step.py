@@ -309,14 +309,15 @@ def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
     def accumulated(
         params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
     ) -> tuple[Any, Metrics]:
+        def of(part: Batch) -> tuple[Any, Metrics]:
+            return gradients(params, ema, frozen, part, step)
+
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            value = gradients(params, ema, frozen, part, step)
-            return jax.tree.map(lambda a, b: a + b / n, total, value), None
+            return jax.tree.map(lambda a, b: a + b / n, total, of(part)), None
 
         parts = jax.tree.map(split, draws)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, ema, frozen, first, step)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
         return jax.lax.scan(add, zeros, parts)[0]
 
     return accumulated
