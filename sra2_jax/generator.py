@@ -238,10 +238,8 @@ def generate(
 
 
 def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:
-    """A run's config with overrides of what sampling may change.
-
-    Raises UserError: no run, a key that is none or that sampling must not change.
-    """
+    """A run's config with overrides. Raises UserError: no run, a key that is none or
+    that sampling must not change."""
     values = parse(Config, overrides)
     for name in values:
         free = name.startswith("model.") and fields(Config)[name].metadata["key"].free
