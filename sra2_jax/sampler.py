@@ -103,16 +103,13 @@ def sample(
     guidance: Guidance = Guidance(),
     head: Guidance = Guidance(),
 ) -> Float[Array, "b h w c"]:
-    """Integrate from noise x at t = 1 to a sample at t = 0.
+    """Integrate from unit Gaussian noise x at t = 1 to a sample at t = 0, in x's dtype.
 
     Args:
       velocity: (x, t (B,), y (B,)) -> dx/dt, with `head` a pair of it and of an early
         block's; guidance doubles B.
-      x: unit Gaussian noise; its dtype is the dtype of the whole computation.
       y: labels; null: the label that stands for no condition.
       method: "euler" or "heun" (ODE), "euler_maruyama" (SDE with g^2 = 2t).
-      steps: number of steps; network calls: steps, Heun 2 steps - 1.
-      transport: the path, needed for the score.
       noise: step number -> unit Gaussian noise shaped like x; only the SDE calls it.
     """
     times = time_grid(method, steps, transport)

@@ -1,6 +1,5 @@
 """The DINOv2 encoder, its files and the one shipped for the digits."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -16,7 +15,7 @@ from sra2_jax.models.dinov2 import DINOv2, DINOv2Config, patch_features, preproc
 from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_dinov2
 from sra2_jax.weights.dinov2 import FORMAT, WEIGHTS
-from sra2_jax.weights.files import CONFIG, fetch
+from sra2_jax.weights.files import CONFIG
 from tests.test_weights import assert_same_tree, edit_config, refused, shard
 from tools.train_encoder import pooled_features
 
@@ -32,19 +31,6 @@ TOKENS_REPA = [
     -0.884425, 0.206135, 1.731907, -0.335381, -0.509731, -0.405296, -2.560773,
     -3.005497, 0.913985, -2.056836, 1.473900, -0.144619, -0.896573,
 ]  # fmt: skip
-# Green of 37 * i % 256 as a 6x6 image, normalised, then F.interpolate(x, side,
-# mode="bicubic") of torch 2.13 in float64.
-RESIZED = {
-    4: [
-        -0.491815, -1.054365, 0.071486, 0.457392, 0.083659, -0.528744, -0.026375,
-        0.309677, 1.659631, 1.388820, -0.294246, -0.565058, -0.440389, -1.143267,
-        0.938561, 0.235683,
-    ],
-    7: [  # the first two rows
-        -1.611817, 0.501151, -1.277997, -1.472157, 1.111602, 1.656359, -0.886511,
-        1.070828, -0.905208, -0.041168, -0.768055, -1.242671, 1.078931, 1.775594,
-    ],
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -69,10 +55,9 @@ def folder(source, tmp_path):
 # The network
 
 
-def test_golden_tokens(case):
-    """bfloat16 stays near and returns float32."""
+def test_bfloat16_compute_stays_near_and_returns_float32(case):
+    """The golden case itself is in test_verify."""
     module, params, pixels, tokens = case
-    assert relative_error(apply(module, params, pixels), tokens) <= 1e-5
     out = apply(module.clone(dtype=jnp.bfloat16), params, pixels)
     assert out.dtype == jnp.float32
     assert 1e-5 < relative_error(out, tokens) < 0.03
@@ -101,18 +86,12 @@ def test_dinov2_base_has_all_its_parameters():
     assert features.shape == (2, 256, 768)
 
 
-@pytest.mark.parametrize("side", [4, 7])
-def test_preprocess_equals_torch(side):
+def test_preprocess():
+    """Of its size: ImageNet's mean removed, over its standard deviation."""
     images = (37 * np.arange(6 * 6 * 3) % 256).reshape(1, 6, 6, 3).astype(np.uint8)
-    out = preprocess(jnp.asarray(images), side)
-    assert out.dtype == jnp.float32
-    green = out[0, ..., 1].ravel()[: len(RESIZED[side])]
-    np.testing.assert_allclose(green, RESIZED[side], atol=2e-6)
-    same = preprocess(jnp.asarray(images), 6)
-    np.testing.assert_allclose(
-        same[0, 0, 1], np.subtract([111, 148, 185], [123.675, 116.28, 103.53])
-        / [58.395, 57.12, 57.375], rtol=1e-5,
-    )  # fmt: skip
+    expected = np.subtract([111, 148, 185], [123.675, 116.28, 103.53])
+    expected /= [58.395, 57.12, 57.375]
+    np.testing.assert_allclose(preprocess(images, 6)[0, 0, 1], expected, rtol=1e-5)
 
 
 # Reading and writing folders
@@ -127,9 +106,8 @@ def test_shards_of_an_early_image_classifier(folder, source):
 
 
 def test_without_optional_parts(tmp_path):
-    config = DINOv2Config(
-        8, 1, 2, image_size=9, patch_size=4, qkv_bias=False, use_mask_token=False
-    )
+    sizes = {"image_size": 9, "patch_size": 4}
+    config = DINOv2Config(8, 1, 2, qkv_bias=False, use_mask_token=False, **sizes)
     draw, shapes = np.random.default_rng(0).normal, DINOv2(config).shapes()
     params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
     FORMAT.save(tmp_path, config, params)
@@ -144,12 +122,8 @@ def test_without_optional_parts(tmp_path):
     [
         ({"model_type": "dinov2_with_registers"}, ["model_type", "'dinov2'"]),
         ({"use_swiglu_ffn": True}, ["use_swiglu_ffn", "True"]),
-        ({"hidden_act": "gelu_new"}, ["hidden_act", "'gelu_new'"]),
-        ({"num_channels": 1}, ["num_channels is 1"]),
         ({"image_size": [56, 56]}, ["choose another model"]),
-        ({"model_type": None}, ["model_type is None"]),
         ({"num_attention_heads": 5}, ["choose another model"]),
-        ({"patch_size": 0}, ["choose another model"]),
     ],
 )
 def test_unsupported_config(folder, changes, words):
@@ -162,12 +136,7 @@ def test_unsupported_config(folder, changes, words):
 
 def test_shipped_encoder_tells_held_out_digits_apart():
     """Measured, nearest neighbour: 97.5 % right; untrained 66 %, 8x8 pixels 98.9 %."""
-    files = fetch("digits", WEIGHTS).iterdir()
-    assert sum(file.stat().st_size for file in files) < 700_000
     module, params = load_dinov2("digits")
-    assert module.config == dataclasses.replace(
-        module.config, hidden_size=64, image_size=32, patch_size=8
-    )
     (train_pixels, train_labels), (pixels, labels) = map(load_digits, ("train", "test"))
     classifier = KNeighborsClassifier(1)
     classifier.fit(pooled_features(module, params, train_pixels), train_labels)

@@ -4,13 +4,11 @@ import hashlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.features import make_features
-from sra2_jax.models.inception import resize_bilinear
 from sra2_jax.programs import convert
 from sra2_jax.programs.verify import inception_weights, relative_error
 from sra2_jax.sharding import make_mesh
@@ -51,24 +49,6 @@ def test_features_over_all_devices(data, file):
     assert features.facts["inception"] == "weights.npz"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     assert features.facts["inception_sha256"] == digest
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (7, 512), (299, 299)])
-def test_resize_is_that_of_tensorflow_1(height, width):
-    """Pixel i of 299 lies at i * size / 299 of the original; edges are repeated."""
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 2))
-    ours = resize_bilinear(jnp.asarray(image[None], jnp.float32), 299)[0]
-
-    def interpolated(values):
-        size = len(values)
-        places = np.arange(299) * size / 299
-        return np.interp(places, np.arange(size), values)
-
-    rows = np.apply_along_axis(interpolated, 0, image.astype(np.float64))
-    expected = np.apply_along_axis(interpolated, 1, rows)
-    assert np.abs(np.asarray(ours) - expected).max() < 0.01  # of 255
-    if height == 299:
-        np.testing.assert_array_equal(ours, image)
 
 
 def test_converted_weights_are_the_same(file, tmp_path, monkeypatch, capsys):

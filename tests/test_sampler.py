@@ -1,97 +1,73 @@
-"""Samplers on fields known exactly; test_verify holds them to the golden files."""
+"""Paths, and samplers on fields known exactly; the rest is test_verify's, which holds
+both to the golden files."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sra2_jax.sampler import Guidance, guided, sample
+from sra2_jax.sampler import Guidance, sample, time_grid
 from sra2_jax.transport import Transport, coefficients
-from tests.test_transport import PATHS
 
-MEANS = jnp.array([[1.5, 0.0], [-1.0, 1.0], [0.0, -1.2]])
-SPREADS = jnp.array([0.3, 0.5, 0.4])
-WEIGHTS = jnp.array([0.5, 0.3, 0.2])
+PATHS, PREDICTIONS = ("linear", "gvp", "vp"), ("velocity", "noise", "data")
 
-
-def clean_mean(path, x, t):
-    """E[x | x_t] of a Gaussian mixture, exact."""
-    alpha, sigma, _, _ = (c.reshape(-1, 1, 1) for c in coefficients(path, t))
-    variance = (alpha * SPREADS[:, None]) ** 2 + sigma**2
-    offset = x.reshape(-1, 1, 2) - alpha * MEANS
-    log = jnp.log(WEIGHTS) - jnp.sum(offset**2, -1) / (2 * variance[..., 0])
-    posterior = jax.nn.softmax(log - jnp.log(variance[..., 0]), axis=-1)[..., None]
-    gain = alpha * SPREADS[:, None] ** 2 / variance
-    return jnp.sum(posterior * (MEANS + gain * offset), axis=1).reshape(x.shape)
-
-
-def mixture_velocity(path):
-    """The exact velocity E[alpha' x + sigma' eps | x_t] of a Gaussian mixture."""
-
-    def velocity(x, t, y):
-        alpha, sigma, d_alpha, d_sigma = (
-            c.reshape(-1, 1, 1, 1) for c in coefficients(path, t)
-        )
-        clean = clean_mean(path, x, t)
-        return d_alpha * clean + d_sigma * (x - alpha * clean) / sigma
-
-    return velocity
+T = jnp.array([0.1, 0.4, 0.75, 0.95])
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_guidance_by_a_coarser_model(path):
-    """One that takes the mixture for its component 1, and predicts clean data: the
-    field is its own plus scale times the difference, where it guides."""
-    mean, spread, transport = MEANS[1], SPREADS[1], Transport(path)
-    fine = mixture_velocity(path)
-
-    def both(x, t, y):
-        alpha, sigma, _, _ = (c.reshape(-1, 1, 1, 1) for c in coefficients(path, t))
-        gain = alpha * spread**2 / ((alpha * spread) ** 2 + sigma**2)
-        clean = mean + gain * (x - alpha * mean)
-        return fine(x, t, y), transport.towards(clean, x, t)
-
-    x = jax.random.normal(jax.random.key(0), (50, 1, 1, 2))
-    y = jnp.zeros(50, jnp.int32)
-    field = guided(both, y, 9, Guidance(), Guidance(1.7))
-    for t in (0.02, 0.3, 0.9, 1.0):
-        alpha, sigma, d_alpha, d_sigma = map(float, coefficients(path, jnp.asarray(t)))
-        # x_t is Gaussian: its mean moves, and it is stretched as its deviation is.
-        variance = (alpha * spread) ** 2 + sigma**2
-        stretch = (alpha * d_alpha * spread**2 + sigma * d_sigma) / variance
-        coarse = d_alpha * mean + stretch * (x - alpha * mean)
-        v = fine(x, jnp.full(50, t), y)
-        for on in (True, False):
-            found = field(x, jnp.asarray(t), jnp.array([False, on]))
-            expected = coarse + 1.7 * (v - coarse) if on else v
-            np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_conversions(path, prediction):
+    """A perfect output gives back a'x + s'eps, the score -eps/sigma, and x."""
+    transport = Transport(path, prediction)
+    keys = jax.random.split(jax.random.key(0))
+    x, noise = (jax.random.normal(k, (4, 3, 3, 2)) for k in keys)
+    x_t, target = transport.interpolate(x, noise, T)
+    alpha, sigma, d_alpha, d_sigma = (
+        c.reshape(-1, 1, 1, 1) for c in coefficients(path, T)
+    )
+    np.testing.assert_allclose(x_t, alpha * x + sigma * noise, rtol=1e-6)
+    velocity = transport.velocity(target, x_t, T)
+    exact = d_alpha * x + d_sigma * noise
+    scale = jnp.abs(exact).max()
+    np.testing.assert_allclose(velocity / scale, exact / scale, atol=2e-5)
+    score = transport.score(velocity, x_t, T)
+    np.testing.assert_allclose(score, -noise / sigma, rtol=2e-3, atol=2e-3)
+    towards = transport.towards(x, x_t, T)
+    np.testing.assert_allclose(towards / scale, exact / scale, atol=2e-5)
+    # At data t counts as 1e-3: finite, where the noise would be 0 / 0.
+    at_data, early = (transport.towards(x, x, jnp.full(4, t)) for t in (0.0, 1e-3))
+    np.testing.assert_array_equal(at_data, early)
+    assert jnp.isfinite(at_data).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("method", ["euler", "heun", "euler_maruyama"])
-def test_gaussian_mixture(path, method):
-    n = 20_000
-    key = jax.random.key(3)
+def test_times(path):
+    """Uniform fills its range; lognormal makes log(sigma / alpha) normal."""
+    key = jax.random.key(0)
+    low, high = Transport(path, "noise").train_range
+    t = Transport(path, "noise").sample_times(key, 20_000)
+    assert low <= t.min() < low + 1e-3
+    assert high - 1e-3 < t.max() <= high
+    assert abs(t.mean() - 0.5) < 0.01
 
-    @jax.jit
-    def run(key):
-        return sample(
-            mixture_velocity(path),
-            jax.random.normal(key, (n, 1, 1, 2)),
-            jnp.zeros(n, jnp.int32),
-            null=0,
-            method=method,
-            steps=100,
-            transport=Transport(path),
-            noise=lambda i: jax.random.normal(jax.random.fold_in(key, i), (n, 1, 1, 2)),
-        )
+    t = Transport(path, time="lognormal", time_mean=-0.5, time_std=0.8).sample_times(
+        key, 20_000
+    )
+    alpha, sigma, _, _ = coefficients(path, t.astype(jnp.float32))
+    log_ratio = jnp.log(sigma / alpha)
+    assert abs(log_ratio.mean() + 0.5) < 0.03
+    assert abs(log_ratio.std() - 0.8) < 0.03
 
-    x = np.asarray(run(key)).reshape(n, 2)
-    mean = WEIGHTS @ MEANS
-    centred = MEANS - mean
-    cov = (WEIGHTS[:, None] * centred).T @ centred + WEIGHTS @ SPREADS**2 * jnp.eye(2)
-    np.testing.assert_allclose(x.mean(0), mean, atol=0.04)
-    np.testing.assert_allclose(np.cov(x.T), cov, atol=0.05)
+
+def test_time_shift():
+    """s t / (1 + (s - 1) t): at s = 3 the middle goes to 3/4, the ends stay."""
+    shifted = Transport(time_shift=3.0)
+    expected = [1, 0.9, 0.75, 0.5, 0]
+    np.testing.assert_allclose(time_grid("heun", 4, shifted), expected, atol=1e-12)
+    assert time_grid("euler_maruyama", 9, shifted)[-2] == pytest.approx(0.12 / 1.08)
+    t = shifted.sample_times(jax.random.key(0), 20_000)
+    shares = [float((t < bound).mean()) for bound in (0.5, 0.75, 0.9)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.75], atol=0.01)
 
 
 def counted(method, guidance, steps=10):

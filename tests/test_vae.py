@@ -16,7 +16,7 @@ from sra2_jax.models.vae import AutoencoderKL, VAEConfig
 from sra2_jax.programs import convert
 from sra2_jax.programs.verify import relative_error
 from sra2_jax.weights import load_vae
-from sra2_jax.weights.files import CONFIG, INDEX, fetch
+from sra2_jax.weights.files import CONFIG, fetch
 from sra2_jax.weights.vae import FORMAT, WEIGHTS, from_ldm
 from tests.conftest import ROOT, one_line
 from tests.test_weights import assert_same_tree, edit_config, refused
@@ -65,17 +65,12 @@ def test_sd_vae_size_and_shapes():
     vae = AutoencoderKL(VAEConfig())
     params = vae.shapes()
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 83_653_863
-
-    def shape(method, x):
-        out = jax.eval_shape(lambda p, x: apply(vae, p, x, method=method), params, x)
-        return jax.tree.map(lambda x: x.shape, out)
-
     image = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
-    latent = jax.ShapeDtypeStruct((1, 32, 32, 4), jnp.float32)
-    assert vae.config.downsample == 8
-    assert shape("moments", image) == (1, 32, 32, 8)
-    assert shape("encode", image) == ((1, 32, 32, 4), (1, 32, 32, 4))
-    assert shape("decode", latent) == (1, 256, 256, 3)
+    encode = functools.partial(apply, vae, method="encode")
+    mean, std = jax.eval_shape(encode, params, image)
+    assert mean.shape == std.shape == (1, 32, 32, 4)
+    decoded = jax.eval_shape(functools.partial(apply, vae), params, image)
+    assert decoded.shape == (1, 256, 256, 3)
 
 
 # Reading and writing folders
@@ -83,17 +78,10 @@ def test_sd_vae_size_and_shapes():
 
 def test_save_then_load_is_exact(tmp_path):
     """Without the optional parts, with a shift."""
-    config = VAEConfig(
-        latent_channels=16,
-        block_out_channels=(8,),
-        layers_per_block=2,
-        norm_num_groups=4,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    )
+    parts = "mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"
+    sizes = {"latent_channels": 16, "block_out_channels": (8,), "norm_num_groups": 4}
+    without = dict.fromkeys(parts, False)
+    config = VAEConfig(scaling_factor=1.5305, shift_factor=0.0609, **sizes, **without)
     draw, shapes = np.random.default_rng(0).normal, AutoencoderKL(config).shapes()
     params = jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), shapes)
     FORMAT.save(tmp_path, config, params)
@@ -102,45 +90,38 @@ def test_save_then_load_is_exact(tmp_path):
     assert_same_tree(params, loaded)
 
 
-@pytest.mark.parametrize("as_convolution", [False, True])
-def test_attention_names_of_sd_vae_ft_ema(folder, golden_vae, as_convolution):
+def test_a_folder_of_an_early_diffusers(folder, golden_vae):
+    """sd-vae-ft-ema's: other names of the attention, convolutions there, and a config
+    without the younger keys."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
     for name, tensor in load_file(folder / WEIGHTS).items():
-        if any(f".{new}.weight" in name for new in old) and as_convolution:
+        if any(f".{new}.weight" in name for new in old):
             tensor = tensor[:, :, None, None]
         for new, former in old.items():
             name = name.replace(f".{new}.", f".{former}.")
         tensors[name] = tensor
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in tensors
     save_file(tensors, folder / WEIGHTS)
-    assert_same_tree(golden_vae[1], load_vae(str(folder))[1])
-
-
-def test_config_of_an_early_diffusers(folder):
     newer = (
         *("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
         *("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"),
     )
     edit_config(folder, **dict.fromkeys(newer))
-    assert load_vae(str(folder))[0].config.scaling_factor == 0.18215
+    vae, params = load_vae(str(folder))
+    assert_same_tree(golden_vae[1], params)
+    assert vae.config.scaling_factor == 0.18215
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"_class_name": "AutoencoderDC"}, ["_class_name", "'AutoencoderDC'"]),
         ({"_class_name": None}, ["_class_name", "AutoencoderKL"]),
         ({"act_fn": "gelu"}, ["act_fn", "'gelu'", "'silu'"]),
         ({"latents_mean": [0.0] * 4}, ["latents_mean"]),
-        (
-            {"down_block_types": ["DownEncoderBlock2D", "KDownEncoderBlock2D"]},
-            ["down_block_types", "KDownEncoderBlock2D"],
-        ),
+        ({"down_block_types": ["DownEncoderBlock2D", "K"]}, ["down_block_types", "K"]),
         ({"up_block_types": ["UpDecoderBlock2D"]}, ["up_block_types"]),
         ({"block_out_channels": [16, 32.5]}, ["choose another model"]),
-        ({"layers_per_block": "1"}, ["choose another model"]),
-        ({"norm_num_groups": 7}, ["choose another model"]),
     ],
 )
 def test_unsupported_config(folder, changes, words):
@@ -172,7 +153,6 @@ def test_digits(name):
     rows = np.concatenate([images[..., 0] for images, _ in digits(name).values()])
     # No two of either collection are equal, so neither are any two here.
     assert len(np.unique(rows, axis=0)) == sum(SIZES[name])
-    np.testing.assert_array_equal(load_digits("test", name)[0], digits(name)["test"][0])
     with pytest.raises(ValueError, match="validation"):
         load_digits("validation", name)
 
@@ -180,9 +160,6 @@ def test_digits(name):
 def test_to_grey_is_close_to_the_original_digits():
     source = sklearn.datasets.load_digits()
     features = to_grey(digits()["test"][0])
-    assert (features.shape, features.dtype) == ((360, 64), np.float32)
-    assert features.min() >= 0
-    assert features.max() <= 1
     originals = source.data.astype(np.float32) / 16
     distances = np.square(features[:, None] - originals[None]).mean(-1)
     nearest = distances.argmin(1)
@@ -194,8 +171,6 @@ def test_to_grey_is_close_to_the_original_digits():
 @pytest.mark.parametrize(("name", "side"), [("digits", 4), ("mnist", 8)])
 def test_shipped_autoencoders_rebuild_held_out_digits(name, side):
     vae, params = load_vae(name)
-    files = fetch(name, WEIGHTS).iterdir()
-    assert sum(file.stat().st_size for file in files) < 2_000_000
     pixels = digits(name)["test"][0]
 
     @jax.jit
@@ -214,24 +189,6 @@ def test_shipped_autoencoders_rebuild_held_out_digits(name, side):
 def test_what_is_not_shipped_is_told():
     with one_line("mnist: no such folder"):
         fetch("mnist", "model.safetensors")
-
-
-@pytest.mark.usefixtures("heavy")
-def test_file_names_and_config_are_those_of_diffusers(tmp_path):
-    """Its own constants and config loader (no PyTorch needed) agree with ours."""
-    from diffusers import ConfigMixin, utils
-
-    class Loader(ConfigMixin):
-        config_name = utils.CONFIG_NAME
-
-    assert utils.CONFIG_NAME == CONFIG
-    assert utils.SAFETENSORS_WEIGHTS_NAME == WEIGHTS
-    assert utils.SAFE_WEIGHTS_INDEX_NAME == WEIGHTS + INDEX
-    model, params = load_vae("digits")
-    FORMAT.save(tmp_path, model.config, params)
-    fields = Loader.load_config(tmp_path)
-    assert fields["_class_name"] == "AutoencoderKL"
-    assert fields["scaling_factor"] == model.config.scaling_factor
 
 
 def test_va_vae_becomes_a_folder(golden, tmp_path, monkeypatch, capsys):

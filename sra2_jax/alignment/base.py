@@ -1,7 +1,6 @@
 """What every alignment is: a head on an early block, a target, a loss, a schedule.
 
-A method is a file beside this one: a subclass of its section of the config that says
-what it reads of a record, draws and aims at; docs/extending.md shows how.
+A method is a file beside this one, see docs/extending.md.
 """
 
 from collections.abc import Mapping
@@ -79,9 +78,8 @@ class Alignment(config_align.Alignment):
         return 0
 
     def weight_at(self, step: Array) -> Array:
-        """The weight at `step`: constant, or from `schedule_start` on a fall over
-        `schedule_steps` steps, to zero ("linear", "cosine"), or tenfold every so
-        many ("exponential", SRA's rule counted in steps)."""
+        """Constant, or from `schedule_start` on a fall over `schedule_steps` steps, to
+        zero, or tenfold every so many ("exponential", SRA's rule)."""
         x = (step - self.schedule_start) / self.schedule_steps
         x = jnp.maximum(jnp.asarray(x, jnp.float32), 0.0)
         factor = {

@@ -1,8 +1,8 @@
 """DINOv2 (Oquab et al. 2023), the encoder that REPA aligns with, channels last.
 
 The network of `Dinov2Model` of transformers without what only training uses (dropout,
-stochastic depth). `sra2_jax.weights.dinov2` reads its weights. Norms, softmax and
-the residual stream are float32; matrix products run in `dtype`.
+stochastic depth). Norms, softmax and the residual stream are float32; matrix products
+run in `dtype`.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ NORMAL = nn.initializers.truncated_normal(0.02)
 class DINOv2Config:
     """Shape of a DINOv2 encoder; the defaults are those of dinov2-base.
 
-    `image_size` is that of the position table. The mask token is used by DINOv2's
-    training alone; it is here so that files keep all of their tensors.
+    `image_size` is that of the position table. The mask token is used in training alone
+    and is here so that files keep all of their tensors.
     """
 
     hidden_size: int = 768
@@ -46,7 +46,7 @@ class DINOv2Config:
 
     @property
     def grid(self) -> int:
-        """Patches on a side of the position table: 37 for dinov2-base."""
+        """Patches on a side of the position table."""
         return self.image_size // self.patch_size
 
 
@@ -120,7 +120,6 @@ class DINOv2(nn.Module):
         grid than its own. True: as REPA does (utils.py, `load_encoders`, by timm's
         `resample_abs_pos_embed`); False: as transformers does.
       scan: run the blocks as a loop, or unrolled.
-      dtype: compute type of the matrix products.
     """
 
     config: DINOv2Config
@@ -130,11 +129,8 @@ class DINOv2(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """Tokens of the last layer after its norm, the class token first.
-
-        pixels: (B, H, W, 3) as `preprocess` returns them. Returns float32
-        (B, 1 + H/p * W/p, hidden_size), row-major; patch_size p divides H and W.
-        """
+        """Tokens of the last layer after its norm, float32, the class token first, then
+        row-major. pixels: as of `preprocess`; patch_size divides H and W."""
         cfg = self.config
         p, d = cfg.patch_size, cfg.hidden_size
         b, height, width, _ = pixels.shape
@@ -182,10 +178,7 @@ def patch_features(
     images: UInt8[Array, "b h w 3"],
     grid: int,
 ) -> Float[Array, "b {grid*grid} d"]:
-    """REPA's targets (`x_norm_patchtokens`): a feature for each cell of a grid.
-
-    images: resized to grid * patch_size: 224 for ImageNet at 256 pixels and a grid of
-    16, 448 at 512 pixels and 32. Returns float32, row-major, without the class token.
-    """
+    """REPA's targets (`x_norm_patchtokens`), float32, row-major: a feature for each
+    cell of a grid of patches, to which images are resized."""
     pixels = preprocess(images, module.config.patch_size * grid)
     return apply(module, params, pixels)[:, 1:]

@@ -82,10 +82,7 @@ class Outputs(NamedTuple):
 def resize_bilinear(
     images: Float[Array, "b h w c"], side: int
 ) -> Float[Array, "b s s c"]:
-    """TensorFlow 1's bilinear resize: corners not aligned, pixel centres not halved.
-
-    Output i lies at i * size / side, between the pixels below and above.
-    """
+    """TensorFlow 1's: output i lies at i * size / side, between two pixels."""
     for axis in (1, 2):
         size = images.shape[axis]
         # float32, as TensorFlow: the weights of its kernel

@@ -1,11 +1,9 @@
 """The image autoencoder of latent diffusion (Rombach et al. 2022, section 3.1).
 
 `AutoencoderKL` of diffusers 0.42 (the network of sd-vae-ft-ema and -mse, SDXL, SD3 and
-FLUX) with NHWC arrays. Module names are diffusers' names with `.N` written `_N`, so
-that `sra2_jax.weights` converts weights by rule instead of by table.
+FLUX) with NHWC arrays. Module names are diffusers' names with `.N` written `_N`.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +85,7 @@ class NormSiLU(GroupNorm):
 
 
 class ResnetBlock(nn.Module):
-    """Two normalised convolutions around a skip, projected where the width changes."""
+    """Two normalised convolutions and a skip, projected where the width changes."""
 
     features: int
     groups: int
@@ -112,15 +110,12 @@ class AttentionBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        batch, height, width, channels = x.shape
-        linear = partial(nn.Dense, channels, dtype=self.dtype)
+        linear = partial(nn.Dense, x.shape[-1], dtype=self.dtype)
         h = GroupNorm(self.groups, dtype=self.dtype, name="group_norm")(x)
-        h = h.reshape(batch, height * width, channels)
+        h = h.reshape(len(x), -1, 1, x.shape[-1])
         q, k, v = (linear(name=name)(h) for name in ("to_q", "to_k", "to_v"))
-        scores = jnp.einsum("btc,bsc->bts", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(channels)).astype(self.dtype)
-        h = linear(name="to_out_0")(jnp.einsum("bts,bsc->btc", weights, v))
-        return x + h.reshape(x.shape)
+        h = jax.nn.dot_product_attention(q, k, v, implementation="xla")
+        return x + linear(name="to_out_0")(h).reshape(x.shape)
 
 
 class Upsample(nn.Module):

@@ -5,8 +5,7 @@
     python -m sra2_jax convert inception FILE --out=inception.safetensors
     python -m sra2_jax convert vae FILE --statistics=latents_stats.pt --out=FOLDER
 
-FILE is a .pt, .pth or .ckpt of SiT, REPA or SRA (PyTorch reads these), a .safetensors
-or an .npz. Runs without TensorFlow.
+FILE is a .pt, .pth or .ckpt (PyTorch reads these), a .safetensors or an .npz.
 """
 
 import json
@@ -50,11 +49,8 @@ def import_file(
     classes: int | None = None,
     resize: bool = False,
 ) -> None:
-    """Make `workdir` a run at the file's step, and print what became of its parts.
-
-    step: in place of the file's own; 1 where neither says. reverse: the file's network
-    runs from noise at 0 to data at 1. classes: so many new ones, in place of the file's
-    and the config's. resize: the file's latents may be of another size.
+    """Make `workdir` a run at the file's step, and print what became of its parts; the
+    other arguments are the flags of `convert import`.
 
     Raises UserError: an unusable file, a config that does not fit it, or a run that has
     checkpoints already. Nothing is left behind then.
@@ -162,11 +158,8 @@ def export_run(
     heads: bool = False,
     reverse: bool = False,
 ) -> None:
-    """Write a run's weights in SiT's names, float32, and print what was written.
-
-    out: new .safetensors or .npz; weights: see `Program.weights`; step: of the
-    checkpoint, the newest by default; heads: with the alignment heads; reverse: for
-    code that runs from noise at 0 to data at 1.
+    """Write a run's weights in SiT's names, float32, and print what was written; the
+    arguments are the flags of `convert export`.
 
     Raises UserError: `out` exists or is of another kind, no run or no such checkpoint.
     """

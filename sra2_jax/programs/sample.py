@@ -1,9 +1,8 @@
 """Sample images from a run: python -m sra2_jax sample RUN --out=samples.npz.
 
 Writes ADM's format: arr_0, uint8 (N, H, W, 3); beside it arr_1, the labels, and
-settings, a JSON text with everything that made them. Image i depends on the seed and i
-alone. A program that was killed goes on where it was when run again: finished parts
-stay in samples.shards/ until the .npz is whole. Runs without TensorFlow.
+settings, a JSON text with everything that made them. A program that was killed goes on
+when run again: finished parts stay in samples.shards/ until the .npz is whole.
 """
 
 import argparse
@@ -29,10 +28,7 @@ IMAGES = 1024  # of a part, about
 
 
 class Parts:
-    """Images 0 ... count - 1, uint8 (H, W, 3), in files of `size` consecutive ones.
-
-    A file has its name once it is complete.
-    """
+    """Images 0 ... count - 1, uint8 (H, W, 3), in files of `size` consecutive ones."""
 
     def __init__(self, folder: epath.Path, count: int, size: int) -> None:
         self.folder = folder

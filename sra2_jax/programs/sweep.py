@@ -1,9 +1,8 @@
 """FID over guidance scales and intervals: python -m sra2_jax sweep RUN --reference=REF.
 
 Of classifier-free guidance, or with --of=head_guidance of that by the head of SRA 2.
-Every cell samples the same noise and labels, so that cells differ by their guidance
-alone. Writes OUT/sweep.json, sweep.md (a table) and sweep.png (a heat map) after each
-cell; run again, it goes on with the cells that are missing. Runs without TensorFlow.
+Every cell samples the same noise and labels. Writes OUT/sweep.json, sweep.md (a table)
+and sweep.png (a heat map) after each cell; run again, it goes on with what is missing.
 """
 
 from __future__ import annotations

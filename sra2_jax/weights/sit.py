@@ -150,9 +150,7 @@ def reverse_time(params: Params, time_scale: float, velocity: bool) -> Params:
     SiT's own code runs from noise at 0 to data at 1, ours (REPA's, SRA's) from data to
     noise. The first time layer takes cos and sin of w t; those of w (1 - t) are linear
     in them, so its kernel is changed, exactly but for rounding to float32. A `velocity`
-    changes its sign too. Applying this twice gives the same network back.
-
-    time_scale: the network's factor on t.
+    changes its sign too.
     """
     half = TIME_FEATURES // 2
     angles = time_scale * np.exp(-np.log(10000.0) * np.arange(half) / half)[:, None]

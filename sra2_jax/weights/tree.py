@@ -1,9 +1,8 @@
 """PyTorch's state dicts to trees of Flax and back, by one rule for every network.
 
-A network gives the name that a module has in the file. The rest follows from paths and
-ranks: a matrix is (out, in) there, a convolution (out, in, h, w), the kernel that
-embeds patches such a convolution too, and what is stacked here lies apart, a name with
-"{i}" for each block.
+A network gives the name that a module has in the file. A matrix is (out, in) there, a
+convolution (out, in, h, w), the kernel that embeds patches such a convolution too, and
+what is stacked here lies apart, a name with "{i}" for each block.
 """
 
 from collections.abc import Callable, Iterator, Mapping
