@@ -91,7 +91,9 @@ def test_preprocess():
     images = (37 * np.arange(6 * 6 * 3) % 256).reshape(1, 6, 6, 3).astype(np.uint8)
     expected = np.subtract([111, 148, 185], [123.675, 116.28, 103.53])
     expected /= [58.395, 57.12, 57.375]
-    np.testing.assert_allclose(preprocess(images, 6)[0, 0, 1], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        preprocess(jnp.asarray(images), 6)[0, 0, 1], expected, rtol=1e-5
+    )
 
 
 # Reading and writing folders

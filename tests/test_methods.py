@@ -204,6 +204,7 @@ def test_the_job_encodes_what_the_method_needs(tiny, tmp_path):
     switch(tiny, ("encoder", "vae"))
     tiny.align.encoder.source = "features"
     tiny.data.num_classes, tiny.data.images = 2, str(tmp_path / "images")
+    tiny.eval.features = ""
     for i, image in enumerate(load_digits("test")[0][:16]):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

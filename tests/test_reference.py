@@ -130,7 +130,7 @@ def test_reverse_time(golden):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: {"a": w["pos_embed"]}, "no SiT of this config .*is missing"),
+        (lambda w: {"a": w["pos_embed"]}, "no SiT of this config .*no such tensor"),
         (
             lambda w: w | {"pos_embed": w["pos_embed"][:, :5]},
             "pos_embed is not the fix",

@@ -1,8 +1,8 @@
 """DINOv2 (Oquab et al. 2023), the encoder that REPA aligns with, channels last.
 
 The network of `Dinov2Model` of transformers without what only training uses (dropout,
-stochastic depth). Norms, softmax and the residual stream are float32; matrix products
-run in `dtype`.
+stochastic depth). `sra2_jax.weights.dinov2` reads its weights. Norms, softmax and
+the residual stream are float32; matrix products run in `dtype`.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ NORMAL = nn.initializers.truncated_normal(0.02)
 class DINOv2Config:
     """Shape of a DINOv2 encoder; the defaults are those of dinov2-base.
 
-    `image_size` is that of the position table. The mask token is used in training alone
-    and is here so that files keep all of their tensors.
+    `image_size` is that of the position table. The mask token is used by DINOv2's
+    training alone; it is here so that files keep all of their tensors.
     """
 
     hidden_size: int = 768
@@ -46,22 +46,43 @@ class DINOv2Config:
 
     @property
     def grid(self) -> int:
-        """Patches on a side of the position table."""
+        """Patches on a side of the position table: 37 for dinov2-base."""
         return self.image_size // self.patch_size
 
 
-def _resize(x: Array, height: int, width: int, antialias: bool) -> Array:
-    """(B, H, W, C) to (B, height, width, C) by PyTorch's bicubic rule."""
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' kernel (1981, eq. 4 with free a): 1 at 0, 0 at other integers and |x|>2."""
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray:
+    """Weights (new, old) of cubic interpolation along one axis, float32.
+
+    As torch's `interpolate(align_corners=False)`: pixels beyond the border repeat the
+    last one; with antialias they are left out, rows sum to 1 again, and the kernel is
+    as many times wider as the axis shrinks.
+    """
+    scale = old / new
+    centres = (np.arange(new) + 0.5)[:, None] * scale
+    if antialias:
+        weights = _cubic((np.arange(old) + 0.5 - centres) / max(scale, 1.0), a)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    taps = np.floor(centres - 0.5).astype(int) + np.arange(-1, 3)
+    weights = np.zeros((new, old))
+    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
+    np.add.at(weights, (rows, taps.clip(0, old - 1)), _cubic(taps + 0.5 - centres, a))
+    return weights.astype(np.float32)
+
+
+def _resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
+    """(B, H, W, C) to (B, height, width, C), untouched if equal."""
     if x.shape[1:3] == (height, width):
         return x
-
-    def weights(old: int, new: int) -> np.ndarray:
-        with jax.enable_x64(True), jax.ensure_compile_time_eval():
-            shape = new, old
-            found = jax.image.resize(np.eye(old), shape, "cubic-pytorch", antialias)
-        return np.asarray(found, np.float32)
-
-    down, across = weights(x.shape[1], height), weights(x.shape[2], width)
+    down = _bicubic_matrix(x.shape[1], height, a, antialias)
+    across = _bicubic_matrix(x.shape[2], width, a, antialias)
     # Accelerators would otherwise round the weights to bf16 or TF32.
     return jnp.einsum("ih,jw,bhwc->bijc", down, across, x, precision="highest")
 
@@ -77,7 +98,7 @@ def preprocess(
     """What the encoder takes, float32: standardised, then resized without antialiasing,
     as `preprocess_raw_image` of REPA's train.py."""
     x = standardise(images.astype(jnp.float32) / 255)
-    return _resize(x, side, side, antialias=False)
+    return _resize(x, side, side, -0.75, antialias=False)
 
 
 def layer_norm(config: DINOv2Config, name: str) -> nn.LayerNorm:
@@ -118,8 +139,10 @@ class DINOv2(nn.Module):
       config: the shape.
       antialias: how the position table (37x37 in dinov2-base) is resized to another
         grid than its own. True: as REPA does (utils.py, `load_encoders`, by timm's
-        `resample_abs_pos_embed`); False: as transformers does.
+        `resample_abs_pos_embed`: torch's antialiased bicubic, a = -0.5); False: as
+        transformers does (a = -0.75).
       scan: run the blocks as a loop, or unrolled.
+      dtype: compute type of the matrix products.
     """
 
     config: DINOv2Config
@@ -129,8 +152,11 @@ class DINOv2(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """Tokens of the last layer after its norm, float32, the class token first, then
-        row-major. pixels: as of `preprocess`; patch_size divides H and W."""
+        """Tokens of the last layer after its norm, the class token first.
+
+        pixels: (B, H, W, 3) as `preprocess` returns them. Returns float32
+        (B, 1 + H/p * W/p, hidden_size), row-major; patch_size p divides H and W.
+        """
         cfg = self.config
         p, d = cfg.patch_size, cfg.hidden_size
         b, height, width, _ = pixels.shape
@@ -168,7 +194,8 @@ class DINOv2(nn.Module):
         side, d = self.config.grid, self.config.hidden_size
         table = jnp.asarray(self.param("positions", NORMAL, (1, 1 + side**2, d)))
         grid = table[:, 1:].reshape(1, side, side, d)
-        grid = _resize(grid, height, width, self.antialias)
+        a = -0.5 if self.antialias else -0.75
+        grid = _resize(grid, height, width, a, self.antialias)
         return jnp.concatenate([table[:, :1], grid.reshape(1, -1, d)], axis=1)
 
 
@@ -178,7 +205,10 @@ def patch_features(
     images: UInt8[Array, "b h w 3"],
     grid: int,
 ) -> Float[Array, "b {grid*grid} d"]:
-    """REPA's targets (`x_norm_patchtokens`), float32, row-major: a feature for each
-    cell of a grid of patches, to which images are resized."""
+    """REPA's targets (`x_norm_patchtokens`): a feature for each cell of a grid.
+
+    images: resized to grid * patch_size: 224 for ImageNet at 256 pixels and a grid of
+    16, 448 at 512 pixels and 32. Returns float32, row-major, without the class token.
+    """
     pixels = preprocess(images, module.config.patch_size * grid)
     return apply(module, params, pixels)[:, 1:]
