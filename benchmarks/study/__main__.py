@@ -1,18 +1,19 @@
 """Train methods side by side, over seeds, and say what differs.
 
-    python -m benchmarks.study PLAN --data=DATA --out=DIR --budget=540
+    python -m benchmarks.study PLAN --data=DATA --out=DIR --budget=540 [--seed=N]
 
 PLAN is one of benchmarks/study/plans, or a Python file like those. Every stage trains
 each method and seed to the same step, in turn, and scores samples of its average, so
 that all have equal progress, but for one stage, whenever it ends. It ends by itself
-within --budget seconds; the same command goes on. DIR gets scores.jsonl, study.json,
-study.md (the table) and study.png (the curves).
+within --budget seconds; the same command goes on. One process for each seed fills a GPU
+that one alone does not. DIR gets scores.jsonl, study.json, study.md (the table) and
+study.png (the curves).
 """
 
 import json
 import runpy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -75,13 +76,13 @@ class Plan:
         changes |= {"seed": seed, "steps": steps, "name": "study"}
         return config_file.load(self.config).override(changes)
 
-    def runs(self) -> Iterator[tuple[int, int, str, str]]:
+    def runs(self, seeds: Iterable[int]) -> Iterator[tuple[int, int, str, str]]:
         """(step, seed, method, sampling or nothing), in the order of work."""
         for step in self.stages:
-            for seed in range(self.seeds):
+            for seed in seeds:
                 for method in self.methods:
                     yield step, seed, method, ""
-        for seed in range(self.seeds):
+        for seed in seeds:
             for method, samplings in self.samplings.items():
                 for sampling in samplings:
                     yield self.stages[-1], seed, method, sampling
@@ -106,11 +107,13 @@ def score(file: Path, judge: Judge, samples: int, keys: Keys) -> dict[str, Any]:
     return found | {"seconds": seconds, "flops": flops}
 
 
-def study(plan: Plan, judge: Judge, out: Path, budget: float) -> bool:
-    """Train and score what is missing; whether all of it is there."""
+def study(
+    plan: Plan, judge: Judge, out: Path, budget: float, seeds: Iterable[int]
+) -> bool:
+    """Train and score what is missing of these seeds; whether all of it is there."""
     path, began, longest = out / "scores.jsonl", time.monotonic(), 0.0
     done = {(r["step"], r["seed"], r["method"]) for r in report.read(path)}
-    for step, seed, method, sampling in plan.runs():
+    for step, seed, method, sampling in plan.runs(seeds):
         title = report.title(method, sampling)
         if (step, seed, title) in done:
             continue
@@ -140,6 +143,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder that the plan reads")
     add("--out", type=Path, required=True, metavar="DIR", help="to work in")
     add("--budget", type=float, default=1e9, help="seconds, then it stops")
+    add("--seed", type=int, help="this one alone, others in processes beside it")
     add("--inception", help="weights, for FID and KID besides")
     add("--dinov2", help="weights, for FD-DINOv2 besides")
     a = parser.parse_args()
@@ -156,7 +160,8 @@ def main() -> None:
     judge = Judge(a.data, config.data.resolution, {k: v for k, v in more.items() if v})
     facts["versions"] = versions()
     kept.write_text(json.dumps(facts, indent=1) + "\n")
-    whole = study(plan, judge, a.out, a.budget - (time.monotonic() - began))
+    seeds = range(plan.seeds) if a.seed is None else [a.seed]
+    whole = study(plan, judge, a.out, a.budget - (time.monotonic() - began), seeds)
     report.write(plan, a.out, facts, judge)
     print(f"{a.out}: {'finished' if whole else 'the same command goes on'}")
 

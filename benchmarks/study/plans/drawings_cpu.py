@@ -10,10 +10,10 @@ from benchmarks.study.methods import ALL
 config = "configs/digits.py"
 keys = {
     "data.dir": "{data}/latents", "data.images": "", "data.resolution": 64,
-    "data.num_classes": 7, "vae": "{data}/vae", "latents.size": 8,
-    "latents.scaling_factor": 1.0, "batch_size": 32, "optim.learning_rate": 1e-3,
-    "ema_decay": 0.999, "align.encoder.width": 128, "sampling.method": "heun",
-    "sampling.steps": 20, "run.grid_classes": 7,
+    "data.num_classes": 7, "vae": "{data}/vae", "latents.size": 16,
+    "latents.scaling_factor": 1.0, "model.patch_size": 2, "batch_size": 32,
+    "optim.learning_rate": 1e-3, "ema_decay": 0.999, "align.encoder.width": 128,
+    "sampling.method": "heun", "sampling.steps": 20, "run.grid_classes": 7,
 }  # fmt: skip
 methods = ALL
 samplings = {

@@ -11,7 +11,7 @@ config, keys = textures_gpu.config, textures_gpu.keys
 NETWORKS: dict[str, Keys] = {
     "narrow": {"model.width": 192, "model.heads": 3},
     "shallow": {"model.depth": 6},
-    "64 tokens": {"model.patch_size": 2},
+    "256 tokens": {"model.patch_size": 1},
 }
 VARIANTS: dict[str, Keys] = {
     **{f"block {n}": {"align.vae.depth": n} for n in (4, 8)},
