@@ -28,6 +28,7 @@ from sra2_jax.runtime import Stop, Watch
 from sra2_jax.sharding import batch_sharding, mesh
 from sra2_jax.step import Program, State, count_parameters
 from sra2_jax.storage import sha256
+from sra2_jax.weights import describe_vae
 
 
 def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
@@ -83,15 +84,21 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
 
 
 def with_statistics(config: Config, folder: epath.Path) -> Config:
-    """The config with the statistics by channel of a dataset that has them, where its
-    own are not given."""
-    if config.latents.mean or not (folder / FILE).exists():
+    """The config with the statistics by channel of a dataset, or of the VAE that is to
+    encode it, where they have some and the config none."""
+    if config.latents.mean:
         return config
-    info = LatentsInfo.read(folder)
-    if len(info.channel_mean) != config.latents.channels:
+    if (folder / FILE).exists():
+        info = LatentsInfo.read(folder)
+        mean, std = info.channel_mean, info.channel_std
+    elif config.data.images:
+        vae = describe_vae(config.vae)[1].config
+        mean, std = vae.latents_mean, vae.latents_std
+    else:
         return config
-    found = {"latents.mean": info.channel_mean, "latents.std": info.channel_std}
-    return config.override(found)
+    if len(mean) != config.latents.channels:
+        return config
+    return config.override({"latents.mean": mean, "latents.std": std})
 
 
 def prepare(

@@ -369,6 +369,9 @@ def test_statistics_by_channel_go_from_the_vae_to_the_config(folder, encoded, tm
     records.check(info, out, filled)
     assert filled.latents.std == tuple(std)
     assert with_statistics(config, epath.Path(other)) == config
+    first = config.override({"data.images": f"{folder}", "vae": str(tmp_path / "vae")})
+    filled = with_statistics(first, epath.Path(tmp_path / "none yet"))
+    assert filled.latents.mean == tuple(mean)
 
 
 @pytest.mark.usefixtures("heavy")

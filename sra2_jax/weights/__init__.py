@@ -2,10 +2,11 @@
 
 from sra2_jax.weights.dinov2 import describe_dinov2, load_dinov2
 from sra2_jax.weights.inception import load_inception
-from sra2_jax.weights.vae import load_vae, read_statistics
+from sra2_jax.weights.vae import describe_vae, load_vae, read_statistics
 
 __all__ = [
     "describe_dinov2",
+    "describe_vae",
     "load_dinov2",
     "load_inception",
     "load_vae",

@@ -41,6 +41,7 @@ def _current_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 FORMAT = Format(WEIGHTS, AutoencoderKL, VAEConfig, ONLY_VALUE, _name, _current_names)
+describe_vae = FORMAT.describe
 load_vae = FORMAT.load
 
 
