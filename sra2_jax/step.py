@@ -95,10 +95,8 @@ class Program:
 
     def init(self) -> State:
         """Step 0; the EMA starts as a copy of the parameters."""
-        d = self.config.model.width
-        shapes = self.config.latent_shape, (self.network.grid**2, d), (d,)
-        x, tokens, c = (jnp.zeros((1, *shape)) for shape in shapes)
-        inputs = x, jnp.zeros(1), jnp.zeros(1, int)
+        d, inputs = self.config.model.width, self.network.inputs()
+        tokens, c = jnp.zeros((1, self.network.grid**2, d)), jnp.zeros((1, d))
         key = jax.random.key(self.config.seed)
         first, *keys = jax.random.split(key, 1 + len(self.heads))
         params = {

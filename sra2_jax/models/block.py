@@ -119,45 +119,75 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"], c: Float[Array, "b d"]) -> Array:
-        m, (b, t, d) = self.model, x.shape
-        # In x's type: 1 + scale would lose half of scale's digits in bf16.
-        n = 6 if m.shift else 4
-        modulation = dense(self, n * d, "modulation", ZEROS)(nn.silu(c))
-        modulation = constrain(modulation.astype(x.dtype), BATCH, None)
-        parts: list[Any] = jnp.split(modulation, n, axis=-1)
-        if not m.shift:
-            parts = [None, *parts[:2], None, *parts[2:]]
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        qkv, rest = before_attention(self, x, c)
+        return after_attention(self, x, attend(self, *qkv), rest)
 
-        qkv = SplitDense(3, (m.heads, d // m.heads), self.dtype, name="qkv")
-        q, k, v = qkv(modulate(normalised(x, m.norm, "norm1"), shift1, scale1))
-        q, k = self._placed(q, "q_norm"), self._placed(k, "k_norm")
-        mixed = jax.nn.dot_product_attention(q, k, v, implementation=self.attention)
-        mixed = checkpoint_name(mixed, "attention")
-        mixed = dense(self, d, "attention_out")(mixed.reshape(b, t, d))
-        x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
 
-        y = modulate(normalised(x, m.norm, "norm2"), shift2, scale2)
-        width = hidden_width(m)
-        # Saved for the backward pass are inputs alone, the rest is computed again.
-        if m.mlp == "swiglu":
-            gate, hidden = SplitDense(2, (width,), self.dtype, name="gated_in")(y)
-            hidden = jax.checkpoint(lambda gate, x: nn.silu(gate) * x)(gate, hidden)
-            hidden = dense(self, d, "gated_out")(hidden)
-        else:
-            hidden = constrain(dense(self, width, "mlp_in")(y), BATCH, None, "tensor")
-            hidden = dense(self, d, "mlp_out")(jax.checkpoint(nn.gelu)(hidden))
-        return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
+def before_attention(
+    block: Any, x: Array, c: Array, stream: str = "", last: bool = False
+) -> tuple[list[Array], list[Any]]:
+    """Inside a block: queries, keys and values (B, T, H, D / H) of a stream of tokens
+    (B, T, D), and the modulation of what follows.
 
-    def _placed(self, x: Array, name: str) -> Array:
-        """Queries or keys (B, T, H, D / H), normalised, then turned; in float32."""
+    stream: in front of the names of its layers; last: nothing follows.
+    """
+    m, d = block.model, x.shape[-1]
+    # In x's type: 1 + scale would lose half of scale's digits in bf16.
+    n = (2 if last else 6) - (0 if m.shift else 1 if last else 2)
+    modulation = dense(block, n * d, f"{stream}modulation", ZEROS)(nn.silu(c))
+    modulation = constrain(modulation.astype(x.dtype), BATCH, None)
+    parts: list[Any] = jnp.split(modulation, n, axis=-1)
+    if not m.shift:
+        parts = [None, parts[0]] if last else [None, *parts[:2], None, *parts[2:]]
+    shift, scale, *rest = parts
+
+    split = SplitDense(3, (m.heads, d // m.heads), block.dtype, name=f"{stream}qkv")
+    normal = normalised(x, m.norm, f"{stream}norm1")
+    q, k, v = split(modulate(normal, shift, scale))
+    rope = m.rope and not stream
+
+    def placed(x: Array, name: str) -> Array:
+        """Queries or keys, normalised, then turned; in float32."""
         kind = jnp.promote_types(x.dtype, jnp.float32)
-        if self.model.qk_norm == "rms":
-            x = nn.RMSNorm(dtype=kind, name=name)(x)
-        if self.model.qk_norm == "layer":
-            x = nn.LayerNorm(1e-5, kind, use_fast_variance=False, name=name)(x)
-        x = rotate(x.astype(kind)) if self.model.rope else x
-        return x.astype(self.dtype)
+        if m.qk_norm == "rms":
+            x = nn.RMSNorm(dtype=kind, name=f"{stream}{name}")(x)
+        if m.qk_norm == "layer":
+            norm = nn.LayerNorm(1e-5, kind, use_fast_variance=False, name=stream + name)
+            x = norm(x)
+        x = rotate(x.astype(kind)) if rope else x
+        return x.astype(block.dtype)
+
+    return [placed(q, "q_norm"), placed(k, "k_norm"), v], rest
+
+
+def attend(block: Any, q: Array, k: Array, v: Array) -> Array:
+    """Attention of all heads (B, T, H, D / H): (B, T, D)."""
+    mixed = jax.nn.dot_product_attention(q, k, v, implementation=block.attention)
+    return checkpoint_name(mixed, "attention").reshape(*q.shape[:2], -1)
+
+
+def after_attention(
+    block: Any, x: Array, mixed: Array, rest: list[Any], stream: str = ""
+) -> Array:
+    """Inside a block: the stream (B, T, D) after its attention's output and its
+    perceptron; the others as of `before_attention`."""
+    m, d = block.model, x.shape[-1]
+    gate1, shift, scale, gate2 = rest
+    mixed = dense(block, d, f"{stream}attention_out")(mixed)
+    x = constrain(x + gate1[:, None] * mixed, BATCH, None, None)
+
+    y = modulate(normalised(x, m.norm, f"{stream}norm2"), shift, scale)
+    width = hidden_width(m)
+    # Saved for the backward pass are inputs alone, the rest is computed again.
+    if m.mlp == "swiglu":
+        split = SplitDense(2, (width,), block.dtype, name=f"{stream}gated_in")
+        hidden = jax.checkpoint(lambda gate, x: nn.silu(gate) * x)(*split(y))
+        hidden = dense(block, d, f"{stream}gated_out")(hidden)
+    else:
+        hidden = dense(block, width, f"{stream}mlp_in")(y)
+        hidden = jax.checkpoint(nn.gelu)(constrain(hidden, BATCH, None, "tensor"))
+        hidden = dense(block, d, f"{stream}mlp_out")(hidden)
+    return constrain(x + gate2[:, None] * hidden, BATCH, None, None)
 
 
 class FinalLayer(nn.Module):

@@ -120,13 +120,14 @@ class DiT(nn.Module):
         self,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        y: Int[Array, " b"],
+        y: Int[Array, " b"] | Float[Array, "b l w"],
         features: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "b h w c"], dict[int, Array], Float[Array, "b d"]]:
         """Prediction (float32), {block: tokens (B, T, width)}, the condition vector.
 
-        x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise; y: labels; features:
-        1-based numbers of the blocks whose output is wanted.
+        x: noisy latents; t: times in [0, 1], 0 = data, 1 = noise; y: labels, or of
+        `MMDiT` a text's features; features: 1-based numbers of the blocks whose output
+        is wanted.
         """
         p, d = self.model.patch_size, self.model.width
         tokens = dense(self, d, "patch")(patchify(x, p))
@@ -135,47 +136,66 @@ class DiT(nn.Module):
         tokens = tokens + sincos_positions(d, self.grid).astype(x.dtype)
         tokens = constrain(tokens, BATCH, None, None)
         c = constrain(self._condition(t, y), BATCH, None)
-        tokens, kept = self._blocks(tokens, c, features)
+        tokens, kept = self._blocks(tokens, c, y, features)
         channels = self.channels * (2 if self.model.learn_sigma else 1)
         final = FinalLayer(p * p * channels, self.dtype, self.model.norm, name="final")
         out = final(tokens, c)
         out = out.astype(jnp.promote_types(out.dtype, jnp.float32))
         return unpatchify(out, p)[..., : self.channels], kept, c
 
-    def _condition(self, t: Array, y: Array) -> Array:
-        d = self.model.width
+    def inputs(self) -> tuple[Array, Array, Array]:
+        """Zeros of a batch of 1: latents, times, conditions."""
+        x = jnp.zeros((1, self.size, self.size, self.channels))
+        return x, jnp.zeros(1), jnp.zeros(1, int)
+
+    def _time(self, t: Array) -> Array:
         hidden = timestep_features(t * self.model.time_scale)
-        hidden = nn.silu(dense(self, d, "time_in", NORMAL)(hidden))
-        hidden = dense(self, d, "time_out", NORMAL)(hidden)
-        labels = nn.Embed(self.num_classes + 1, d, embedding_init=NORMAL, name="label")
-        return hidden + labels(y)
+        hidden = nn.silu(dense(self, self.model.width, "time_in", NORMAL)(hidden))
+        return dense(self, self.model.width, "time_out", NORMAL)(hidden)
+
+    def _condition(self, t: Array, y: Array) -> Array:
+        sizes = self.num_classes + 1, self.model.width
+        labels = nn.Embed(*sizes, embedding_init=NORMAL, name="label")
+        return self._time(t) + labels(y)
 
     def _blocks(
-        self, tokens: Array, c: Array, features: tuple[int, ...]
+        self, tokens: Array, c: Array, y: Array, features: tuple[int, ...]
     ) -> tuple[Array, dict[int, Array]]:
-        """Run the stack; keep the asked blocks' outputs in the carry: one token array
-        for each, where returning every block's output would cost `depth` of them."""
-        block_type = Block
-        if self.model.remat != "none":
-            policy = REMAT_POLICIES[self.model.remat]
-            # Unrolled code needs the CSE barrier, or XLA would undo the remat.
-            block_type = nn.remat(Block, policy=policy, prevent_cse=not self.model.scan)
+        return self._stack(Block, self.model.depth, tokens, c, features)
+
+    def _rematted(self, block: Any, scan: bool) -> Any:
+        """A class of blocks that computes again what the config says."""
+        if self.model.remat == "none":
+            return block
+        policy = REMAT_POLICIES[self.model.remat]
+        # Unrolled code needs the CSE barrier, or XLA would undo the remat.
+        return nn.remat(block, policy=policy, prevent_cse=not scan)
+
+    def _stack(
+        self, block: Any, length: int, x: Any, c: Array, features: tuple[int, ...]
+    ) -> tuple[Any, dict[int, Array]]:
+        """Run `length` blocks of a class on x, the image's tokens or these and others.
+        The asked blocks' outputs are kept in the carry: one token array for each, where
+        returning every block's output would cost `length` of them."""
 
         def body(block: nn.Module, carry: Any, number: Any) -> tuple[Any, None]:
             x, kept = carry
             x = block(x, c)
-            return (x, {n: jnp.where(number == n, x, k) for n, k in kept.items()}), None
+            tokens = jax.tree.leaves(x)[0]
+            kept = {n: jnp.where(number == n, tokens, k) for n, k in kept.items()}
+            return (x, kept), None
 
         scan = nn.scan(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=self.model.depth,
-            unroll=1 if self.model.scan else self.model.depth,
+            length=length,
+            unroll=1 if self.model.scan else length,
         )
-        block = block_type(self.model, self.attention, self.dtype, name="blocks")
-        kept = {n: jnp.zeros_like(tokens) for n in features}
+        block = self._rematted(block, self.model.scan)
+        blocks = block(self.model, self.attention, self.dtype, name="blocks")
+        kept = {n: jnp.zeros_like(jax.tree.leaves(x)[0]) for n in features}
         # NumPy's, a constant: unrolled, the compiler knows which blocks are kept.
-        numbers = np.arange(1, self.model.depth + 1)
-        (tokens, kept), _ = scan(block, (tokens, kept), numbers)
-        return tokens, kept
+        numbers = np.arange(1, length + 1)
+        (x, kept), _ = scan(blocks, (x, kept), numbers)
+        return x, kept

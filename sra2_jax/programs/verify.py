@@ -34,6 +34,7 @@ from sra2_jax.metrics.moments import (
 )
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
+from sra2_jax.models.mmdit import MMDiT
 from sra2_jax.programs.steps import verify_steps
 from sra2_jax.transport import Transport, coefficients
 from sra2_jax.weights import load_dinov2, load_vae
@@ -91,12 +92,15 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
         learn_sigma=config["learn_sigma"],
     )
     sizes = (config[key] for key in ("input_size", "in_channels", "num_classes"))
+    if "context" in data:
+        length, width = data["context"].shape[1:]
+        return MMDiT(model, *sizes, text_tokens=length, text_width=width), config
     return DiT(model, *sizes), config
 
 
 def sit(path: Path, data: Arrays) -> Cases:
-    """The backbone with reference weights, and REPA's or SRA's head on its block; or
-    LightningDiT's, with the gradient of its mean square."""
+    """The backbone with reference weights, and REPA's or SRA's head on its block;
+    LightningDiT's, with the gradient of its mean square; or MMDiT."""
     network, config = network_of(data)
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     layers = {}
@@ -110,10 +114,10 @@ def sit(path: Path, data: Arrays) -> Cases:
     wanted = {section: shapes(head, *token) for section, head in layers.items()}
     params, trees = from_reference(weights, network, wanted, HEAD_NAMES)
     depth = config["encoder_depth"] or config["align_depth"] or 1
-    x, labels = nhwc(data["x"]), jnp.asarray(data["y"])
+    x, y = nhwc(data["x"]), jnp.asarray(data["context" if "context" in data else "y"])
 
     def square(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        found = apply(network, params, x, jnp.asarray(data["t"]), labels, (depth,))
+        found = apply(network, params, x, jnp.asarray(data["t"]), y, (depth,))
         mean = jnp.mean(jnp.square(found[0]))
         return mean, (mean, *found)
 
@@ -128,7 +132,7 @@ def sit(path: Path, data: Arrays) -> Cases:
     if "target" in data:
         losses = elementwise("cosine", results["z"], jnp.asarray(data["target"]), 0.0)
         results["projection_loss"] = jnp.mean(losses) - 1  # REPA's is -cos
-    for name in sorted(data.keys() - {"config", "x", "t", "y", "target"}):
+    for name in sorted(data.keys() - {"config", "x", "t", "y", "context", "target"}):
         if not name.startswith("w/"):
             yield name, results[name], FLOAT32
 
@@ -277,7 +281,7 @@ def inception(path: Path, data: Arrays) -> Cases:
 
 # a key of a golden file -> the check that it calls for
 CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
-    "w/y_embedder.embedding_table.weight": sit,
+    "w/x_embedder.proj.weight": sit,
     "moments": vae,
     "mean_normalised": ldm_vae,
     "last_hidden_state": dinov2,

@@ -1,9 +1,9 @@
 """State dicts of the reference PyTorch code, to and from our trees, bit for bit.
 
 Names and layouts are those of the `SiT` network (willisma/SiT), of LightningDiT
-(hustvl/LightningDiT), which changes its blocks, and of the heads that
-REPA (sihyun-yu/REPA) and SRA (vvvvvjdy/SRA) add to it. SRA 2's head and heads that end
-in a final layer have no published names and get names in the same style.
+(hustvl/LightningDiT), which changes its blocks, of REPA's MMDiT, and of the heads that
+REPA (sihyun-yu/REPA) and SRA (vvvvvjdy/SRA) add. SRA 2's head and heads that end in a
+final layer have no published names and get names in the same style.
 """
 
 import math
@@ -17,6 +17,7 @@ from sra2_jax.errors import UserError
 from sra2_jax.models import shapes
 from sra2_jax.models.block import rotations
 from sra2_jax.models.dit import TIME_FEATURES, DiT, sincos_positions
+from sra2_jax.models.mmdit import TEXT, MMDiT
 from sra2_jax.weights import tree
 from sra2_jax.weights.tree import Name, Params
 
@@ -50,6 +51,8 @@ NAMES = FINAL | {
     "blocks.gated_out": "blocks.{i}.mlp.w3",
     "blocks.modulation": "blocks.{i}.adaLN_modulation.1",
 }
+# MMDiT's two streams; its last block lies apart here.
+STREAMS = {"": "x_block", TEXT: "context_block"}
 # section of config.align -> the name of its head, and of the head's i-th linear layer
 # with {twice} = 2 i (in a sequence with SiLU between them) or {next} = i + 1
 HeadNames = Mapping[str, tuple[str, str]]
@@ -98,11 +101,10 @@ def from_reference(
             found[section] = tree.read(own, heads[section], name, foreign)
         elif own:
             found[section] = {}
-    x = np.zeros((1, network.size, network.size, network.channels), np.float32)
-    t = np.zeros(1, np.float32)
-    wanted = shapes(network, x, t, t.astype(int))
-    rule, patch = NAMES.__getitem__, network.model.patch_size
-    params = tree.read(weights, wanted, rule, FOREIGN, patch)
+    wanted = shapes(network, *network.inputs())
+    params = tree.read(
+        weights, wanted, _rule(network), FOREIGN, network.model.patch_size
+    )
     for key, table in tables.items():
         if table is not None:
             _check_table(key, table, network, resize)
@@ -135,7 +137,7 @@ def to_reference(
     if m.rope:
         tables = rotations(m.width // m.heads, grid)
         weights |= dict(zip(ROTATIONS, tables, strict=True))
-    weights |= tree.write(params, NAMES.__getitem__, m.patch_size)
+    weights |= tree.write(params, _rule(network), m.patch_size)
     for section, head in heads.items():
         own = tree.write(head, _head_name(*names[section]))
         if head.keys() == {"final"}:
@@ -182,6 +184,27 @@ def _plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
     if len(plain) < len(weights):
         raise UserError("holds the same tensor under several prefixes: save one")
     return plain
+
+
+def _rule(network: DiT) -> Name:
+    """Of the modules of a network in the file: SiT's names, or REPA's for MMDiT."""
+    if not isinstance(network, MMDiT):
+        return NAMES.__getitem__
+    last = network.model.depth - 1
+
+    def name(module: str) -> str:
+        stack, _, layer = module.partition(".")
+        if not layer:
+            return "context_embedder" if module == "text" else NAMES[module]
+        if stack == "final":
+            return NAMES[module]
+        stream = TEXT if layer.startswith(TEXT) else ""
+        theirs = NAMES[f"blocks.{layer.removeprefix(stream)}"].removeprefix("blocks.")
+        number, _, rest = theirs.partition(".")
+        number = str(last) if stack == "last" else number
+        return f"joint_blocks.{number}.{STREAMS[stream]}.{rest}"
+
+    return name
 
 
 def _head_name(prefix: str, linear: str) -> Name:
