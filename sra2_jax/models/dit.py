@@ -120,7 +120,7 @@ class DiT(nn.Module):
         self,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        y: Int[Array, " b"] | Float[Array, "b l w"],
+        y: Int[Array, " b"] | Float[Array, "b l f"],
         features: tuple[int, ...] = (),
     ) -> tuple[Float[Array, "b h w c"], dict[int, Array], Float[Array, "b d"]]:
         """Prediction (float32), {block: tokens (B, T, width)}, the condition vector.

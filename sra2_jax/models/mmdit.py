@@ -78,7 +78,7 @@ class MMDiT(DiT):
         self,
         tokens: Array,
         c: Array,
-        y: Float[Array, "b l w"],
+        y: Float[Array, "b l f"],
         features: tuple[int, ...],
     ) -> tuple[Array, dict[int, Array]]:
         depth, text = self.model.depth, dense(self, self.model.width, "text")(y)

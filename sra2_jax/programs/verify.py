@@ -93,8 +93,9 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
     )
     sizes = (config[key] for key in ("input_size", "in_channels", "num_classes"))
     if "context" in data:
-        length, width = data["context"].shape[1:]
-        return MMDiT(model, *sizes, text_tokens=length, text_width=width), config
+        return MMDiT(
+            model, *sizes, "xla", jnp.float32, *data["context"].shape[1:]
+        ), config
     return DiT(model, *sizes), config
 
 
