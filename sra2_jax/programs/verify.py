@@ -91,12 +91,15 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
         shift=not config["wo_shift"],
         learn_sigma=config["learn_sigma"],
     )
-    sizes = (config[key] for key in ("input_size", "in_channels", "num_classes"))
-    if "context" in data:
-        return MMDiT(
-            model, *sizes, "xla", jnp.float32, *data["context"].shape[1:]
-        ), config
-    return DiT(model, *sizes), config
+    size, channels, classes = (
+        config[key] for key in ("input_size", "in_channels", "num_classes")
+    )
+    if "context" not in data:
+        return DiT(model, size, channels, classes), config
+    text = dict(
+        zip(("text_tokens", "text_width"), data["context"].shape[1:], strict=True)
+    )
+    return MMDiT(model, size, channels, classes, **text), config
 
 
 def sit(path: Path, data: Arrays) -> Cases:
