@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 GCS = ["gcsfs==2026.10.1", "google-cloud-storage==3.17.1"]
+TEXT = ["tokenizers==0.23.3"]
 DOCS = ["mkdocs-material==9.8.2"]
 
 
@@ -49,12 +50,14 @@ setup(
         ],
         "gcs": GCS,  # gs:// paths
         "arrow": ["pyarrow==26.0.1"],  # Hugging Face's tables; the full install has it
+        "text": TEXT,  # captions: CLIP's tokenizer
         "torch": ["torch==2.13.0"],  # reads .pt files in weights, nothing else
         "wandb": ["wandb==0.31.0"],  # for `sra2 mirror`, beside a run
         "docs": DOCS,
         "test": [
             *GCS,
             *DOCS,
+            *TEXT,
             "pre-commit==4.7.0",
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",

@@ -18,6 +18,7 @@ from sra2_jax.section import NAME, NUMBERS, SOME, Section, free, key
 
 # Collections that pip packages bring (data/digits.py), and what is shipped for them.
 DIGITS = "digits", "mnist"
+CAPTIONS = 5  # of an image; one is drawn a step
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,15 @@ class Model(Section, where="model"):
             yield f"{self.given('rope')}: width / heads must be divisible by 4"
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             yield f"{self.given('attention')} needs config.model.dtype='bfloat16'"
+
+
+@dataclass(frozen=True)
+class Text(Section, where="text"):
+    """Captions in place of labels; the network is MMDiT."""
+
+    encoder: str = key(
+        "", 'CLIP\'s, whose text half reads captions: folder or hub id; "" = labels'
+    )
 
 
 @dataclass(frozen=True)
@@ -225,6 +235,7 @@ class Config(Section):
     data: Data = Data()
     latents: Latents = Latents()
     model: Model = Model()
+    text: Text = Text()
     transport: Transport = Transport()
     align: Align = Align()
     optim: Optim = Optim()
@@ -267,6 +278,10 @@ class Config(Section):
         if self.sampling.guidance_channels > self.latents.channels:
             guided = self.given("sampling.guidance_channels")
             yield f"{guided} exceeds {self.given('latents.channels')}"
+        if self.text.encoder and self.eval.features:
+            yield f"{self.given('eval.features')}: captions' samples are not scored"
+        if self.text.encoder and self.model.depth < 2:
+            yield f"{self.given('model.depth')}: MMDiT has two blocks or more"
         vae = self.align.vae
         scaled = vae.enabled and not vae.zscore and not vae.loss.startswith("cosine")
         if self.sampling.head_guidance != 1 and not scaled:

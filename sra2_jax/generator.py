@@ -22,7 +22,7 @@ from sra2_jax.run import Run
 from sra2_jax.runtime import versions
 from sra2_jax.section import find
 from sra2_jax.step import Program
-from sra2_jax.weights import load_vae
+from sra2_jax.weights import load_clip, load_vae, tokenizer
 
 # purposes of randomness while sampling; training folds in steps, which stay below
 NOISE, LABELS = 2**31, 2**31 + 1
@@ -65,8 +65,10 @@ def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
 def make_sampler(program: Program) -> Callable[..., Array]:
     """Jitted (params, indices (B,), labels (B,)) -> scaled latents.
 
-    params: of the network and, where one guides, the heads, as a state's `ema`. The
-    noise of image i depends on (config.seed, i) alone, on no batch or devices.
+    params: of the network and, where one guides, the heads, as a state's `ema`. Of a
+    program with captions they have "text" too, and labels are tokens (B, 2, L), of the
+    caption and of the empty one. The noise of image i depends on (config.seed, i)
+    alone, on no batch or devices.
     """
     config, mesh, transport = program.config, program.mesh, program.transport
     s, shape = config.sampling, config.latent_shape
@@ -103,6 +105,10 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             early = align.velocity(early, x, t, network, transport)
             return transport.velocity(output, x, t), early
 
+        null: Array | int = config.data.num_classes
+        if program.reader:
+            read = partial(program.read, params["text"])
+            labels, null = read(labels[:, 0]), read(labels[:, 1])
         x = jax.lax.with_sharding_constraint(
             draw(keys, s.steps), sharding.batch_sharding(mesh)
         )
@@ -110,7 +116,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
             velocity,
             x,
             labels,
-            null=config.data.num_classes,
+            null=null,
             method=s.method,
             steps=s.steps,
             transport=transport,
@@ -127,7 +133,7 @@ class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
     params: a state's `params` or `ema`, for calls without any; settings: what its
-    samples are, for the file they go to.
+    samples are, for the file they go to; text: the encoder of captions.
     """
 
     program: Program
@@ -135,13 +141,17 @@ class Generator:
     vae_params: Any
     params: Any = None
     settings: dict[str, Any] = field(default_factory=dict)
+    text: Any = None
 
     @classmethod
     def of(cls, program: Program) -> "Generator":
-        """With the VAE of the config. Raises UserError: there is none."""
+        """With the VAE of the config, and what reads captions. Raises UserError: there
+        is none."""
         vae, params = load_vae(program.config.vae)
-        params = jax.device_put(params, sharding.replicated(program.mesh))
-        return cls(program, vae, params)
+        text = load_clip(program.config.text.encoder)[1] if program.reader else None
+        place = sharding.replicated(program.mesh)
+        params, text = jax.device_put((params, text), place)
+        return cls(program, vae, params, text=text)
 
     @property
     def config(self) -> Config:
@@ -180,11 +190,14 @@ class Generator:
     def __call__(
         self, indices: np.ndarray, labels: np.ndarray, params: Any = None
     ) -> Iterator[np.ndarray]:
-        """Images of indices (N,) and labels (N,), in batches of uint8 (n, H, W, 3).
+        """Images of indices (N,) and labels (N,), see `make_sampler`, in batches of
+        uint8 (n, H, W, 3).
 
         Raises UserError: values that are no numbers, which would be black.
         """
         params = self.params if params is None else params
+        if self.text is not None:
+            params = {**params, "text": self.text}
         batch, ahead, sample = self.batch, None, make_sampler(self.program)
         rounding = self.config.sampling.rounding
         how = self.vae, self.config.latents, rounding, self._place
@@ -229,9 +242,13 @@ def _finite(decoded: tuple[Array, Array]) -> np.ndarray:
 
 
 def generate(
-    program: Program, params: Any, labels: Sequence[int] | np.ndarray, **sampling: Any
+    program: Program,
+    params: Any,
+    labels: Sequence[int] | Sequence[str] | np.ndarray,
+    **sampling: Any,
 ) -> np.ndarray:
-    """uint8 images (N, H, W, 3) of classes (N,), with the program's VAE.
+    """uint8 images (N, H, W, 3) of classes (N,), or of as many prompts, with the
+    program's VAE.
 
     params: of the network and its heads, as state.ema; sampling: keys of
     config.sampling to change, guidance=1.8.
@@ -240,8 +257,14 @@ def generate(
     """
     values = {f"sampling.{name}": value for name, value in sampling.items()}
     images = Generator.of(program).override(values)
-    indices = np.arange(len(labels))
-    return np.concatenate([*images(indices, np.asarray(labels), params)])
+    rows = prompted(program.config, labels) if program.reader else np.asarray(labels)
+    return np.concatenate([*images(np.arange(len(rows)), rows, params)])
+
+
+def prompted(config: Config, prompts: Any) -> np.ndarray:
+    """Tokens (N, 2, L) of prompts, each beside the empty one."""
+    tokens = tokenizer(config.text.encoder)([*prompts, ""])
+    return np.stack([tokens[:-1], tokens[-1:].repeat(len(prompts), 0)], axis=1)
 
 
 def read_settings(workdir: str, overrides: Mapping[str, str]) -> Config:

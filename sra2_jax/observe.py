@@ -57,6 +57,7 @@ class Observer:
         self.features: Features | None = None
         e, batch = self.config.eval, self.generate.batch
         self._levels: dict[str, float] = {}
+        self._labels = self.grid_classes().repeat(self.config.run.grid_columns)
         if e.features:
             weights = getattr(e, e.features, "")
             self.features = make_features(e.features, weights, program.mesh, batch)
@@ -69,8 +70,12 @@ class Observer:
         # Records of the dataset, decoded.
         rows = self.config.run.grid_classes * self.config.run.grid_columns
         order = replace(Order.of(self.config), batch_size=rows)
-        means = next(batches(dataset, order))["mean"].astype(np.float32)
+        fields = ("captions",) if program.reader else ()
+        found = next(batches(dataset, order, fields=fields))
+        means = found["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
+        if program.reader:  # a sample has the caption of the record at its place
+            self._labels = found["captions"][:, [0, -1]]
 
     def _digits(self, name: str) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""
@@ -141,8 +146,8 @@ class Observer:
 
     def _sample(self, step: int, params: Any) -> None:
         """Write samples/step_STEP.png: the same noise and labels at every step."""
-        labels = self.grid_classes().repeat(self.config.run.grid_columns)
-        parts = self._between(self.generate(np.arange(len(labels)), labels, params))
+        indices = np.arange(len(self._labels))
+        parts = self._between(self.generate(indices, self._labels, params))
         try:
             images = np.concatenate([*parts])
         except UserError as error:

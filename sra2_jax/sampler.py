@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sra2_jax.transport import Transport
 
@@ -35,8 +35,8 @@ class Guidance:
 
 def guided(
     velocity: Velocity,
-    y: Int[Array, " b"],
-    null: int,
+    y: Array,
+    null: Array | int,
     guidance: Guidance,
     head: Guidance = Guidance(),
 ) -> Callable[[Array, Array, Array], Array]:
@@ -57,7 +57,8 @@ def guided(
         # Pairs side by side, so that a sharded batch stays where it is.
         b = x.shape[0]
         x2 = jnp.repeat(x, 2, axis=0)
-        y2 = jnp.stack([y, jnp.full_like(y, null)], axis=1).reshape(2 * b)
+        nulls = jnp.broadcast_to(jnp.asarray(null, y.dtype), y.shape)
+        y2 = jnp.stack([y, nulls], axis=1).reshape(2 * b, *y.shape[1:])
         v = once(x2, t, on, y2).reshape(b, 2, *x.shape[1:])
         cond, uncond = v[:, 0], v[:, 1]
         mixed = uncond + guidance.scale * (cond - uncond)
@@ -93,9 +94,9 @@ def linspace(start: float, end: float, count: int) -> np.ndarray:
 def sample(
     velocity: Velocity,
     x: Float[Array, "b h w c"],
-    y: Int[Array, " b"],
+    y: Array,
     *,
-    null: int,
+    null: Array | int,
     method: str,
     steps: int,
     transport: Transport,
@@ -106,9 +107,9 @@ def sample(
     """Integrate from unit Gaussian noise x at t = 1 to a sample at t = 0, in x's dtype.
 
     Args:
-      velocity: (x, t (B,), y (B,)) -> dx/dt, with `head` a pair of it and of an early
-        block's; guidance doubles B.
-      y: labels; null: the label that stands for no condition.
+      velocity: (x, t (B,), y (B, ...)) -> dx/dt, with `head` a pair of it and of an
+        early block's; guidance doubles B.
+      y: labels (B,), or features of texts (B, L, W); null: that of no condition.
       method: "euler" or "heun" (ODE), "euler_maruyama" (SDE with g^2 = 2t).
       noise: step number -> unit Gaussian noise shaped like x; only the SDE calls it.
     """

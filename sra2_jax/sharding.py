@@ -6,10 +6,11 @@ splits attention heads and hidden channels.
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -17,6 +18,8 @@ from jaxtyping import Array
 from sra2_jax import config
 from sra2_jax.errors import UserError, explained
 
+# (params, ema, frozen, draws, step) -> gradients of params, metrics
+Gradients = Callable[..., Any]
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 ALL = config.Mesh()  # copies of the state on all devices
@@ -156,3 +159,30 @@ def _axes(name: str, shape: tuple[int, ...], mesh: Mesh) -> Sequence[str | None]
     split = [a for a in range(first, len(shape)) if shape[a] % mesh.shape["fsdp"] == 0]
     largest = max(split, key=lambda a: shape[a], default=None)
     return ["fsdp" if a == largest else None for a in range(len(shape))]
+
+
+def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
+    """The mean of `gradients` over n micro-batches of every n-th row, one at a time."""
+    if n == 1:
+        return gradients
+    spec = PartitionSpec(None, *batch_sharding(mesh).spec)
+    place = NamedSharding(mesh, spec)
+
+    def split(x: Array) -> Array:
+        # Strided, so that each device's rows stay on it.
+        x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
+        return jax.lax.with_sharding_constraint(x, place)
+
+    def accumulated(params: Any, ema: Any, frozen: Any, draws: Any, step: Array) -> Any:
+        def of(part: Any) -> Any:
+            return gradients(params, ema, frozen, part, step)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b / n, total, of(part)), None
+
+        parts = jax.tree.map(split, draws)
+        shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    return accumulated

@@ -22,16 +22,17 @@ from sra2_jax import optimizer, sharding
 from sra2_jax.alignment import ALIGNMENTS, Alignment
 from sra2_jax.alignment.base import head_macs
 from sra2_jax.attention import implementation
-from sra2_jax.config import Config
+from sra2_jax.config import CAPTIONS, Config
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply
+from sra2_jax.models.clip import CLIPText
 from sra2_jax.models.dit import DiT
+from sra2_jax.models.mmdit import MMDiT, torch_default
 from sra2_jax.transport import Transport
+from sra2_jax.weights import describe_clip, load_clip
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-# (params, ema, frozen, draws, step) -> gradients of params, metrics
-Gradients = Callable[..., tuple[Any, Metrics]]
 
 
 @flax.struct.dataclass
@@ -65,13 +66,24 @@ class Program:
         """The backbone, for its shapes; `running` computes."""
         size, _, channels = self.config.latent_shape
         model, classes = self.config.model, self.config.data.num_classes
-        return DiT(model, size, channels, classes, dtype=jnp.dtype(model.dtype))
+        dtype = jnp.dtype(model.dtype)
+        if not self.reader:
+            return DiT(model, size, channels, classes, dtype=dtype)
+        own: Any = {"text_tokens": self.reader.config.max_position_embeddings}
+        own["text_width"] = self.reader.config.hidden_size
+        return MMDiT(model, size, channels, classes, dtype=dtype, **own)
+
+    @cached_property
+    def reader(self) -> CLIPText | None:
+        """What reads captions; None where there are labels."""
+        encoder = self.config.text.encoder
+        return describe_clip(encoder) if encoder else None
 
     @cached_property
     def running(self) -> DiT:
         """The backbone with the attention that the device runs best."""
-        m, grid = self.config.model, self.config.grid
-        sizes = grid**2, m.heads, m.width // m.heads
+        m = self.config.model
+        sizes = self.network.tokens, m.heads, m.width // m.heads
         chosen = self.attention or implementation(m.attention, m.dtype, *sizes)
         return self.network.clone(attention=chosen)
 
@@ -99,8 +111,9 @@ class Program:
         tokens, c = jnp.zeros((1, self.network.grid**2, d)), jnp.zeros((1, d))
         key = jax.random.key(self.config.seed)
         first, *keys = jax.random.split(key, 1 + len(self.heads))
+        network = self.network.init(first, *inputs)["params"]
         params = {
-            "network": self.network.init(first, *inputs)["params"],
+            "network": torch_default(network, first) if self.reader else network,
             "heads": {
                 name: head.init(k, tokens, c)["params"]
                 for k, (name, head) in zip(keys, self.heads.items(), strict=True)
@@ -147,39 +160,50 @@ class Program:
     @cached_property
     def fields(self) -> tuple[str, ...]:
         """What the step reads of a record besides latent and label."""
-        return tuple({f: f for a in self.alignments.values() for f in a.fields})
+        captions = ("captions",) if self.reader else ()
+        own = {f: f for a in self.alignments.values() for f in a.fields}
+        return (*captions, *own)
 
     @cached_property
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """A batch of the step, split over the mesh: mean, std (B, h, w, c) float16,
         label (B,) int32, and as `fields` says image (B, R, R, 3) uint8, features
-        (B, T, d) float16."""
+        (B, T, d) float16, captions (B, n + 1, L) uint16, tokens, the last one empty."""
         c, place = self.config, sharding.batch_sharding(self.mesh)
         readers = (a for a in self.alignments.values() if "features" in a.fields)
         width = next((a.features(self.network) for a in readers), 0)
+        length = self.reader.config.max_position_embeddings if self.reader else 0
         rows: dict[str, tuple[tuple[int, ...], Any]] = {
             "mean": (c.latent_shape, jnp.float16),
             "std": (c.latent_shape, jnp.float16),
             "label": ((), jnp.int32),
             "image": ((c.data.resolution, c.data.resolution, 3), jnp.uint8),
             "features": ((c.grid**2, width), jnp.float16),
+            "captions": ((CAPTIONS + 1, length), jnp.uint16),
         }
         return {
             name: jax.ShapeDtypeStruct((c.batch_size, *shape), dtype, sharding=place)
             for name, (shape, dtype) in rows.items()
-            if name in ("mean", "std", "label", *self.fields)
+            if name in ("mean", "std", *self.fields)
+            or (name == "label" and not self.reader)
         }
 
     @cached_property
     def frozen(self) -> dict[str, Any]:
-        """Shapes of the networks that targets run, by alignment."""
+        """Shapes of the networks that targets run, by alignment, and of "text"."""
         place = sharding.replicated(self.mesh)
         found = {name: a.frozen for name, a in self.alignments.items()}
+        found["text"] = self.reader
         return {n: sharding.on(f.shapes(), place) for n, f in found.items() if f}
 
     def load_frozen(self) -> dict[str, Any]:
         """Their parameters on every device. Raises UserError where there are none."""
-        params = {name: self.alignments[name].load() for name in self.frozen}
+        params = {
+            name: self.alignments[name].load()
+            if name in self.alignments
+            else load_clip(self.config.text.encoder)[1]
+            for name in self.frozen
+        }
         return jax.device_put(params, sharding.replicated(self.mesh))
 
     def draw(self, batch: Batch, step: Array) -> Batch:
@@ -200,12 +224,24 @@ class Program:
         noise = jax.random.normal(keys["noise"], z.shape)
         x_t, target = self.transport.interpolate(z, noise, t)
         dropped = jax.random.bernoulli(keys["label"], c.label_dropout, t.shape)
-        y = jnp.where(dropped, c.data.num_classes, batch["label"])
+        if self.reader:
+            key = jax.random.fold_in(keys["label"], 1)
+            drawn = jax.random.randint(key, t.shape, 0, CAPTIONS)
+            which = jnp.where(dropped, CAPTIONS, drawn)[:, None, None]
+            y = jnp.take_along_axis(jnp.asarray(batch["captions"]), which, 1)[:, 0]
+        else:
+            y = jnp.where(dropped, c.data.num_classes, batch["label"])
         draws = {"x_t": x_t, "t": t, "y": y, "target": target}
         clean = {"z": z, "mean": mean, "noise": noise, "t": t}
         for alignment in self.alignments.values():
             draws |= alignment.draw(keys["align"], clean, self.transport)
         return draws | {name: batch[name] for name in self.fields}
+
+    def read(self, text: Any, tokens: Array) -> Array:
+        """A text encoder's features (B, L, W) of captions' tokens (B, L)."""
+        assert self.reader is not None
+        reader = self.reader.clone(dtype=self.network.dtype)
+        return jnp.asarray(apply(reader, text, tokens.astype(jnp.int32)))
 
     def loss(
         self, params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
@@ -230,10 +266,12 @@ class Program:
         """One step. A loss or gradient that is not finite changes nothing but the
         step's number: metrics["skipped"] is 1 then, else 0."""
         draws = self.draw(batch, state.step)
+        if self.reader:
+            draws["y"] = self.read(frozen["text"], draws["y"])
         place = sharding.batch_sharding(self.mesh)
         draws = jax.lax.with_sharding_constraint(draws, place)
         gradients = jax.grad(self.loss, has_aux=True)
-        gradients = accumulate(gradients, self.config.accumulate, self.mesh)
+        gradients = sharding.accumulate(gradients, self.config.accumulate, self.mesh)
         with sharding.within(self.mesh):
             grads, metrics = gradients(
                 state.params, state.ema["network"], frozen, draws, state.step
@@ -289,36 +327,8 @@ class Program:
         macs = 3 * network.macs(network.model.depth)
         macs += 3 * sum(head_macs(h, network.grid**2) for h in heads.values())
         macs += sum(a.macs(network) for a in self.alignments.values())
+        macs += self.reader.macs() if self.reader else 0
         return 2.0 * macs * self.config.batch_size
-
-
-def accumulate(gradients: Gradients, n: int, mesh: Mesh) -> Gradients:
-    """The mean of `gradients` over n micro-batches of every n-th row, one at a time."""
-    if n == 1:
-        return gradients
-    spec = jax.sharding.PartitionSpec(None, *sharding.batch_sharding(mesh).spec)
-    place = jax.sharding.NamedSharding(mesh, spec)
-
-    def split(x: Array) -> Array:
-        # Strided, so that each device's rows stay on it.
-        x = jnp.moveaxis(x.reshape(len(x) // n, n, *x.shape[1:]), 1, 0)
-        return jax.lax.with_sharding_constraint(x, place)
-
-    def accumulated(
-        params: Any, ema: Any, frozen: Any, draws: Batch, step: Array
-    ) -> tuple[Any, Metrics]:
-        def of(part: Batch) -> tuple[Any, Metrics]:
-            return gradients(params, ema, frozen, part, step)
-
-        def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(lambda a, b: a + b / n, total, of(part)), None
-
-        parts = jax.tree.map(split, draws)
-        shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(jnp.zeros_like, shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
-
-    return accumulated
 
 
 def count_parameters(tree: Any) -> int:

@@ -34,6 +34,7 @@ STEPS = {
     "ig_b": {"vae"},
     "irepa_b": {"irepa"},
     "lightning_b": set(),
+    "repa_mmdit_coco": {"encoder"},
     "repa_sra2_b": {"encoder", "vae"},
     "sra_b": {"teacher"},
 }
@@ -46,7 +47,8 @@ def test_configs_are_valid(name):
     on = {n for n, s in vars(program.config.align).items() if s.enabled}
     assert program.abstract.params["heads"].keys() == STEPS.get(name, on)
     image = {"image"} if on & {"encoder", "irepa"} else set()
-    assert program.batch.keys() == {"mean", "std", "label"} | image
+    condition = "captions" if program.reader else "label"
+    assert program.batch.keys() == {"mean", "std", condition} | image
     if name in STEPS:
         inputs = program.abstract, program.batch, program.frozen
         after, metrics = jax.eval_shape(program.update, *inputs)

@@ -194,7 +194,7 @@ def test_a_study_stops_and_goes_on(
 def test_all_have_equal_progress():
     methods, samplings = {"a": {}, "b": {}}, {"b": {"x": {}}}
     plan = study.Plan("", {}, methods, samplings, "a", (10, 20), 2, 1)
-    work = [run[:3] for run in plan.runs()]
+    work = [run[:3] for run in plan.runs(range(2))]
     assert work[:4] == [(10, 0, "a"), (10, 0, "b"), (10, 1, "a"), (10, 1, "b")]
     assert work[4:8] == [(20, *rest) for _, *rest in work[:4]]
     assert work[8:] == [(20, 0, "b"), (20, 1, "b")]

@@ -79,12 +79,12 @@ class ShardWriter:
         self, label: int, index: int, image: bytes | None = None, **arrays: np.ndarray
     ) -> None:
         """Append one record: the label, the index in the source, `arrays` (see
-        `LatentsInfo.arrays`), made float16, and the PNG of the crop where it is stored.
+        `LatentsInfo.arrays`), as raw numbers, and the PNG of the crop if it is stored.
 
         Raises UserError: numbers that float16 does not hold.
         """
         with np.errstate(over="ignore"):
-            halves = {name: x.astype("<f2") for name, x in arrays.items()}
+            halves = {name: x.astype(records.raw(name)) for name, x in arrays.items()}
         for name, x in halves.items():
             if not np.isfinite(x).all():
                 raise UserError(

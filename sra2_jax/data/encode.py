@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sra2_jax.command import Parser
+from sra2_jax.config import CAPTIONS
 from sra2_jax.data import images as image_sources
 from sra2_jax.data import records
 from sra2_jax.data.build import WAITING, Build, ShardWriter
+from sra2_jax.data.captions import captioned
 from sra2_jax.data.check import run_check
 from sra2_jax.data.options import Options, option
 from sra2_jax.data.pixels import to_png
@@ -35,13 +37,14 @@ from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.sharding import batch_sharding, make_mesh, replicated, rounded
-from sra2_jax.weights import load_dinov2, load_vae
+from sra2_jax.weights import describe_clip, load_dinov2, load_vae, tokenizer
 
 # What the records depend on; "listing" is of the images, "weights" of the networks.
 MADE_WITH = (
     "images", "listing", "split", "vae", "weights", "resolution", "store_images",
     "encoder", "grid", "shards", "batch_size", "dtype", "mirror",
 )  # fmt: skip
+OF_TEXTS = "captions", "text_encoder"  # and on these, where there are some
 DTYPES = ("float32", "bfloat16")
 Row = tuple[int, np.ndarray, int]  # index, uint8 (H, W, 3), label
 Arrays = dict[str, np.ndarray]  # by name, (N, ...) float32
@@ -70,6 +73,12 @@ class EncodeOptions(Options):
     mirror: bool = option(
         False, "also a record of each image mirrored: an epoch is twice as long"
     )
+    captions: str = option(
+        "",
+        "of a folder's images, no classes: txt (NAME.txt beside NAME.jpg, one a "
+        "line), or a file as COCO's captions_train2014.json",
+    )
+    text_encoder: str = option("", "whose tokenizer reads them: CLIP folder or hub id")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +88,8 @@ class EncodeOptions(Options):
                 f"--encoder={self.encoder}: give a batch of at least one image, and a "
                 "grid of at least one feature a side only with an encoder"
             )
+        if bool(self.captions) != bool(self.text_encoder):
+            raise UserError("--captions and --text_encoder: give both or none")
         inside = os.path.realpath(self.out).startswith(
             os.path.realpath(self.images) + "/"
         )
@@ -103,14 +114,27 @@ def encode(
     options than the work began with, numbers not finite in float16.
     """
     images = options.images
-    source = image_sources.open_source(images, options.split, options.classes)
+    if options.captions:
+        source = captioned(images, options.captions)
+    else:
+        source = image_sources.open_source(images, options.split, options.classes)
     if source.left_out:
         print(f"{images}: left out: {source.left_out}", file=sys.stderr)
     encoder = Encoder.load(options)
     options = _resolved(options, source.length, encoder)
     facts = {"listing": source.fingerprint, "weights": encoder.weights}
-    made_with = {name: (vars(options) | facts)[name] for name in MADE_WITH}
+    names = (*MADE_WITH, *(OF_TEXTS if options.captions else ()))
+    made_with = {name: (vars(options) | facts)[name] for name in names}
     mirror_offset = options.mirror * source.length
+    read = tokenizer(options.text_encoder) if options.captions else None
+
+    def captions(index: int) -> Arrays:
+        """Tokens of the image's first captions, again where it has fewer, and of none;
+        nothing where the images have labels."""
+        if read is None:
+            return {}
+        texts = itertools.islice(itertools.cycle(source.captions(index)), CAPTIONS)
+        return {"captions": read([*texts, ""])}
 
     def write(writer: ShardWriter, indices: Sequence[int]) -> Iterator[int]:
         rows = image_sources.readable(
@@ -128,7 +152,9 @@ def encode(
                 numbers, pixels, labels = zip(*batch, strict=True)
                 stored = zip(labels, numbers, pool.map(png, pixels), strict=True)
                 for i, row in enumerate(stored):
-                    writer.write(*row, **{name: x[i] for name, x in arrays.items()})
+                    own: dict[str, Any] = {name: x[i] for name, x in arrays.items()}
+                    own |= captions(row[1] % source.length)
+                    writer.write(*row, **own)
                 count = sum(number < source.length for number in numbers)
                 progress(count)
                 yield count
@@ -142,8 +168,16 @@ def encode(
         crop=records.CROP,
         images=options.store_images,
         features=encoder.features,
+        captions=_captions(options.text_encoder),
         mirror_offset=mirror_offset,
     )
+
+
+def _captions(encoder: str) -> records.Captions | None:
+    if not encoder:
+        return None
+    length = describe_clip(encoder).config.max_position_embeddings
+    return records.Captions(encoder, CAPTIONS, length)
 
 
 def _resolved(options: EncodeOptions, length: int, encoder: Encoder) -> EncodeOptions:

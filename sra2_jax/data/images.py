@@ -12,7 +12,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +54,7 @@ class ImageSource:
     entries: (indices=None) -> those with these indices, or all; fingerprint: changes
     with names, labels and order; at_once: shards to write in one pass over `entries`,
     more than 1 where it reads past what it leaves out; left_out: files that are no
-    images, counted by kind, for a person.
+    images, counted by kind, for a person; captions: of an image, where it has some.
     """
 
     name: str
@@ -65,6 +65,7 @@ class ImageSource:
     fingerprint: str
     at_once: int = 1
     left_out: str = ""
+    captions: Callable[[int], Sequence[str]] = lambda index: ()
 
 
 def open_source(
@@ -90,7 +91,7 @@ def open_source(
     return _folder(Path(spec), classes)
 
 
-def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
+def any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
     """`entries` of a source that any image can be had of."""
     return lambda indices=None: map(
         entry, range(length) if indices is None else indices
@@ -142,22 +143,24 @@ def _folder(folder: Path, listed: str | os.PathLike) -> ImageSource:
 
     def entry(index: int) -> Entry:
         label, path = files[index]
-        return Entry(index, _text(path), label, partial(decode_rgb, folder / path))
+        return Entry(index, text_of(path), label, partial(decode_rgb, folder / path))
 
-    names = tuple(map(_text, classes))
-    listing = "\n".join([*names, *(f"{label}/{_text(path)}" for label, path in files)])
+    names = tuple(map(text_of, classes))
+    listing = "\n".join(
+        [*names, *(f"{label}/{text_of(path)}" for label, path in files)]
+    )
     return ImageSource(
         str(folder),
         len(files),
         len(names),
         names,
-        _any_of(entry, len(files)),
+        any_of(entry, len(files)),
         hashlib.sha256(listing.encode()).hexdigest(),
         left_out=", ".join(f"{n} {kind}" for kind, n in sorted(others.items()) if n),
     )
 
 
-def _text(path: str | os.PathLike) -> str:
+def text_of(path: str | os.PathLike) -> str:
     """A name that any file can hold, whatever bytes it is on the disk."""
     return (
         str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -172,7 +175,7 @@ def _digits(name: str, split: str) -> ImageSource:
         return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
 
     count, names, listing = len(images), tuple("0123456789"), f"{name}/{split}"
-    return ImageSource(name, count, 10, names, _any_of(entry, count), listing)
+    return ImageSource(name, count, 10, names, any_of(entry, count), listing)
 
 
 def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
@@ -303,7 +306,7 @@ def readable(
                 yield index + mirror_offset, image[:, ::-1], label
             continue
         # Without addresses of objects, which differ from run to run.
-        text = re.sub(r" at 0x[0-9a-f]+", "", _text(" ".join(str(image).split())))
+        text = re.sub(r" at 0x[0-9a-f]+", "", text_of(" ".join(str(image).split())))
         reason = f"{type(image).__name__}: {text}"
         bad = skip(index, f"{name}\t{reason}")
         # At once, not at the end: the rest of a large source would be encoded in vain.

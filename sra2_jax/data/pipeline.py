@@ -35,8 +35,9 @@ def batches(
     """This process's rows of the global batches start_step, start_step + 1, ...
 
     folder: dataset of latents, local or gs://; start_step: batches to skip, of which
-    nothing is read; fields: "image" and "features", to read them as well, in the same
-    order; process_count: divides a batch, whose rows follow from order and step alone.
+    nothing is read; fields: "image", "features", "captions", to read them as well, in
+    the same order; process_count: divides a batch, whose rows follow from order and
+    step alone.
 
     Returns an endless iterator of what `records.read` gives, latents not scaled.
 

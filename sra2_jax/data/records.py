@@ -3,7 +3,8 @@
 * `latents-SPLIT.tfrecord-XXXXX-of-YYYYY`: tf.train.Example records of one image each:
   `mean`, `std` (raw float16 bytes, (h, w, c), posterior of the VAE, not scaled),
   `label`, `index` (position of the image in the source listing), and where asked for
-  `image` (the crop, PNG) and `features` (raw float16 bytes, (tokens, width));
+  `image` (the crop, PNG), `features` (raw float16 bytes, (tokens, width)) and
+  `captions` (raw uint16 bytes, (n + 1, tokens), the last one empty);
 * `features.json` and `dataset_info.json`, for `tfds.builder_from_directory(folder)`;
 * `latents.json`, the facts of `LatentsInfo`.
 """
@@ -63,6 +64,15 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
+class Captions:
+    """Stored captions: (count + 1, tokens) for an image, by `encoder`'s tokenizer."""
+
+    encoder: str
+    count: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class LatentsInfo:
     """What `latents.json` says about a dataset of latents.
 
@@ -70,9 +80,10 @@ class LatentsInfo:
     scaling_factor, or where `channel_mean` and `channel_std` have a number for each
     channel, (mean + std * N(0, 1) - shift_factor - channel_mean) / channel_std *
     scaling_factor; `latent_mean` and `latent_std` are its statistics over the dataset,
-    one number per channel. `class_names` is empty where the source has none. `images`
-    and `features` say what records hold besides. The mirrored image of record i is the
-    record i + `mirror_offset`, 0 without. `options` are what it was made with.
+    one number per channel. `class_names` is empty where the source has none. `images`,
+    `features` and `captions` say what records hold besides. The mirrored image of
+    record i is the record i + `mirror_offset`, 0 without. `options` are what it was
+    made with.
     """
 
     vae: str
@@ -94,12 +105,15 @@ class LatentsInfo:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     channel_mean: tuple[float, ...] = ()
     channel_std: tuple[float, ...] = ()
+    captions: Captions | None = None
 
     def arrays(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what a record holds as raw float16 bytes, by name."""
+        """Shapes of what a record holds as raw bytes, by name, see `raw`."""
         found: dict[str, tuple[int, ...]] = dict.fromkeys(MOMENTS, self.latent_shape)
         if self.features:
             found["features"] = (self.features.grid**2, self.features.width)
+        if self.captions:
+            found["captions"] = (self.captions.count + 1, self.captions.tokens)
         return found
 
     @classmethod
@@ -119,16 +133,22 @@ class LatentsInfo:
             splits = {k: Shards.of(v) for k, v in fields.pop("splits").items()}
             for split in splits:
                 check_split(split)
-            stored = fields.pop("features", None)
-            features = Features(**stored) if stored else None
+            kinds: dict[str, Any] = {"features": Features, "captions": Captions}
+            for key, kind in kinds.items():
+                fields[key] = kind(**fields[key]) if fields.get(key) else None
             for key, value in fields.items():
                 fields[key] = tuple(value) if isinstance(value, list) else value
-            return cls(splits=splits, features=features, **fields)
+            return cls(splits=splits, **fields)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write `latents.json` into `folder`, all of it or nothing."""
         fields = {"format": FORMAT, **dataclasses.asdict(self)}
         write_whole(epath.Path(folder) / FILE, json.dumps(fields, indent=1) + "\n")
+
+
+def raw(name: str) -> str:
+    """The type of an array in the raw bytes of a record, two bytes a number."""
+    return "<u2" if name == "captions" else "<f2"
 
 
 def check_split(name: str) -> None:
@@ -140,13 +160,15 @@ def check_split(name: str) -> None:
 def check_fields(
     info: LatentsInfo, folder: str | os.PathLike, fields: Sequence[str]
 ) -> None:
-    """Refuse a dataset whose records lack one of `fields`: "image", "features".
+    """Refuse a dataset whose records lack one of `fields`: "image", "features",
+    "captions".
 
     Raises UserError: the field, and the flag of the encoder that stores it.
     """
     for name, stored, flag in (
         ("image", info.images, "--store_images"),
         ("features", info.features, "--encoder=MODEL"),
+        ("captions", info.captions, "--captions"),
     ):
         if name in fields and not stored:
             raise UserError(
@@ -163,7 +185,7 @@ def check(
 ) -> None:
     """Compare a dataset with the config of a run that reads it.
 
-    fields: "image" and "features", where the run reads them.
+    fields: "image", "features" and "captions", where the run reads them.
 
     Raises UserError: one line with every contradiction, and the config key of each.
     """
@@ -181,6 +203,9 @@ def check(
         ("latents.mean", "vae", latents.mean, info.channel_mean),
         ("latents.std", "vae", latents.std, info.channel_std),
     ]
+    if info.captions:
+        own = config.text.encoder
+        rows.append(("text.encoder", "text_encoder", own, info.captions.encoder))
     if stored := info.features:
         # The side of a patch; as text, 2 and not 2.0.
         patch, side = str(config.model.patch_size), f"{h / stored.grid:g}"
@@ -212,16 +237,17 @@ def read(
 ) -> dict[str, np.ndarray]:
     """Arrays of a batch of B records, each a shard and the number in it.
 
-    fields: "image" and "features" where wanted; else they are not touched.
+    fields: "image", "features", "captions" where wanted; else they are not touched.
 
     Returns `label` (B,) int32, `index` (B,) int64, `mean`, `std` (B, h, w, c) float16,
-    `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8.
+    `features` (B, tokens, width) float16, `image` (B, R, R, 3) uint8, `captions`
+    (B, n + 1, tokens) uint16.
 
     Raises Damaged: a record that cannot be read, or is of another schema.
     """
     count, side = len(rows), info.resolution
     shapes = {k: v for k, v in info.arrays().items() if k in (*MOMENTS, *fields)}
-    found = {name: np.empty((count, *v), "<f2") for name, v in shapes.items()}
+    found = {name: np.empty((count, *v), raw(name)) for name, v in shapes.items()}
     found |= {"label": np.empty(count, np.int32), "index": np.empty(count, np.int64)}
     names = [*found, *({"image"} & set(fields))]
     if "image" in fields:
@@ -258,7 +284,7 @@ def write_tfds_metadata(folder: str | os.PathLike, info: LatentsInfo) -> None:
         return {"pythonClassName": core + kind, "tensor": facts}
 
     features = {
-        name: tensor("tensor_feature.Tensor", shape, "float16")
+        name: tensor("tensor_feature.Tensor", shape, np.dtype(raw(name)).name)
         for name, shape in info.arrays().items()
     }
     features["index"] = tensor("scalar.Scalar", (), "int64")

@@ -103,6 +103,11 @@ class DiT(nn.Module):
         """Tokens on a side."""
         return self.size // self.model.patch_size
 
+    @property
+    def tokens(self) -> int:
+        """That attend to each other."""
+        return self.grid**2
+
     def macs(self, depth: int, final: bool = True) -> int:
         """Multiply-accumulates of the first `depth` blocks for one image."""
         m, tokens, d = self.model, self.grid**2, self.model.width

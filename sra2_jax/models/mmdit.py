@@ -57,6 +57,10 @@ class MMDiT(DiT):
     text_tokens: int = 77
     text_width: int = 768
 
+    @property
+    def tokens(self) -> int:
+        return super().tokens + self.text_tokens
+
     def inputs(self) -> tuple[Array, Array, Array]:
         text = jnp.zeros((1, self.text_tokens, self.text_width))
         return *super().inputs()[:2], text

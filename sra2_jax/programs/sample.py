@@ -6,10 +6,11 @@ when run again: finished parts stay in samples.shards/ until the .npz is whole.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -61,12 +62,14 @@ class Parts:
                 raise UserError(f"{path}: {again}") from error
 
 
-def fill(parts: Parts, generate: generator.Generator) -> None:
-    """Make the parts that are missing, with all processes; each writes its share."""
+def fill(parts: Parts, generate: generator.Generator, labels: np.ndarray) -> None:
+    """Make the parts that are missing, with all processes; each writes its share.
+
+    labels: of all images."""
     if not (missing := parts.missing()):
         return
     indices = np.concatenate([parts.indices[n] for n in missing])
-    batches = generate(indices, generator.draw_labels(generate.config, indices))
+    batches = generate(indices, labels[indices])
     images = itertools.chain.from_iterable(watched(batches, len(indices), "sample"))
     for number in missing:
         part = np.stack([*itertools.islice(images, len(parts.indices[number]))])
@@ -74,8 +77,16 @@ def fill(parts: Parts, generate: generator.Generator) -> None:
             parts.write(number, part)
 
 
-def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
+def sample(
+    generate: generator.Generator,
+    out: epath.Path,
+    count: int,
+    prompts: Sequence[str] = (),
+) -> None:
     """Write `count` samples to `out`, from where an earlier call was cut off.
+
+    prompts: of a program with captions; image i is of prompt i, and from the first on
+    again, and arr_1 has their numbers.
 
     Raises UserError: parts of other samples are in the way.
     """
@@ -83,6 +94,13 @@ def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
     # Whole batches: whoever goes on later makes the same ones.
     size = generate.batch * max(1, IMAGES // generate.batch)
     settings = generate.settings | {"count": count, "shard": size}
+    indices = np.arange(count)
+    if generate.program.reader:
+        labels = indices % len(prompts)
+        tokens = generator.prompted(generate.config, prompts)[labels]
+        settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    else:
+        tokens = labels = generator.draw_labels(generate.config, indices)
     parts = Parts(out.with_suffix(".shards"), count, size)
     first, file = jax.process_index() == 0, parts.folder / FILE
     if file.exists():
@@ -91,16 +109,23 @@ def sample(generate: generator.Generator, out: epath.Path, count: int) -> None:
         parts.folder.mkdir(parents=True, exist_ok=True)
         write_json(file, settings)
     multihost_utils.sync_global_devices("settings of the samples")
-    fill(parts, generate)
+    fill(parts, generate, tokens)
     multihost_utils.sync_global_devices("samples")
     if not first:
         return
-    labels = generator.draw_labels(generate.config, np.arange(count))
     arrays = {"arr_1": labels, "settings": np.array(json.dumps(settings))}
     side = generate.config.data.resolution
     write_npz(out, arrays, parts.read(), (count, side, side, 3))
     parts.folder.rmtree()
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
+
+
+def read_prompts(source: str | None) -> list[str]:
+    """The lines of a file, or `source` itself where there is none of that name."""
+    if not source or not epath.Path(source).exists():
+        return [source] if source else []
+    lines = epath.Path(source).read_text().splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -126,15 +151,25 @@ def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add_run_arguments(parser)
     parser.add_argument("--out", required=True, metavar="FILE.npz", help="new file")
-    parser.add_argument("--num", type=int, default=50_000, help="images (%(default)s)")
+    parser.add_argument("--num", type=int, help="images (50,000, or one a prompt)")
+    prompts = "of a run with captions: a file, one a line, or a prompt"
+    parser.add_argument("--prompts", metavar="FILE", help=prompts)
     arguments = parser.parse_args()
     out = new_file(arguments.out, ".npz")
-    if arguments.num < 1:
-        raise UserError(f"--num={arguments.num}: must be at least 1")
+    texts, count = read_prompts(arguments.prompts), arguments.num
+    count = (len(texts) or 50_000) if count is None else count
+    if count < 1:
+        raise UserError(f"--num={count}: must be at least 1")
     config = generator.read_settings(arguments.workdir, arguments.overrides)
+    if bool(config.text.encoder) != bool(texts):
+        raise UserError(
+            f"{arguments.workdir}: needs --prompts, it was trained on captions"
+            if config.text.encoder
+            else f"{arguments.workdir}: was trained on labels: leave out --prompts"
+        )
     runtime.join(arguments)
     generate = generator.open_run(
         arguments.workdir, config, arguments.weights, arguments.step
     )
-    sample(generate, out, arguments.num)
+    sample(generate, out, count, texts)
     runtime.part()

@@ -37,7 +37,7 @@ from sra2_jax.models.dit import DiT
 from sra2_jax.models.mmdit import MMDiT
 from sra2_jax.programs.steps import verify_steps
 from sra2_jax.transport import Transport, coefficients
-from sra2_jax.weights import load_dinov2, load_vae
+from sra2_jax.weights import load_clip, load_dinov2, load_vae
 from sra2_jax.weights.files import read_npz
 from sra2_jax.weights.inception import from_torch_fidelity
 from sra2_jax.weights.sit import from_reference
@@ -91,20 +91,17 @@ def network_of(data: Arrays) -> tuple[DiT, Mapping[str, Any]]:
         shift=not config["wo_shift"],
         learn_sigma=config["learn_sigma"],
     )
-    size, channels, classes = (
-        config[key] for key in ("input_size", "in_channels", "num_classes")
-    )
-    if "context" not in data:
-        return DiT(model, size, channels, classes), config
-    text = dict(
-        zip(("text_tokens", "text_width"), data["context"].shape[1:], strict=True)
-    )
-    return MMDiT(model, size, channels, classes, **text), config
+    sizes = [config[key] for key in ("input_size", "in_channels", "num_classes")]
+    kind: Any = DiT
+    if "context" in data:
+        length, width = data["context"].shape[1:]
+        kind = partial(MMDiT, text_tokens=length, text_width=width)
+    return kind(model, *sizes), config
 
 
 def sit(path: Path, data: Arrays) -> Cases:
-    """The backbone with reference weights, and REPA's or SRA's head on its block;
-    LightningDiT's, with the gradient of its mean square; or MMDiT."""
+    """The backbone with reference weights, REPA's or SRA's head on its block, or the
+    gradient of its mean square."""
     network, config = network_of(data)
     weights = {k[2:]: data[k] for k in data if k.startswith("w/")}
     layers = {}
@@ -171,12 +168,15 @@ def ldm_vae(path: Path, data: Arrays) -> Cases:
     yield "mean_normalised", nchw(scaled), FLOAT32
 
 
-def dinov2(path: Path, data: Arrays) -> Cases:
-    """The encoder loaded from the folder's transformers files."""
-    module, params = load_dinov2(str(path.parent))
-    # As transformers does, should the input have another size than the table.
-    module = module.clone(antialias=False)
-    states = compiled(module, params, nhwc(data["pixel_values"]))
+def transformers(path: Path, data: Arrays) -> Cases:
+    """DINOv2 or CLIP's text encoder, loaded from the folder's transformers files."""
+    folder = str(path.parent)
+    if "input_ids" in data:
+        states = compiled(*load_clip(folder), jnp.asarray(data["input_ids"]))
+    else:
+        module, params = load_dinov2(folder)  # resizes its table as transformers does:
+        module = module.clone(antialias=False)
+        states = compiled(module, params, nhwc(data["pixel_values"]))
     yield "last_hidden_state", states, FLOAT32
 
 
@@ -288,7 +288,7 @@ CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
     "w/x_embedder.proj.weight": sit,
     "moments": vae,
     "mean_normalised": ldm_vae,
-    "last_hidden_state": dinov2,
+    "last_hidden_state": transformers,
     "latents": samplers,
     "linear|alpha": interpolants,
     "smooth_l1_beta005": alignment_losses,

@@ -48,9 +48,9 @@ AGAIN = (
 # Folders
 
 
-def fetch(source: str, weights: str) -> Path:
+def fetch(source: str, weights: str, *others: str) -> Path:
     """The local folder of `source`: a folder, a hub id, or "digits" and "mnist", which
-    are shipped with this package. weights: the file wanted in it.
+    are shipped with this package. weights: the file wanted in it, and others.
 
     Raises UserError: a whole pipeline, or as `from_hub`.
     """
@@ -64,7 +64,8 @@ def fetch(source: str, weights: str) -> Path:
         return folder
     shards = weights.replace(".safetensors", "-*.safetensors")
     advice = f"give a folder with {CONFIG} and {weights}, or owner/name[@revision]"
-    return from_hub(source, advice, [CONFIG, weights, weights + INDEX, shards])
+    wanted = [CONFIG, weights, weights + INDEX, shards, *others]
+    return from_hub(source, advice, wanted)
 
 
 def from_hub(
@@ -118,6 +119,7 @@ class Format(Generic[Network]):
       weights: name of the safetensors file; network, config: our classes.
       only: keys with one value that we implement.
       name: of our modules in the file; current: tensors by the names of today.
+      part: key of our network's config, in the config of a model of several.
     """
 
     weights: str
@@ -126,6 +128,7 @@ class Format(Generic[Network]):
     only: Mapping[str, Any]
     name: tree.Name
     current: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    part: str = ""
 
     def describe(self, source: str) -> tuple[Path, Network]:
         """The folder of `source` and its network.
@@ -134,7 +137,9 @@ class Format(Generic[Network]):
         """
         folder = fetch(source, self.weights)
         path = folder / CONFIG
-        found = {k: v for k, v in read_json(path).items() if v is not None}
+        whole = read_json(path)
+        own = whole.get(self.part, whole)
+        found = {k: v for k, v in own.items() if v is not None}
         for key, only in self.only.items():
             if (value := found.get(key)) != only:
                 wanted = f"only {only!r} is supported, choose another model"

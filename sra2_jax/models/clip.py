@@ -1,0 +1,106 @@
+"""CLIP's text encoder (Radford et al. 2021), which conditions text to image.
+
+The network of `CLIPTextModel` of transformers. `sra2_jax.weights.clip` reads its
+weights. Norms, softmax and the residual stream are float32; matrix products run in
+`dtype`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sra2_jax.models import shapes
+from sra2_jax.models.block import block_macs, dense
+
+NORMAL = nn.initializers.normal(0.02)
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of a text encoder; the defaults are transformers'."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is none of {', '.join(ACTIVATIONS)}")
+
+
+def layer_norm(config: CLIPTextConfig, name: str) -> nn.LayerNorm:
+    """LayerNorm in float32, in two passes."""
+    eps = config.layer_norm_eps
+    return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """Transformer block in which a token attends to those up to itself."""
+
+    config: CLIPTextConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        cfg, (b, n, d) = self.config, x.shape
+        y = layer_norm(cfg, "norm1")(x)
+        q, k, v = (
+            dense(self, d, name)(y).reshape(b, n, cfg.num_attention_heads, -1)
+            for name in ("query", "key", "value")
+        )
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+        x = x + dense(self, d, "attention_out")(y.reshape(b, n, d))
+        y = dense(self, cfg.intermediate_size, "mlp_in")(layer_norm(cfg, "norm2")(x))
+        return x + dense(self, d, "mlp_out")(ACTIVATIONS[cfg.hidden_act](y))
+
+
+class CLIPText(nn.Module):
+    """Text encoder over the numbers of tokens; dtype: of the matrix products."""
+
+    config: CLIPTextConfig
+    scan: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        """The last hidden state, after the last norm: (B, N, hidden_size) float32.
+
+        tokens: at most max_position_embeddings of a text, filled up with its end.
+        """
+        cfg, n = self.config, tokens.shape[1]
+        d, length = cfg.hidden_size, cfg.max_position_embeddings
+        x = nn.Embed(cfg.vocab_size, d, embedding_init=NORMAL, name="tokens")(tokens)
+        positions = nn.Embed(length, d, embedding_init=NORMAL, name="positions")
+        x = x + positions(jnp.arange(n))
+        scan = nn.scan(
+            lambda block, carry, _: (block(carry), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.num_hidden_layers,
+            unroll=1 if self.scan else cfg.num_hidden_layers,
+        )
+        x, _ = scan(Block(cfg, self.dtype, name="blocks"), x, None)
+        return layer_norm(cfg, "norm")(x)
+
+    def shapes(self) -> Any:
+        """ShapeDtypeStructs of its parameters; none is allocated."""
+        return shapes(self, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+    def macs(self) -> int:
+        """Multiply-accumulates for one text of full length."""
+        c = self.config
+        sizes = c.max_position_embeddings, c.hidden_size, c.intermediate_size
+        return c.num_hidden_layers * block_macs(*sizes)

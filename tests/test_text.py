@@ -1,0 +1,228 @@
+"""Text to image: captions from the encoder to samples, with MMDiT."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sra2_jax import sharding
+from sra2_jax.alignment import HEAD_NAMES
+from sra2_jax.config import CAPTIONS, Config
+from sra2_jax.data import records
+from sra2_jax.data.encode import EncodeOptions, encode
+from sra2_jax.generator import generate
+from sra2_jax.models import apply
+from sra2_jax.programs import sample
+from sra2_jax.run import Run
+from sra2_jax.step import Program
+from sra2_jax.train import train
+from sra2_jax.weights.sit import from_reference, to_reference
+from tests.conftest import ROOT, one_line
+from tests.test_encode import read_with_tfds
+
+CLIP, VAE = (str(ROOT / "tests" / "golden" / name) for name in ("clip", "vae"))
+SIDE = 16
+TEXTS = {
+    "a": ["A red digit", "a small red picture"],
+    "deep/b": [f"digit {n}" for n in ("one", "two", "three", "four", "five", "six")],
+    "c": ["blue sky and water"],
+}
+START, END, A, RED, DIGIT = 97, 98, 1, 25, 13
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures with captions beside them, one without, and COCO's file of the same."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rows = {"images": [], "annotations": []}
+    for number, (name, texts) in enumerate(TEXTS.items()):
+        path = folder / "images" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 24), ("red", "white", "blue")[number]).save(path)
+        path.with_suffix(".txt").write_text("\n".join(["", *texts]))
+        rows["images"].append({"id": 7 * number, "file_name": f"{name}.png"})
+        for text in texts:
+            row = {"image_id": 7 * number, "caption": f" {text}\n", "id": 0}
+            rows["annotations"].append(row)
+    Image.new("RGB", (20, 24)).save(folder / "images" / "none.png")
+    (folder / "captions.json").write_text(json.dumps(rows))
+    return folder
+
+
+def encoded(folder, out, captions="txt", **more):
+    own = {"images": str(folder / "images"), "out": str(out), "vae": VAE}
+    own |= {"resolution": SIDE, "captions": captions, "text_encoder": CLIP}
+    return encode(EncodeOptions(**own | more))
+
+
+@pytest.fixture(scope="module")
+def latents(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("latents") / "latents"
+    encoded(folder, out)
+    return out
+
+
+def config(latents, **changes):
+    values = {
+        "steps": 2, "batch_size": 8, "vae": VAE, "text.encoder": CLIP,
+        "data.dir": str(latents), "data.num_classes": 1, "data.resolution": SIDE,
+        "latents.size": 8, "model.width": 32, "model.depth": 3, "model.heads": 2,
+        "model.dtype": "float32", "align.vae.depth": 2, "align.vae.head_layers": 2,
+        "run.log_every": 1, "run.checkpoint_every": 2, "run.grid_columns": 1,
+        "run.grid_classes": 3, "sampling.steps": 3, "sampling.guidance": 2.0,
+        "sampling.batch_size": 8,
+    }  # fmt: skip
+    return Config().override(values | changes)
+
+
+@pytest.fixture(scope="module")
+def run(latents, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    train(config(latents), str(workdir))
+    return workdir
+
+
+def batch(count=8, length=24):
+    draw = np.random.default_rng(0)
+    return {
+        "mean": draw.normal(size=(count, 8, 8, 4)).astype(np.float16),
+        "std": np.full((count, 8, 8, 4), 0.1, np.float16),
+        "captions": draw.integers(0, 97, (count, CAPTIONS + 1, length), np.uint16),
+    }
+
+
+@pytest.mark.usefixtures("heavy")
+def test_captions_become_tokens(folder, latents, tmp_path):
+    """The first five, again where there are fewer, and of the empty one; as COCO keeps
+    them, and for TFDS. An image without one is left out."""
+    info = records.LatentsInfo.read(latents)
+    assert info.captions == records.Captions(CLIP, CAPTIONS, 24)
+    _, rows = read_with_tfds(latents)
+    found = {index: row["captions"] for index, row in rows.items()}
+    assert len(found) == len(TEXTS)  # in the order of names: a, c, deep/b
+    assert found[0][0].tolist()[:6] == [START, A, RED, DIGIT, END, END]
+    np.testing.assert_array_equal(found[0][2], found[0][0])
+    np.testing.assert_array_equal(found[1][4], found[1][0])
+    assert len({row.tobytes() for row in found[2]}) == CAPTIONS + 1
+    for row in found.values():
+        assert row[-1].tolist() == [START] + 23 * [END]
+    encoded(folder, tmp_path / "coco", str(folder / "captions.json"))
+    for index, row in read_with_tfds(tmp_path / "coco")[1].items():
+        np.testing.assert_array_equal(row["captions"], found[index])
+
+
+def test_encode_refuses(folder, tmp_path):
+    (tmp_path / "odd.json").write_text('{"images": []}')
+    with one_line("odd.json: no captions as COCO's"):
+        encoded(folder, tmp_path / "x", str(tmp_path / "odd.json"))
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (20, 24)).save(tmp_path / "bare" / "none.png")
+    with one_line("none of its 1 images has a caption"):
+        encoded(folder, tmp_path / "x", images=str(tmp_path / "bare"))
+    with one_line("give both or none"):
+        encoded(folder, tmp_path / "x", text_encoder="")
+    with one_line("tokenizer.json: no tokenizer"):
+        encoded(folder, tmp_path / "x", text_encoder=VAE)
+
+
+def test_draws(latents):
+    """Each caption as often as the others, the empty one at the rate of dropout."""
+    program = Program(config(latents), sharding.make_mesh(devices=jax.devices()[:1]))
+    rows = batch(4000)
+    rows["captions"][:] = np.arange(CAPTIONS + 1)[:, None]
+    y = np.asarray(jax.jit(program.draw)(rows, jnp.asarray(3))["y"])
+    assert y.shape == (4000, 24)
+    share = np.bincount(y[:, 0]) / 4000
+    assert share[-1] == pytest.approx(0.1, abs=0.015)
+    np.testing.assert_allclose(share[:-1], 0.9 / CAPTIONS, atol=0.02)
+
+
+def test_trains_alike_on_one_and_eight_devices(latents):
+    """With every alignment, scanned or unrolled, split or not."""
+    on = {"align.teacher.enabled": True, "align.teacher.depth": 1}
+    on |= {"align.teacher.teacher_depth": 3}
+    found = []
+    for count, changes in (
+        (1, {}),
+        (8, {"mesh.fsdp": 2, "mesh.tensor": 2, "accumulate": 2, "model.scan": False}),
+    ):
+        own = config(latents, **on | changes)
+        program = Program(own, sharding.make_mesh(own.mesh, jax.devices()[:count]))
+        step, state = program.compile(), program.start()
+        place = sharding.batch_sharding(program.mesh)
+        for _ in range(3):
+            state, metrics = step(state, jax.device_put(batch(), place))
+        found.append({k: float(v) for k, v in metrics.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert {"loss_align_vae", "loss_align_teacher"} <= found[0].keys()
+
+
+def test_init_is_pytorchs(latents):
+    """Kernels and biases uniform within 1 / sqrt(inputs); nothing starts at zero."""
+    program = Program(config(latents), sharding.make_mesh())
+    network = program.start().params["network"]
+    for layer, inputs in ((network["text"], 48), (network["blocks"]["qkv"], 32)):
+        for x in layer.values():
+            bound = inputs**-0.5
+            assert 0.9 * bound < np.abs(x).max() <= bound
+            assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.15)
+    assert np.abs(network["final"]["linear"]["kernel"]).min() > 0
+
+
+def test_weights_go_out_and_come_back(latents):
+    program = Program(config(latents), sharding.make_mesh())
+    params = jax.device_get(program.start().params)
+    names = to_reference(
+        params["network"], params["heads"], HEAD_NAMES, program.network
+    )
+    assert "joint_blocks.2.x_block.mlp.fc1.weight" in names
+    assert "joint_blocks.2.context_block.attn.proj.weight" not in names
+    found = from_reference(names, program.network, params["heads"], HEAD_NAMES)
+    jax.tree.map(
+        np.testing.assert_array_equal, found, (params["network"], params["heads"])
+    )
+
+
+def test_macs_are_those_of_the_products(latents):
+    """XLA counts the operations of one forward pass."""
+    large = config(latents, **{"model.scan": False, "model.width": 256})
+    network = Program(large, sharding.make_mesh()).network
+    shapes = jax.eval_shape(network.init, jax.random.key(0), *network.inputs())
+    run = jax.jit(lambda params, *inputs: apply(network, params, *inputs)[0])
+    counted = run.lower(shapes["params"], *network.inputs()).cost_analysis()["flops"]
+    assert 2 * network.macs(3) == pytest.approx(counted, rel=0.06)
+
+
+def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
+    """Its grid has the captions of the records; a file of prompts, or one."""
+    assert Run(run).samples(2).exists()
+    (tmp_path / "prompts.txt").write_text("a red digit\n\nblue sky\n")
+
+    def made(name, *words):
+        words = ["sample", str(run), f"--out={tmp_path / name}.npz", *words]
+        monkeypatch.setattr("sys.argv", words)
+        sample.main()
+        with np.load(tmp_path / f"{name}.npz") as file:
+            return dict(file)
+
+    both = made("both", f"--prompts={tmp_path / 'prompts.txt'}", "--num=3")
+    assert both["arr_0"].shape == (3, SIDE, SIDE, 3)
+    assert both["arr_1"].tolist() == [0, 1, 0]
+    one = made("one", "--prompts=a red digit")
+    np.testing.assert_array_equal(one["arr_0"], both["arr_0"][:1])
+    program = Program(Run(run).config(), sharding.make_mesh())
+    state = program.start()
+    first, _ = generate(program, state.params, ["a red digit", "blue sky"])
+    assert first.shape == (SIDE, SIDE, 3)
+    with one_line("needs --prompts"):
+        made("none")
+
+
+def test_config_refuses(latents):
+    with one_line("captions' samples are not scored"):
+        config(latents, **{"eval.features": "dinov2", "eval.reference": "x.npz"})
+    with one_line("MMDiT has two blocks or more"):
+        config(latents, **{"model.depth": 1, "align.vae.depth": 1})
