@@ -48,7 +48,7 @@ def write_dataset(folder, examples=EXAMPLES, label=lambda index: index % 10, **e
         splits={"train": manifest(list(writer.facts.values()))},
         latent_mean=(0.0,),
         latent_std=(1.0,),
-        crop=records.CROP,
+        crop="centre",
         versions={},
     )
     info.write(folder)

@@ -36,12 +36,13 @@ START, END, A, RED, DIGIT = 97, 98, 1, 25, 13
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Pictures with captions beside them, one without, and COCO's file of the same."""
+    draw = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("captioned")
     rows = {"images": [], "annotations": []}
     for number, (name, texts) in enumerate(TEXTS.items()):
         path = folder / "images" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), ("red", "white", "blue")[number]).save(path)
+        Image.fromarray(draw.integers(0, 256, (24, 20, 3), np.uint8)).save(path)
         path.with_suffix(".txt").write_text("\n".join(["", *texts]))
         rows["images"].append({"id": 7 * number, "file_name": f"{name}.png"})
         for text in texts:
@@ -109,9 +110,14 @@ def test_captions_become_tokens(folder, latents, tmp_path):
     assert len({row.tobytes() for row in found[2]}) == CAPTIONS + 1
     for row in found.values():
         assert row[-1].tolist() == [START] + 23 * [END]
-    encoded(folder, tmp_path / "coco", str(folder / "captions.json"))
-    for index, row in read_with_tfds(tmp_path / "coco")[1].items():
+    how = {"crop": "square", "store_images": True}
+    encoded(folder, tmp_path / "coco", str(folder / "captions.json"), **how)
+    rows = read_with_tfds(tmp_path / "coco")[1]
+    for index, row in rows.items():
         np.testing.assert_array_equal(row["captions"], found[index])
+    with Image.open(folder / "images" / "a.png") as image:  # cropped as COCO's
+        square = image.crop((0, 2, 20, 22)).resize((SIDE, SIDE), Image.LANCZOS)
+    np.testing.assert_array_equal(rows[0]["image"], square)
 
 
 def test_encode_refuses(folder, tmp_path):

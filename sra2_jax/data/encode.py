@@ -31,7 +31,7 @@ from sra2_jax.data.build import WAITING, Build, ShardWriter
 from sra2_jax.data.captions import captioned
 from sra2_jax.data.check import run_check
 from sra2_jax.data.options import Options, option
-from sra2_jax.data.pixels import to_png
+from sra2_jax.data.pixels import CROPS, to_png
 from sra2_jax.errors import UserError
 from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import patch_features
@@ -44,7 +44,7 @@ MADE_WITH = (
     "images", "listing", "split", "vae", "weights", "resolution", "store_images",
     "encoder", "grid", "shards", "batch_size", "dtype", "mirror",
 )  # fmt: skip
-OF_TEXTS = "captions", "text_encoder"  # and on these, where there are some
+LATER = "captions", "text_encoder", "crop"  # and on these, if they are not the default
 DTYPES = ("float32", "bfloat16")
 Row = tuple[int, np.ndarray, int]  # index, uint8 (H, W, 3), label
 Arrays = dict[str, np.ndarray]  # by name, (N, ...) float32
@@ -72,6 +72,9 @@ class EncodeOptions(Options):
     dtype: str = option(DTYPES[0], "compute type of the networks", choices=DTYPES)
     mirror: bool = option(
         False, "also a record of each image mirrored: an epoch is twice as long"
+    )
+    crop: str = option(
+        "adm", "ADM's, or of the largest square by LANCZOS, as COCO's", choices=CROPS
     )
     captions: str = option(
         "",
@@ -123,8 +126,10 @@ def encode(
     encoder = Encoder.load(options)
     options = _resolved(options, source.length, encoder)
     facts = {"listing": source.fingerprint, "weights": encoder.weights}
-    names = (*MADE_WITH, *(OF_TEXTS if options.captions else ()))
-    made_with = {name: (vars(options) | facts)[name] for name in names}
+    made_with = {name: (vars(options) | facts)[name] for name in MADE_WITH}
+    defaults = vars(EncodeOptions())
+    changed = (name for name in LATER if getattr(options, name) != defaults[name])
+    made_with |= {name: getattr(options, name) for name in changed}
     mirror_offset = options.mirror * source.length
     read = tokenizer(options.text_encoder) if options.captions else None
 
@@ -144,6 +149,7 @@ def encode(
             writer.skip,
             indices=indices,
             mirror_offset=mirror_offset,
+            crop=options.crop,
         )
         with ThreadPoolExecutor(16) as pool:
             png = to_png if options.store_images else lambda image: None
@@ -165,7 +171,7 @@ def encode(
         source.at_once,
         num_classes=source.num_classes,
         class_names=source.class_names,
-        crop=records.CROP,
+        crop=CROPS[options.crop][1],
         images=options.store_images,
         features=encoder.features,
         captions=_captions(options.text_encoder),

@@ -23,7 +23,7 @@ import numpy as np
 
 from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
-from sra2_jax.data.pixels import center_crop, decode_rgb
+from sra2_jax.data.pixels import CROPS, decode_rgb
 from sra2_jax.errors import UserError, explained
 from sra2_jax.runtime import tensorflow
 
@@ -254,7 +254,10 @@ def in_threads(
 
 
 def read(
-    source: ImageSource, size: int, indices: Collection[int] | None = None
+    source: ImageSource,
+    size: int,
+    indices: Collection[int] | None = None,
+    crop: str = "adm",
 ) -> Iterator[tuple[int, str, np.ndarray | Exception, int]]:
     """Decode and crop images of a source in threads, in the order of `indices` where it
     can be read in any.
@@ -267,7 +270,7 @@ def read(
 
     def work(entry: Entry) -> np.ndarray | Exception:
         try:
-            return center_crop(entry.load(), size)
+            return CROPS[crop][0](entry.load(), size)
         # Broken files raise nearly anything: OSError, SyntaxError, struct.error...
         except Exception as error:
             return error
@@ -284,6 +287,7 @@ def readable(
     *,
     indices: Collection[int] | None = None,
     mirror_offset: int = 0,
+    crop: str = "adm",
 ) -> Iterator[tuple[int, np.ndarray, int]]:
     """(index, image, label) of the images that decode, as `read` gives them.
 
@@ -294,7 +298,7 @@ def readable(
 
     Raises UserError: too many are unreadable, or a label is no class.
     """
-    for index, name, image, label in read(source, size, indices):
+    for index, name, image, label in read(source, size, indices, crop):
         if not 0 <= label < source.num_classes:
             raise UserError(
                 f"{source.name}: {name} has no valid label ({label}); choose a split "

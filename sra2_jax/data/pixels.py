@@ -1,4 +1,4 @@
-"""Image files to arrays and back, and the centre crop of ADM."""
+"""Image files to arrays and back, and centre crops."""
 
 import io
 import math
@@ -41,6 +41,25 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
         return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box))
     picture = picture.resize((width, height), resample=Image.Resampling.BICUBIC)
     return np.asarray(picture)[y : y + size, x : x + size]
+
+
+def square_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The central square of an image (H, W, 3), by LANCZOS to (size, size, 3).
+
+    Source: U-ViT's `center_crop`, with which REPA's COCO was made.
+    """
+    h, w, _ = image.shape
+    side = min(h, w)
+    y, x = (h - side) // 2, (w - side) // 2
+    square = Image.fromarray(image[y : y + side, x : x + side])
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+
+
+# name -> the crop, and what `latents.json` says of it
+CROPS = {
+    "adm": (center_crop, "centre (ADM: BOX halvings, then BICUBIC)"),
+    "square": (square_crop, "centre (the largest square, by LANCZOS)"),
+}
 
 
 def decode_rgb(file: str | os.PathLike | io.BytesIO) -> np.ndarray:

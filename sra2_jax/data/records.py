@@ -32,7 +32,6 @@ FORMAT = 1
 MOMENTS = ("mean", "std")
 FILE = "latents.json"
 ENCODE = "python -m sra2_jax encode"
-CROP = "centre (ADM: BOX halvings, then BICUBIC)"
 
 
 @dataclasses.dataclass(frozen=True)
