@@ -36,10 +36,15 @@ MIN_SHARDED_SIZE = 2**16
 # Name of a parameter -> mesh axes of its dimensions. Blocks are stacked: their first
 # dimension is their number. What no rule names is split over fsdp along its largest
 # dimension. Optimizer moments and EMA have their parameter's name and so its place.
+INTO, OUT = r"(text_)?(qkv|mlp_in|gated_in|modulation)", r"(text_)?\w+_out"
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"blocks/(qkv|mlp_in|gated_in|modulation)/kernel$", (None, "fsdp", "tensor")),
-    (r"blocks/(qkv|mlp_in|gated_in|modulation)/bias$", (None, "tensor")),
-    (r"blocks/(attention_out|mlp_out|gated_out)/kernel$", (None, "tensor", "fsdp")),
+    (rf"blocks/{INTO}/kernel$", (None, "fsdp", "tensor")),
+    (rf"blocks/{INTO}/bias$", (None, "tensor")),
+    (rf"blocks/{OUT}/kernel$", (None, "tensor", "fsdp")),
+    # MMDiT's last block lies alone.
+    (rf"last/{INTO}/kernel$", ("fsdp", "tensor")),
+    (rf"last/{INTO}/bias$", ("tensor",)),
+    (rf"last/{OUT}/kernel$", ("tensor", "fsdp")),
     # Small; a lookup in a split table would cost an exchange of the whole batch.
     (r"label/embedding$", (None, None)),
 )

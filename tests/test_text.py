@@ -146,8 +146,9 @@ def test_draws(latents):
     np.testing.assert_allclose(share[:-1], 0.9 / CAPTIONS, atol=0.02)
 
 
-def test_trains_alike_on_one_and_eight_devices(latents):
-    """With every alignment, scanned or unrolled, split or not."""
+def test_trains_alike_on_one_and_eight_devices(latents, monkeypatch):
+    """With two alignments, scanned or unrolled; split, both streams of all blocks."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
     on = {"align.teacher.enabled": True, "align.teacher.depth": 1}
     on |= {"align.teacher.teacher_depth": 3}
     found = []
@@ -162,6 +163,10 @@ def test_trains_alike_on_one_and_eight_devices(latents):
         for _ in range(3):
             state, metrics = step(state, jax.device_put(batch(), place))
         found.append({k: float(v) for k, v in metrics.items()})
+    for block in (state.params["network"][name] for name in ("blocks", "last")):
+        for layer in ("qkv", "mlp_out", "text_qkv"):
+            kernel = block[layer]["kernel"]
+            assert 4 * kernel.addressable_shards[0].data.size == kernel.size
     assert found[0] == pytest.approx(found[1], rel=1e-4)
     assert {"loss_align_vae", "loss_align_teacher"} <= found[0].keys()
 
