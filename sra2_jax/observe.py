@@ -1,5 +1,6 @@
 """What a person sees of a run while it trains: pictures, metrics, the report."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from sra2_jax.report.page import write_report
 from sra2_jax.run import Run
 from sra2_jax.runtime import Stop, Watch, anywhere, versions
 from sra2_jax.step import Program
+from sra2_jax.weights import spelled
 
 # Pictures smaller than this are enlarged, so that a viewer shows them at a usable size.
 MIN_PICTURE = 640
@@ -42,7 +44,7 @@ class Observer:
     All processes call it together; one writes. It raises `Stop` between batches of
     samples where a signal has come.
 
-    dataset: folder of the latents.
+    dataset: folder of the latents. facts: for run.json, the prompts of a grid's rows.
 
     Raises UserError: config.vae cannot be loaded, or nothing to score against.
     """
@@ -57,6 +59,7 @@ class Observer:
         self.features: Features | None = None
         e, batch = self.config.eval, self.generate.batch
         self._levels: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
         self._labels = self.grid_classes().repeat(self.config.run.grid_columns)
         if e.features:
             weights = getattr(e, e.features, "")
@@ -74,8 +77,12 @@ class Observer:
         found = next(batches(dataset, order, fields=fields))
         means = found["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
-        if program.reader:  # a sample has the caption of the record at its place
-            self._labels = found["captions"][:, [0, -1]]
+        if program.reader:
+            captions = found["captions"][: self.config.run.grid_classes, [0, -1]]
+            self._labels = captions.repeat(self.config.run.grid_columns, axis=0)
+            with contextlib.suppress(UserError):  # where there is no tokenizer
+                encoder = self.config.text.encoder
+                self.facts["prompts"] = spelled(encoder, captions[:, 0])
 
     def _digits(self, name: str) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""

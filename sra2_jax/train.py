@@ -74,7 +74,8 @@ def train(config: Config, workdir: str, watch: Watch | None = None) -> None:
             began = time.perf_counter()
             step = program.compile(frozen)
             seconds = time.perf_counter() - began
-        run.write("run", facts(program, seconds) | {"latents": dataset})
+        own = facts(program, seconds) | observer.facts
+        run.write("run", own | {"latents": dataset})
         log.message(f"{run}: step {start} of {config.steps}, compile {seconds:.1f} s")
         with closing(batches(config, program, start, folder)) as ready:
             profile = Profile(run, config)

@@ -210,6 +210,15 @@ def test_macs_are_those_of_the_products(latents):
 def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
     """Its grid has the captions of the records; a file of prompts, or one."""
     assert Run(run).samples(2).exists()
+    prompts = Run(run).read("run")["prompts"]
+    assert (
+        {"blue sky and water"}
+        < set(prompts)
+        < {t.lower() for x in TEXTS.values() for t in x}
+    )
+    assert all(
+        f"<li>{prompt}</li>" in Run(run).report.read_text() for prompt in prompts
+    )
     (tmp_path / "prompts.txt").write_text("a red digit\n\nblue sky\n")
 
     def made(name, *words):

@@ -136,6 +136,7 @@ class Page:
             )
         self.series = read_series(run.rows())
         self.step = int(max((s[-1] for s, _ in self.series.values()), default=0))
+        self.prompts = self.facts.get("prompts", ())  # of the rows of a grid
         self.measured = MEASURED.get(lookup(self.config, "eval", "features"), ())
         # Of each alignment that is on; a run of an older version has not written them.
         self.methods: list[dict[str, Any]] = self.facts.get("methods") or [
@@ -151,6 +152,9 @@ class Page:
         claims = (f"block {m['depth']} aligned with {m['aim']}" for m in self.methods)
         return {
             "kind": " + ".join(m["title"] for m in self.methods) or "vanilla",
+            "network": "An MMDiT"
+            if lookup(self.config, "text", "encoder")
+            else "A SiT",
             "claim": ", ".join(claims) or "nothing aligned",
             "parameters": short(number(self.facts, "parameters", "network")),
             "source": Path(str(source)).name,  # not the author's home
@@ -187,9 +191,13 @@ class Page:
             for name, words in PICTURES.items()
         ]
         for step, path in self.grids[-1:]:
-            what = f"step {step:,}, one class to a row"
+            kind = "prompt" if self.prompts else "class"
+            what = f"step {step:,}, one {kind} to a row"
             figures.append(figure(path, "Samples", what, LARGE))
         nothing = "No pictures yet: training writes them to images/."
+        if self.prompts:
+            rows = "".join(f"<li>{text(prompt)}</li>" for prompt in self.prompts)
+            figures.append(f"<ol>{rows}</ol>")
         return "".join(figures) or missing(nothing)
 
     def strip(self) -> dict[str, str]:
@@ -255,7 +263,8 @@ class Page:
             for kind in ("html", "css", "js")
         )
         config, machine = flat(self.config), self.versions | self.facts
-        machine.pop("methods", None)
+        for key in ("methods", "prompts"):
+            machine.pop(key, None)
         steps = number(config, "steps") or 0
         words = {key: text(value) for key, value in (config | self.header()).items()}
         return Fields(page).substitute(

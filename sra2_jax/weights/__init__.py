@@ -1,6 +1,6 @@
 """Published weights, read."""
 
-from sra2_jax.weights.clip import describe_clip, load_clip, tokenizer
+from sra2_jax.weights.clip import describe_clip, load_clip, spelled, tokenizer
 from sra2_jax.weights.dinov2 import describe_dinov2, load_dinov2
 from sra2_jax.weights.inception import load_inception
 from sra2_jax.weights.vae import describe_vae, load_vae, read_statistics
@@ -14,5 +14,6 @@ __all__ = [
     "load_inception",
     "load_vae",
     "read_statistics",
+    "spelled",
     "tokenizer",
 ]

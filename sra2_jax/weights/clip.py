@@ -1,6 +1,7 @@
 """Published weights of CLIP's text encoder, in the folder format of transformers."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,25 @@ def describe_clip(source: str) -> CLIPText:
     return FORMAT.describe(source)[1]
 
 
+def spelled(source: str, tokens: np.ndarray) -> list[str]:
+    """The texts of tokens (N, L). Raises UserError: as `tokenizer`."""
+    found = _tokenizer(source)
+    ends = set(found.encode("").ids)
+    rows = [[n for n in row if n not in ends] for row in tokens.tolist()]
+    texts: list[str] = found.decode_batch(rows)
+    return texts
+
+
+def _tokenizer(source: str) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError:
+        raise UserError("captions need it: pip install -e '.[text]'") from None
+    path = fetch(source, FORMAT.weights, TOKENIZER) / TOKENIZER
+    with explained(f"{path}: no tokenizer", "fetch it again, or choose another"):
+        return Tokenizer.from_file(str(path))
+
+
 def tokenizer(source: str) -> Callable[[Sequence[str]], np.ndarray]:
     """Texts -> uint16 (N, L), the numbers of their tokens, cut off at the encoder's
     length or filled up with their end, as ViT-L/14 has it. source: as of `load_clip`,
@@ -62,13 +82,7 @@ def tokenizer(source: str) -> Callable[[Sequence[str]], np.ndarray]:
 
     Raises UserError: there is none, or no package that reads it.
     """
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError:
-        raise UserError("captions need it: pip install -e '.[text]'") from None
-    path = fetch(source, FORMAT.weights, TOKENIZER) / TOKENIZER
-    with explained(f"{path}: no tokenizer", "fetch it again, or choose another"):
-        found = Tokenizer.from_file(str(path))
+    found = _tokenizer(source)
     length = describe_clip(source).config.max_position_embeddings
     found.enable_truncation(length)
 
