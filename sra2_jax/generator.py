@@ -52,7 +52,12 @@ def _keys(config: Config, purpose: int, indices: Any) -> Array:
 
 def draw_labels(config: Config, indices: np.ndarray) -> np.ndarray:
     """Class (N,) of each image: a function of (config.seed, index) alone, random as
-    ADM's, SiT's and REPA's, or "balanced", index mod classes."""
+    ADM's, SiT's and REPA's, or "balanced", index mod classes.
+
+    Raises UserError: captions have none.
+    """
+    if config.text.encoder:
+        raise UserError("a run with captions has no classes to draw: sample prompts")
     classes = config.data.num_classes
     if config.sampling.labels == "balanced":
         return np.asarray(indices) % classes

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from sra2_jax import sharding
@@ -13,9 +14,9 @@ from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.config import CAPTIONS, Config
 from sra2_jax.data import records
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.generator import generate
+from sra2_jax.generator import draw_labels, generate, open_run
 from sra2_jax.models import apply
-from sra2_jax.programs import sample
+from sra2_jax.programs import convert, sample
 from sra2_jax.run import Run
 from sra2_jax.step import Program
 from sra2_jax.train import train
@@ -195,6 +196,28 @@ def test_weights_go_out_and_come_back(latents):
     jax.tree.map(
         np.testing.assert_array_equal, found, (params["network"], params["heads"])
     )
+
+
+def test_a_file_becomes_a_run(latents, tmp_path, monkeypatch, as_file):
+    """And has no classes, to fine-tune for or to draw."""
+    own = config(latents)
+    program = Program(own, sharding.make_mesh())
+    network = jax.device_get(program.start().params["network"])
+    np.savez(
+        tmp_path / "x.npz", **to_reference(network, {}, HEAD_NAMES, program.network)
+    )
+    words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run".split()
+    words.append(f"--config={as_file(ConfigDict(own.to_dict()))}")
+    monkeypatch.setattr("sys.argv", words)
+    convert.main()
+    images = open_run(str(tmp_path / "run"), own)
+    jax.tree.map(np.testing.assert_array_equal, images.params["network"], network)
+    again = [*words, f"--workdir={tmp_path}/other", "--classes=3"]
+    monkeypatch.setattr("sys.argv", again)
+    with one_line("captions have none"):
+        convert.main()
+    with one_line("no classes to draw"):
+        draw_labels(own, np.arange(3))
 
 
 def test_macs_are_those_of_the_products(latents):

@@ -60,6 +60,8 @@ def import_file(
         raise UserError(f"{run}: holds checkpoints already: use another --workdir")
     contents = files.read_file(file)
     reverse = reverse or contents.reverse
+    if classes and config.text.encoder:
+        raise UserError("--classes: captions have none")
     if classes:
         config = config.override({"data.num_classes": classes})
     step = contents.step or 1 if step is None else step
@@ -116,10 +118,10 @@ def _state(program: Program, raw: Trees, ema: Trees, step: int, relabel: bool) -
     so asked labels but for the null label."""
     state = program.start()
     wanted = state.params["heads"]
-    fresh = np.asarray(state.params["network"]["label"]["embedding"])[:-1]
 
     def complete(network: Params, heads: dict[str, Params]) -> Any:
         if relabel:
+            fresh = np.asarray(state.params["network"]["label"]["embedding"])[:-1]
             null = network["label"]["embedding"][-1:]
             network = network | {"label": {"embedding": np.concatenate([fresh, null])}}
         heads = wanted | ema[1] | raw[1] | heads
