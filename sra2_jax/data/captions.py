@@ -30,7 +30,7 @@ def captioned(spec: str, captions: str) -> ImageSource:
     if captions == "txt":
         for path in images:
             file = (folder / path).with_suffix(".txt")
-            text = file.read_text(encoding="utf-8") if file.exists() else ""
+            text = file.read_text("utf-8-sig", "replace") if file.exists() else ""
             texts[path] = [line.strip() for line in text.splitlines() if line.strip()]
     files = [path for path in images if texts.get(path)]
     if not files:
