@@ -1,6 +1,7 @@
 """Text to image: captions from the encoder to samples, with MMDiT."""
 
 import json
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sra2_jax import sharding
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.config import CAPTIONS, Config
 from sra2_jax.data import records
+from sra2_jax.data.captions import captioned
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.generator import draw_labels, generate, open_run
 from sra2_jax.models import apply
@@ -121,9 +123,42 @@ def test_captions_become_tokens(folder, latents, tmp_path):
     np.testing.assert_array_equal(rows[0]["image"], square)
 
 
+def test_tars_and_tables_hold_the_same(folder, tmp_path):
+    """webdataset's, in two files, and Hugging Face's, in two row groups."""
+    import pyarrow
+    from pyarrow import parquet
+
+    root, kinds = folder / "images", {}
+    names = [str(p.relative_to(root)) for p in sorted(root.rglob("*.png"))]
+    wanted = captioned(str(root), "txt")
+    for part in (0, 1):
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+            for name in names[part::2]:
+                for file in (name, name.replace("png", "txt")):
+                    if (root / file).exists():
+                        tar.add(root / file, file)
+    kinds["txt"] = captioned(str(tmp_path), "txt")
+    texts = [TEXTS.get(name.removesuffix(".png")) for name in names]
+    images = [{"bytes": (root / name).read_bytes(), "path": name} for name in names]
+    table = pyarrow.table({"image": images, "texts": texts})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=2)
+    kinds["texts"] = captioned(str(tmp_path / "x.parquet"), "texts")
+    for source in kinds.values():
+        assert source.left_out == wanted.left_out == "1 images without caption"
+        found = {
+            source.captions(e.index)[0]: e.load() for e in source.entries([2, 0, 1])
+        }
+        assert len(found) == source.length == 3
+        for entry in wanted.entries():
+            image = found[wanted.captions(entry.index)[0]]
+            np.testing.assert_array_equal(image, entry.load())
+    with one_line("its columns are ['image', 'texts']"):
+        captioned(str(tmp_path / "x.parquet"), "text")
+
+
 def test_encode_refuses(folder, tmp_path):
     (tmp_path / "odd.json").write_text('{"images": []}')
-    with one_line("odd.json: no captions as COCO's"):
+    with one_line("captions cannot be read"):
         encoded(folder, tmp_path / "x", str(tmp_path / "odd.json"))
     (tmp_path / "bare").mkdir()
     Image.new("RGB", (20, 24)).save(tmp_path / "bare" / "none.png")

@@ -1,55 +1,145 @@
-"""Folders of images with captions."""
+"""Images with captions: folders, webdataset's tars, Hugging Face's Parquet."""
 
+import functools
 import hashlib
+import io
 import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any
 
-from sra2_jax.data.images import Entry, ImageSource, any_of, list_images, text_of
+import numpy as np
+
+from sra2_jax.data.images import SUFFIXES, Entry, ImageSource, list_images, text_of
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError, explained
 
+# of an image: its name, its captions, and what decodes it
+Row = tuple[str, list[str], Callable[[], np.ndarray]]
+
 
 def captioned(spec: str, captions: str) -> ImageSource:
-    """The images below a folder that have captions, without classes.
+    """The images of a source that have captions, without classes.
 
-    captions: "txt", of NAME.txt beside NAME.jpg, a caption a line; or a file as COCO's,
-    {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}.
+    captions: of a folder or of .tar files "txt", NAME.txt beside NAME.jpg, a caption a
+    line; of .parquet files, whose images are the column "image", another column, texts
+    or lists of them; or a file as COCO's, {"images": [{"id", "file_name"}],
+    "annotations": [{"image_id", "caption"}]}.
 
-    Raises UserError: no folder, no image with a caption, or another file.
+    Raises UserError: no image with a caption, or what cannot be read.
     """
-    folder, texts = Path(spec), dict[Path, list[str]]()
-    if captions != "txt":
-        with explained(f"{captions}: no captions as COCO's", "see sra2 encode --help"):
-            found = json.loads(Path(captions).read_text(encoding="utf-8"))
-            names = {row["id"]: Path(row["file_name"]) for row in found["images"]}
-            for row in found["annotations"]:
-                lines = " ".join(row["caption"].split())
-                texts.setdefault(names[row["image_id"]], []).append(lines)
-    images, _ = list_images(folder)
-    if captions == "txt":
-        for path in images:
-            file = (folder / path).with_suffix(".txt")
-            text = file.read_text("utf-8-sig", "replace") if file.exists() else ""
-            texts[path] = [line.strip() for line in text.splitlines() if line.strip()]
-    files = [path for path in images if texts.get(path)]
-    if not files:
-        raise UserError(f"{folder}: none of its {len(images)} images has a caption")
+    path = Path(spec)
+    found: dict[str, Callable[[list[Path], str], Iterator[Row]]]
+    found = {".parquet": _tables, ".tar": _tars}
+    rows, forward = None, False
+    with explained(f"{spec}: captions cannot be read", "see sra2 encode --help"):
+        for suffix, read in found.items():
+            files = sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path]
+            if files and files[0].suffix == suffix:
+                rows, forward = list(read(files, captions)), suffix == ".parquet"
+                break
+        else:
+            rows = list(_folder(path, captions))
+    whole = [row for row in rows if row[1]]
+    if not whole:
+        raise UserError(f"{spec}: none of its {len(rows)} images has a caption")
 
-    def entry(index: int) -> Entry:
-        path = files[index]
-        return Entry(index, text_of(path), 0, partial(decode_rgb, folder / path))
+    def entries(indices: Sequence[int] | None = None) -> Iterator[Entry]:
+        wanted = range(len(whole)) if indices is None else indices
+        for index in sorted(wanted) if forward else wanted:
+            name, _, load = whole[index]
+            yield Entry(index, name, 0, load)
 
-    listing = json.dumps([[text_of(path), texts[path]] for path in files])
+    listing = json.dumps([[name, texts] for name, texts, _ in whole])
+    bare = len(rows) - len(whole)
     return ImageSource(
-        str(folder),
-        len(files),
+        spec,
+        len(whole),
         1,
         (),
-        any_of(entry, len(files)),
+        entries,
         hashlib.sha256(listing.encode()).hexdigest(),
-        left_out=f"{n} images without caption"
-        if (n := len(images) - len(files))
-        else "",
-        captions=lambda index: texts[files[index]],
+        at_once=16 if forward else 1,
+        left_out=f"{bare} images without caption" if bare else "",
+        captions=lambda index: whole[index][1],
     )
+
+
+def _lines(text: bytes) -> list[str]:
+    lines = text.decode("utf-8-sig", "replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _folder(folder: Path, captions: str) -> Iterator[Row]:
+    texts: dict[Path, list[str]] = {}
+    if captions != "txt":
+        found = json.loads(Path(captions).read_text(encoding="utf-8"))
+        names = {row["id"]: Path(row["file_name"]) for row in found["images"]}
+        for row in found["annotations"]:
+            line = " ".join(row["caption"].split())
+            texts.setdefault(names[row["image_id"]], []).append(line)
+    for path in list_images(folder)[0]:
+        file = (folder / path).with_suffix(".txt")
+        if captions == "txt" and file.exists():
+            texts[path] = _lines(file.read_bytes())
+        load = partial(decode_rgb, folder / path)
+        yield text_of(path), texts.get(path, []), load
+
+
+def _tars(tars: list[Path], captions: str) -> Iterator[Row]:
+    """A sample are the members whose names are alike up to the first dot."""
+
+    def piece(tar: Path, member: tarfile.TarInfo) -> bytes:
+        with tar.open("rb") as file:
+            file.seek(member.offset_data)
+            return file.read(member.size)
+
+    def load(tar: Path, member: tarfile.TarInfo) -> np.ndarray:
+        return decode_rgb(io.BytesIO(piece(tar, member)))
+
+    for tar in tars:
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        with tarfile.open(tar, "r:") as file:
+            for member in filter(tarfile.TarInfo.isfile, file):
+                name = PurePosixPath(member.name)
+                stem, _, suffix = name.name.partition(".")
+                own = samples.setdefault(str(name.with_name(stem)), {})
+                own[f".{suffix}".lower()] = member
+        for stem, own in samples.items():
+            image = next((own[s] for s in SUFFIXES if s in own), None)
+            if image:
+                texts = _lines(piece(tar, own[".txt"])) if ".txt" in own else []
+                yield f"{tar.name}/{stem}", texts, partial(load, tar, image)
+
+
+def _tables(files: list[Path], captions: str) -> Iterator[Row]:
+    with explained("Parquet", "pip install -e '.[arrow]'", ModuleNotFoundError):
+        from pyarrow import parquet
+
+    lock = Lock()
+
+    @functools.lru_cache(2)  # read by many threads, one row group after the other
+    def group(path: Path, number: int) -> Any:
+        with parquet.ParquetFile(path) as file:
+            return file.read_row_group(number, ["image"]).column("image")
+
+    def load(path: Path, number: int, row: int) -> np.ndarray:
+        with lock:
+            image = group(path, number)[row].as_py()
+        data = image if isinstance(image, bytes) else image["bytes"]
+        return decode_rgb(io.BytesIO(data))
+
+    for path in files:
+        with parquet.ParquetFile(path) as file:
+            if captions not in file.schema_arrow.names:
+                raise ValueError(f"its columns are {file.schema_arrow.names}")
+            for number in range(file.metadata.num_row_groups):
+                column = file.read_row_group(number, [captions]).column(captions)
+                for row, texts in enumerate(column.to_pylist()):
+                    lines = [texts] if isinstance(texts, str) else texts or []
+                    lines = [" ".join(line.split()) for line in lines]
+                    read = partial(load, path, number, row)
+                    yield f"{path.name}/{number}/{row}", [x for x in lines if x], read

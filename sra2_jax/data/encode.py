@@ -78,8 +78,8 @@ class EncodeOptions(Options):
     )
     captions: str = option(
         "",
-        "of a folder's images, no classes: txt (NAME.txt beside NAME.jpg, one a "
-        "line), or a file as COCO's captions_train2014.json",
+        "for classes: txt (NAME.txt beside NAME.jpg, in folders or .tar), a column of "
+        ".parquet, or a file as COCO's captions_train2014.json",
     )
     text_encoder: str = option("", "whose tokenizer reads them: CLIP folder or hub id")
 

@@ -91,7 +91,7 @@ def open_source(
     return _folder(Path(spec), classes)
 
 
-def any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
+def _any_of(entry: Callable[[int], Entry], length: int) -> Callable[..., Iterator]:
     """`entries` of a source that any image can be had of."""
     return lambda indices=None: map(
         entry, range(length) if indices is None else indices
@@ -154,7 +154,7 @@ def _folder(folder: Path, listed: str | os.PathLike) -> ImageSource:
         len(files),
         len(names),
         names,
-        any_of(entry, len(files)),
+        _any_of(entry, len(files)),
         hashlib.sha256(listing.encode()).hexdigest(),
         left_out=", ".join(f"{n} {kind}" for kind, n in sorted(others.items()) if n),
     )
@@ -175,7 +175,7 @@ def _digits(name: str, split: str) -> ImageSource:
         return Entry(index, f"{name}/{split}/{index}", int(labels[index]), load)
 
     count, names, listing = len(images), tuple("0123456789"), f"{name}/{split}"
-    return ImageSource(name, count, 10, names, any_of(entry, count), listing)
+    return ImageSource(name, count, 10, names, _any_of(entry, count), listing)
 
 
 def _tfds(name: str, split: str, labelled: bool) -> ImageSource:
