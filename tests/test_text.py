@@ -277,7 +277,8 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
     assert all(
         f"<li>{prompt}</li>" in Run(run).report.read_text() for prompt in prompts
     )
-    (tmp_path / "prompts.txt").write_text("a red digit\n\nblue sky\n")
+    both_file = tmp_path / "prompts.txt"
+    both_file.write_text("a red digit\n\nblue sky\n")
 
     def made(name, *words):
         words = ["sample", str(run), f"--out={tmp_path / name}.npz", *words]
@@ -286,11 +287,18 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
         with np.load(tmp_path / f"{name}.npz") as file:
             return dict(file)
 
-    both = made("both", f"--prompts={tmp_path / 'prompts.txt'}", "--num=3")
+    both = made("both", f"--prompts={both_file}", "--num=3")
     assert both["arr_0"].shape == (3, SIDE, SIDE, 3)
     assert both["arr_1"].tolist() == [0, 1, 0]
     one = made("one", "--prompts=a red digit")
     np.testing.assert_array_equal(one["arr_0"], both["arr_0"][:1])
+    words = [*f"sample {run} --out={tmp_path}/x.png".split(), f"--prompts={both_file}"]
+    monkeypatch.setattr("sys.argv", words)
+    sample.main()
+    with Image.open(tmp_path / "x.png") as picture:  # a column a prompt, eight rows
+        assert picture.size == (2 + 2 * (SIDE + 2), 2 + 8 * (SIDE + 2))
+        first = np.asarray(picture)[2 : 2 + SIDE, 2 : 2 + SIDE]
+    np.testing.assert_array_equal(first, both["arr_0"][0])
     program = Program(Run(run).config(), sharding.make_mesh())
     state = program.start()
     first, _ = generate(program, state.params, ["a red digit", "blue sky"])

@@ -1,8 +1,9 @@
 """Sample images from a run: python -m sra2_jax sample RUN --out=samples.npz.
 
-Writes ADM's format: arr_0, uint8 (N, H, W, 3); beside it arr_1, the labels, and
-settings, a JSON text with everything that made them. A program that was killed goes on
-when run again: finished parts stay in samples.shards/ until the .npz is whole.
+Writes a grid as .png, or ADM's format: arr_0, uint8 (N, H, W, 3); beside it arr_1, the
+labels, and settings, a JSON text with everything that made them. A program that was
+killed goes on when run again: finished parts stay in samples.shards/ until the file is
+whole.
 """
 
 import argparse
@@ -19,11 +20,14 @@ from jax.experimental import multihost_utils
 
 from sra2_jax import generator, runtime
 from sra2_jax.command import Parser, add_distributed
+from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
 from sra2_jax.storage import new_file, read_json, whole_file, write_json
 
+NPZ, PICTURE = ".npz", ".png"
+COLUMNS = 8  # of a grid; or one for each of a few prompts
 FILE = "settings.json"
 IMAGES = 1024  # of a part, about
 
@@ -102,20 +106,26 @@ def sample(
     else:
         tokens = labels = generator.draw_labels(generate.config, indices)
     parts = Parts(out.with_suffix(".shards"), count, size)
-    first, file = jax.process_index() == 0, parts.folder / FILE
-    if file.exists():
-        generator.refuse_others(parts.folder, read_json(file), settings)
+    first, beside = jax.process_index() == 0, parts.folder / FILE
+    if beside.exists():
+        generator.refuse_others(parts.folder, read_json(beside), settings)
     elif first:
         parts.folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+        write_json(beside, settings)
     multihost_utils.sync_global_devices("settings of the samples")
     fill(parts, generate, tokens)
     multihost_utils.sync_global_devices("samples")
     if not first:
         return
-    arrays = {"arr_1": labels, "settings": np.array(json.dumps(settings))}
-    side = generate.config.data.resolution
-    write_npz(out, arrays, parts.read(), (count, side, side, 3))
+    if out.suffix == PICTURE:
+        columns = len(prompts) if 1 < len(prompts) <= 2 * COLUMNS else COLUMNS
+        images = np.concatenate([*parts.read()])
+        with whole_file(out) as file:
+            file.write(to_png(generator.grid(images, min(columns, count))))
+    else:
+        arrays = {"arr_1": labels, "settings": np.array(json.dumps(settings))}
+        side = generate.config.data.resolution
+        write_npz(out, arrays, parts.read(), (count, side, side, 3))
     parts.folder.rmtree()
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
 
@@ -150,14 +160,19 @@ def add_run_arguments(parser: Parser) -> None:
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add_run_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="FILE.npz", help="new file")
-    parser.add_argument("--num", type=int, help="images (50,000, or one a prompt)")
+    out = f"new file, {NPZ}, or {PICTURE} for a grid to look at"
+    parser.add_argument("--out", required=True, metavar="FILE", help=out)
+    number = f"images (50,000 or one a prompt, of a grid 64 or {COLUMNS} a prompt)"
+    parser.add_argument("--num", type=int, help=number)
     prompts = "of a run with captions: a file, one a line, or a prompt"
     parser.add_argument("--prompts", metavar="FILE", help=prompts)
     arguments = parser.parse_args()
-    out = new_file(arguments.out, ".npz")
+    file = new_file(arguments.out, NPZ, PICTURE)
     texts, count = read_prompts(arguments.prompts), arguments.num
-    count = (len(texts) or 50_000) if count is None else count
+    if count is None and file.suffix == PICTURE:
+        count = COLUMNS * (len(texts) or COLUMNS)
+    elif count is None:
+        count = len(texts) or 50_000
     if count < 1:
         raise UserError(f"--num={count}: must be at least 1")
     config = generator.read_settings(arguments.workdir, arguments.overrides)
@@ -171,5 +186,5 @@ def main() -> None:
     generate = generator.open_run(
         arguments.workdir, config, arguments.weights, arguments.step
     )
-    sample(generate, out, count, texts)
+    sample(generate, file, count, texts)
     runtime.part()
