@@ -51,7 +51,7 @@ def write_records(folder: Path, config: Config, count: int, shards: int) -> None
         splits={"train": manifest(list(writer.facts.values()))},
         latent_mean=(0.0,) * shape[-1],
         latent_std=(1.0,) * shape[-1],
-        crop=records.CROP,
+        crop="centre",
         versions={},
     )
     info.write(folder)

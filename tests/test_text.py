@@ -186,7 +186,7 @@ def test_trains_alike_on_one_and_eight_devices(latents, monkeypatch):
     """With two alignments, scanned or unrolled; split, both streams of all blocks."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
     on = {"align.teacher.enabled": True, "align.teacher.depth": 1}
-    on |= {"align.teacher.teacher_depth": 3}
+    on |= {"align.teacher.teacher_depth": 2, "align.vae.depth": 1, "model.depth": 2}
     found = []
     for count, changes in (
         (1, {}),
