@@ -7,16 +7,12 @@ PickScore 20.54 after 150K steps, guidance 2. Not yet reproduced with this code.
 
 from ml_collections import ConfigDict
 
-from sra2_jax.config_file import default
+from sra2_jax.config_file import default, set_mmdit
 
 
 def get_config() -> ConfigDict:
     c = default()
     c.name = "mmdit_coco"
-    c.steps = 150_000
-    c.text.encoder = "openai/clip-vit-large-patch14"
-    c.data.num_classes = 1
-    c.model.width, c.model.depth, c.model.heads = 768, 24, 24
+    set_mmdit(c)
     c.align.vae.enabled = False
-    c.sampling.guidance = 2.0
     return c

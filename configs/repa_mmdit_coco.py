@@ -6,16 +6,15 @@ and one encoded with --encoder=facebook/dinov2-base. Published, as SRA 2 prints 
 4.73 after 150K steps, guidance 2. Not yet reproduced with this code.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from sra2_jax.config_file import default, set_mmdit
 
 
 def get_config() -> ConfigDict:
-    vanilla = Path(__file__).with_name("mmdit_coco.py")
-    c: ConfigDict = runpy.run_path(str(vanilla))["get_config"]()
+    c = default()
     c.name = "repa_mmdit_coco"
+    set_mmdit(c)
+    c.align.vae.enabled = False
     c.align.encoder.enabled = True
-    c.align.encoder.depth = 8
     return c

@@ -5,16 +5,13 @@ Published: FID 4.67, PickScore 20.92 after 150K steps, guidance 2. The aligned b
 not published: 8, as REPA's. Not yet reproduced with this code.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from sra2_jax.config_file import default, set_mmdit
 
 
 def get_config() -> ConfigDict:
-    vanilla = Path(__file__).with_name("mmdit_coco.py")
-    c: ConfigDict = runpy.run_path(str(vanilla))["get_config"]()
+    c = default()
     c.name = "sra2_mmdit_coco"
-    c.align.vae.enabled = True
-    c.align.vae.depth = 8
+    set_mmdit(c)
     return c

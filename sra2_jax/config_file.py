@@ -57,6 +57,17 @@ def set_size(config: ConfigDict, size: str) -> None:
     align.teacher.teacher_depth = teacher
 
 
+def set_mmdit(config: ConfigDict) -> None:
+    """REPA's text to image on MS-COCO (arXiv 2410.06940): network, data, sampling; the
+    aligned block is the default one, 8."""
+    config.steps = 150_000
+    config.text.encoder = "openai/clip-vit-large-patch14"
+    config.data.num_classes = 1
+    model = config.model
+    model.width, model.depth, model.heads = 768, 24, 24
+    config.sampling.guidance = 2.0
+
+
 def set_lightning(config: ConfigDict) -> None:
     """LightningDiT's block, latents and recipe (arXiv 2501.01423) for any size."""
     config.latents.size, config.latents.channels = 16, 32

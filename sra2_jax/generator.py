@@ -22,7 +22,7 @@ from sra2_jax.run import Run
 from sra2_jax.runtime import versions
 from sra2_jax.section import find
 from sra2_jax.step import Program
-from sra2_jax.weights import load_clip, load_vae, tokenizer
+from sra2_jax.weights import load_vae, tokenizer
 
 # purposes of randomness while sampling; training folds in steps, which stay below
 NOISE, LABELS = 2**31, 2**31 + 1
@@ -113,7 +113,7 @@ def make_sampler(program: Program) -> Callable[..., Array]:
         null: Array | int = config.data.num_classes
         if program.reader:
             read = partial(program.read, params["text"])
-            labels, null = read(labels[:, 0]), read(labels[:, 1])
+            labels, null = read(labels[:, 0]), read(labels[:1, 1])
         x = jax.lax.with_sharding_constraint(
             draw(keys, s.steps), sharding.batch_sharding(mesh)
         )
@@ -153,10 +153,8 @@ class Generator:
         """With the VAE of the config, and what reads captions. Raises UserError: there
         is none."""
         vae, params = load_vae(program.config.vae)
-        text = load_clip(program.config.text.encoder)[1] if program.reader else None
-        place = sharding.replicated(program.mesh)
-        params, text = jax.device_put((params, text), place)
-        return cls(program, vae, params, text=text)
+        params = jax.device_put(params, sharding.replicated(program.mesh))
+        return cls(program, vae, params, text=program.text if program.reader else None)
 
     @property
     def config(self) -> Config:

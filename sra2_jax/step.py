@@ -80,6 +80,13 @@ class Program:
         return describe_clip(encoder) if encoder else None
 
     @cached_property
+    def text(self) -> Any:
+        """Parameters of `reader` on every device, for the step and the samples. Raises
+        UserError where there are none."""
+        params = load_clip(self.config.text.encoder)[1]
+        return jax.device_put(params, sharding.replicated(self.mesh))
+
+    @cached_property
     def running(self) -> DiT:
         """The backbone with the attention that the device runs best."""
         m = self.config.model
@@ -199,9 +206,7 @@ class Program:
     def load_frozen(self) -> dict[str, Any]:
         """Their parameters on every device. Raises UserError where there are none."""
         params = {
-            name: self.alignments[name].load()
-            if name in self.alignments
-            else load_clip(self.config.text.encoder)[1]
+            name: self.text if name == "text" else self.alignments[name].load()
             for name in self.frozen
         }
         return jax.device_put(params, sharding.replicated(self.mesh))

@@ -32,15 +32,16 @@ def captioned(spec: str, captions: str) -> ImageSource:
     Raises UserError: no image with a caption, or what cannot be read.
     """
     path = Path(spec)
-    found: dict[str, Callable[[list[Path], str], Iterator[Row]]]
-    found = {".parquet": _tables, ".tar": _tars}
-    rows, forward = None, False
+
+    def files(suffix: str) -> list[Path]:
+        there = path.rglob(f"*{suffix}") if path.is_dir() else [path]
+        return sorted(file for file in there if file.suffix == suffix)
+
     with explained(f"{spec}: captions cannot be read", "see sra2 encode --help"):
-        for suffix, read in found.items():
-            files = sorted(path.rglob(f"*{suffix}")) if path.is_dir() else [path]
-            if files and files[0].suffix == suffix:
-                rows, forward = list(read(files, captions)), suffix == ".parquet"
-                break
+        if tables := files(".parquet"):
+            rows = list(_tables(tables, captions))
+        elif tars := files(".tar"):
+            rows = list(_tars(tars))
         else:
             rows = list(_folder(path, captions))
     whole = [row for row in rows if row[1]]
@@ -49,7 +50,7 @@ def captioned(spec: str, captions: str) -> ImageSource:
 
     def entries(indices: Sequence[int] | None = None) -> Iterator[Entry]:
         wanted = range(len(whole)) if indices is None else indices
-        for index in sorted(wanted) if forward else wanted:
+        for index in sorted(wanted) if tables else wanted:
             name, _, load = whole[index]
             yield Entry(index, name, 0, load)
 
@@ -62,7 +63,7 @@ def captioned(spec: str, captions: str) -> ImageSource:
         (),
         entries,
         hashlib.sha256(listing.encode()).hexdigest(),
-        at_once=16 if forward else 1,
+        at_once=16 if tables else 1,
         left_out=f"{bare} images without caption" if bare else "",
         captions=lambda index: whole[index][1],
     )
@@ -89,7 +90,7 @@ def _folder(folder: Path, captions: str) -> Iterator[Row]:
         yield text_of(path), texts.get(path, []), load
 
 
-def _tars(tars: list[Path], captions: str) -> Iterator[Row]:
+def _tars(tars: list[Path]) -> Iterator[Row]:
     """A sample are the members whose names are alike up to the first dot."""
 
     def piece(tar: Path, member: tarfile.TarInfo) -> bytes:

@@ -37,7 +37,7 @@ from sra2_jax.models import apply
 from sra2_jax.models.dinov2 import patch_features
 from sra2_jax.models.vae import AutoencoderKL
 from sra2_jax.sharding import batch_sharding, make_mesh, replicated, rounded
-from sra2_jax.weights import describe_clip, load_dinov2, load_vae, tokenizer
+from sra2_jax.weights import load_dinov2, load_vae, tokenizer
 
 # What the records depend on; "listing" is of the images, "weights" of the networks.
 MADE_WITH = (
@@ -133,6 +133,11 @@ def encode(
     mirror_offset = options.mirror * source.length
     read = tokenizer(options.text_encoder) if options.captions else None
 
+    stored = None
+    if read is not None:
+        length = read([""]).shape[1]
+        stored = records.Captions(options.text_encoder, CAPTIONS, length)
+
     def captions(index: int) -> Arrays:
         """Tokens of the image's first captions, again where it has fewer, and of none;
         nothing where the images have labels."""
@@ -174,16 +179,9 @@ def encode(
         crop=CROPS[options.crop][1],
         images=options.store_images,
         features=encoder.features,
-        captions=_captions(options.text_encoder),
+        captions=stored,
         mirror_offset=mirror_offset,
     )
-
-
-def _captions(encoder: str) -> records.Captions | None:
-    if not encoder:
-        return None
-    length = describe_clip(encoder).config.max_position_embeddings
-    return records.Captions(encoder, CAPTIONS, length)
 
 
 def _resolved(options: EncodeOptions, length: int, encoder: Encoder) -> EncodeOptions:

@@ -53,6 +53,25 @@ def normalised(x: Array, kind: str, name: str) -> Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)
 
 
+def layer_norm(eps: float, name: str) -> nn.LayerNorm:
+    """LayerNorm with weights, in float32; in two passes, as tokens may have huge
+    channels."""
+    return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+def stacked(block: nn.Module, x: Array, length: int, scan: bool) -> Array:
+    """x (B, N, D) through `length` blocks of one stacked tree, looped or unrolled."""
+    run = nn.scan(
+        lambda block, carry, _: (block(carry), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=length,
+        unroll=1 if scan else length,
+    )
+    x, _ = run(block, x, None)
+    return x
+
+
 def modulate(x: Array, shift: Array | None, scale: Array) -> Array:
     """Apply adaLN's shift and scale, (B, D), to normalised tokens, (B, T, D)."""
     x = x * (1 + scale[:, None])
@@ -133,12 +152,13 @@ def before_attention(
     """
     m, d = block.model, x.shape[-1]
     # In x's type: 1 + scale would lose half of scale's digits in bf16.
-    n = (2 if last else 6) - (0 if m.shift else 1 if last else 2)
+    few, most = (2, 6) if m.shift else (1, 4)
+    n = few if last else most
     modulation = dense(block, n * d, f"{stream}modulation", ZEROS)(nn.silu(c))
     modulation = constrain(modulation.astype(x.dtype), BATCH, None)
     parts: list[Any] = jnp.split(modulation, n, axis=-1)
     if not m.shift:
-        parts = [None, parts[0]] if last else [None, *parts[:2], None, *parts[2:]]
+        parts = [None, *parts[:2], None, *parts[2:]]
     shift, scale, *rest = parts
 
     split = SplitDense(3, (m.heads, d // m.heads), block.dtype, name=f"{stream}qkv")

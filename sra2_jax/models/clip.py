@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sra2_jax.models import shapes
-from sra2_jax.models.block import block_macs, dense
+from sra2_jax.models.block import block_macs, dense, layer_norm, stacked
 
 NORMAL = nn.initializers.normal(0.02)
 ACTIVATIONS = {
@@ -41,12 +41,6 @@ class CLIPTextConfig:
             raise ValueError(f"hidden_act is none of {', '.join(ACTIVATIONS)}")
 
 
-def layer_norm(config: CLIPTextConfig, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32, in two passes."""
-    eps = config.layer_norm_eps
-    return nn.LayerNorm(eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-
-
 class Block(nn.Module):
     """Transformer block in which a token attends to those up to itself."""
 
@@ -56,14 +50,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         cfg, (b, n, d) = self.config, x.shape
-        y = layer_norm(cfg, "norm1")(x)
+        y = layer_norm(cfg.layer_norm_eps, "norm1")(x)
         q, k, v = (
             dense(self, d, name)(y).reshape(b, n, cfg.num_attention_heads, -1)
             for name in ("query", "key", "value")
         )
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
         x = x + dense(self, d, "attention_out")(y.reshape(b, n, d))
-        y = dense(self, cfg.intermediate_size, "mlp_in")(layer_norm(cfg, "norm2")(x))
+        y = dense(self, cfg.intermediate_size, "mlp_in")(
+            layer_norm(cfg.layer_norm_eps, "norm2")(x)
+        )
         return x + dense(self, d, "mlp_out")(ACTIVATIONS[cfg.hidden_act](y))
 
 
@@ -85,15 +81,9 @@ class CLIPText(nn.Module):
         x = nn.Embed(cfg.vocab_size, d, embedding_init=NORMAL, name="tokens")(tokens)
         positions = nn.Embed(length, d, embedding_init=NORMAL, name="positions")
         x = x + positions(jnp.arange(n))
-        scan = nn.scan(
-            lambda block, carry, _: (block(carry), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.num_hidden_layers,
-            unroll=1 if self.scan else cfg.num_hidden_layers,
-        )
-        x, _ = scan(Block(cfg, self.dtype, name="blocks"), x, None)
-        return layer_norm(cfg, "norm")(x)
+        blocks = Block(cfg, self.dtype, name="blocks")
+        x = stacked(blocks, x, cfg.num_hidden_layers, self.scan)
+        return layer_norm(cfg.layer_norm_eps, "norm")(x)
 
     def shapes(self) -> Any:
         """ShapeDtypeStructs of its parameters; none is allocated."""

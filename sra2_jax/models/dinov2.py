@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from sra2_jax.models import apply, shapes
-from sra2_jax.models.block import block_macs, dense
+from sra2_jax.models.block import block_macs, dense, layer_norm, stacked
 from sra2_jax.models.dit import patchify
 
 # Means and standard deviations of red, green and blue in [0, 1].
@@ -101,13 +101,6 @@ def preprocess(
     return _resize(x, side, side, -0.75, antialias=False)
 
 
-def layer_norm(config: DINOv2Config, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32; in two passes, as tokens may have huge channels."""
-    return nn.LayerNorm(
-        config.layer_norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
-
-
 class Block(nn.Module):
     """Transformer block, each branch multiplied by a learned scale per channel."""
 
@@ -118,7 +111,7 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         cfg = self.config
         b, n, d = x.shape
-        y = layer_norm(cfg, "norm1")(x)
+        y = layer_norm(cfg.layer_norm_eps, "norm1")(x)
         split = b, n, cfg.num_attention_heads, -1
         q, k, v = (
             dense(self, d, name, bias=cfg.qkv_bias)(y).reshape(split)
@@ -127,7 +120,9 @@ class Block(nn.Module):
         y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
         y = dense(self, d, "attention_out")(y.reshape(b, n, d))
         x = x + self.param("scale1", ONES, (d,)) * y
-        y = dense(self, d * cfg.mlp_ratio, "mlp_in")(layer_norm(cfg, "norm2")(x))
+        y = dense(self, d * cfg.mlp_ratio, "mlp_in")(
+            layer_norm(cfg.layer_norm_eps, "norm2")(x)
+        )
         y = dense(self, d, "mlp_out")(nn.gelu(y, approximate=False))
         return x + self.param("scale2", ONES, (d,)) * y
 
@@ -167,15 +162,9 @@ class DINOv2(nn.Module):
         token = jnp.broadcast_to(token, (b, 1, d))
         x = jnp.concatenate([token, x.astype(jnp.float32)], axis=1)
         x = x + self._positions(height // p, width // p)
-        scan = nn.scan(
-            lambda block, carry, _: (block(carry), None),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.num_hidden_layers,
-            unroll=1 if self.scan else cfg.num_hidden_layers,
-        )
-        x, _ = scan(Block(cfg, self.dtype, name="blocks"), x, None)
-        return layer_norm(cfg, "norm")(x)
+        blocks = Block(cfg, self.dtype, name="blocks")
+        x = stacked(blocks, x, cfg.num_hidden_layers, self.scan)
+        return layer_norm(cfg.layer_norm_eps, "norm")(x)
 
     def shapes(self) -> Any:
         """ShapeDtypeStructs of its parameters; none is allocated."""

@@ -193,10 +193,10 @@ def _rule(network: DiT) -> Name:
     last = network.model.depth - 1
 
     def name(module: str) -> str:
+        if module == "text":
+            return "context_embedder"
         stack, _, layer = module.partition(".")
-        if not layer:
-            return "context_embedder" if module == "text" else NAMES[module]
-        if stack == "final":
+        if stack not in ("blocks", "last"):
             return NAMES[module]
         stream = TEXT if layer.startswith(TEXT) else ""
         theirs = NAMES[f"blocks.{layer.removeprefix(stream)}"].removeprefix("blocks.")
