@@ -32,15 +32,20 @@ def complaints(scores: Mapping[str, float]) -> list[str]:
     return found
 
 
-def main() -> int:
-    Parser(description=(__doc__ or "").splitlines()[0]).parse_args()
+def train(folder: str, *words: str) -> float:
+    """Run main.py with these words, into folder/run; seconds."""
     environment = dict(os.environ)
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    began = time.perf_counter()
+    command = [sys.executable, f"{ROOT}/main.py", f"--workdir={folder}/run", *words]
+    subprocess.run(command, check=True, cwd=folder, env=environment)
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    Parser(description=(__doc__ or "").splitlines()[0]).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        command = [sys.executable, ROOT / "main.py", f"--workdir={folder}/run"]
-        subprocess.run(command, check=True, cwd=folder, env=environment)
-        seconds = time.perf_counter() - began
+        seconds = train(folder)
         scores = read_json(Path(folder) / "run" / "results.json")["metrics"]
     print(f"{seconds:.0f} s: {scores['accuracy']:.1%} recognised", end=", ")
     print(f"Fréchet distance {scores['frechet']:.3f}")

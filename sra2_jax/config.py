@@ -19,6 +19,7 @@ from sra2_jax.section import NAME, NUMBERS, SOME, Section, free, key
 # Collections that pip packages bring (data/digits.py), and what is shipped for them.
 DIGITS = "digits", "mnist"
 CAPTIONS = 5  # of an image; one is drawn a step
+WORDS = "words"  # the text encoder that is shipped, to be trained along
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Text(Section, where="text"):
     encoder: str = key(
         "", 'CLIP\'s, whose text half reads captions: folder or hub id; "" = labels'
     )
+    train: bool = key(False, "train it along, from random weights")
+    prompts: str = free("", "of a sample grid's rows, ';' between; else the dataset's")
 
 
 @dataclass(frozen=True)
@@ -278,8 +281,8 @@ class Config(Section):
         if self.sampling.guidance_channels > self.latents.channels:
             guided = self.given("sampling.guidance_channels")
             yield f"{guided} exceeds {self.given('latents.channels')}"
-        if self.text.encoder and self.eval.features:
-            yield f"{self.given('eval.features')}: captions' samples are not scored"
+        if self.text.encoder and self.eval.features in DIGITS:
+            yield f"{self.given('eval.features')}: captions name no digits"
         if self.text.encoder and self.model.depth < 2:
             yield f"{self.given('model.depth')}: MMDiT has two blocks or more"
         vae = self.align.vae

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sra2_jax.config import DIGITS, Config
+from sra2_jax.config import DIGITS, WORDS, Config
 from sra2_jax.errors import UserError, explained
 from sra2_jax.section import fields, flatten, shown
 from sra2_jax.storage import expand, is_remote
@@ -148,6 +148,8 @@ def check_paths(config: Config, workdir: str) -> None:
         how = file if e.features == "inception" else hub
         wanted[f"eval.{e.features}"] = getattr(e, e.features), how
         wanted["eval.reference"] = e.reference, file
+    if config.text.encoder:
+        wanted["text.encoder"] = config.text.encoder, hub
     for name, section in vars(config.align).items():
         if section.enabled and getattr(section, "source", "") == "images":
             wanted[f"align.{name}.model"] = section.model, hub
@@ -166,5 +168,7 @@ def no_latents(folder: Any) -> UserError:
 
 def exists(source: str) -> bool:
     """Whether a local file or folder is there; what is not local is not looked at."""
-    apart = source in DIGITS or source.startswith("tfds:") or is_remote(source)
+    apart = (
+        source in (*DIGITS, WORDS) or source.startswith("tfds:") or is_remote(source)
+    )
     return apart or (bool(source) and Path(source).exists())

@@ -138,7 +138,8 @@ class Generator:
     """Samples with a program's network, decodes and rounds, on the program's mesh.
 
     params: a state's `params` or `ema`, for calls without any; settings: what its
-    samples are, for the file they go to; text: the encoder of captions.
+    samples are, for the file they go to; text: the encoder of captions, where `params`
+    have none.
     """
 
     program: Program
@@ -154,7 +155,8 @@ class Generator:
         is none."""
         vae, params = load_vae(program.config.vae)
         params = jax.device_put(params, sharding.replicated(program.mesh))
-        return cls(program, vae, params, text=program.text if program.reader else None)
+        kept = program.reader and not program.config.text.train
+        return cls(program, vae, params, text=program.text if kept else None)
 
     @property
     def config(self) -> Config:
@@ -300,6 +302,8 @@ def open_run(
     path = program.weights(weights)
     held = reduce(getitem, path, vars(program.abstract))
     params = {"network": held["network"]}
+    if config.text.train:
+        params["text"] = held["text"]
     if config.sampling.head_guidance != 1:
         params["heads"] = {"vae": held["heads"]["vae"]}
     wanted: Any = reduce(lambda tree, name: {name: tree}, reversed(path), params)

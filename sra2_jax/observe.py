@@ -13,7 +13,7 @@ from sra2_jax.data.order import Order
 from sra2_jax.data.pipeline import batches
 from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
-from sra2_jax.generator import Generator, describe, draw_labels, grid
+from sra2_jax.generator import Generator, describe, draw_labels, grid, prompted
 from sra2_jax.log import Log
 from sra2_jax.metrics import compare
 from sra2_jax.metrics.features import Features, make_features
@@ -60,6 +60,7 @@ class Observer:
         e, batch = self.config.eval, self.generate.batch
         self._levels: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
+        self._asked: np.ndarray | None = None  # captions of what is scored
         self._labels = self.grid_classes().repeat(self.config.run.grid_columns)
         if e.features:
             weights = getattr(e, e.features, "")
@@ -78,11 +79,25 @@ class Observer:
         means = found["mean"].astype(np.float32)
         self._picture(run.images / "reconstruction.png", self.generate.decode(means))
         if program.reader:
-            captions = found["captions"][: self.config.run.grid_classes, [0, -1]]
-            self._labels = captions.repeat(self.config.run.grid_columns, axis=0)
+            self._captions(found["captions"][: self.config.run.grid_classes, [0, -1]])
+        if program.reader and self.features:
+            every = replace(order, batch_size=self.config.batch_size)
+            parts = batches(dataset, every, fields=fields)
+            count = -(-e.num_samples // every.batch_size)
+            tokens = [next(parts)["captions"][:, [0, -1]] for _ in range(count)]
+            self._asked = np.concatenate(tokens)[: e.num_samples]
+
+    def _captions(self, tokens: np.ndarray) -> None:
+        """The rows of a grid: the prompts of the config, or these captions."""
+        given = map(str.strip, self.config.text.prompts.split(";"))
+        prompts = [prompt for prompt in given if prompt]
+        if prompts:
+            tokens = prompted(self.config, prompts)
+        else:
             with contextlib.suppress(UserError):  # where there is no tokenizer
-                encoder = self.config.text.encoder
-                self.facts["prompts"] = spelled(encoder, captions[:, 0])
+                prompts = spelled(self.config.text.encoder, tokens[:, 0])
+        self.facts["prompts"] = prompts
+        self._labels = tokens.repeat(self.config.run.grid_columns, axis=0)
 
     def _digits(self, name: str) -> None:
         """Pictures of real digits, also through the VAE, and what they score."""
@@ -169,7 +184,9 @@ class Observer:
         Samples that cannot be scored (all alike, say) stop nothing.
         """
         indices = np.arange(self.config.eval.num_samples)
-        labels = draw_labels(self.config, indices)
+        labels = self._asked
+        if labels is None:
+            labels = draw_labels(self.config, indices)
         try:
             images = self._between(self.generate(indices, labels, params))
             scores = self.metrics(images, labels)

@@ -39,8 +39,9 @@ Metrics = dict[str, Array]
 class State:
     """All that a run needs to go on; randomness and data order follow from `step`.
 
-    `params` and `ema` are {"network": DiT's tree, "heads": {name: head's tree}}; in
-    `ema` lie also the averages of config.ema_others, each by its decay, as text.
+    `params` and `ema` are {"network": DiT's tree, "heads": {name: head's tree}}, and
+    "text" where an encoder is trained along; in `ema` lie also the averages of
+    config.ema_others, each by its decay, as text.
     """
 
     step: Array
@@ -81,8 +82,8 @@ class Program:
 
     @cached_property
     def text(self) -> Any:
-        """Parameters of `reader` on every device, for the step and the samples. Raises
-        UserError where there are none."""
+        """Parameters of a `reader` that stays as it is, on every device, for the step
+        and the samples. Raises UserError where there are none."""
         params = load_clip(self.config.text.encoder)[1]
         return jax.device_put(params, sharding.replicated(self.mesh))
 
@@ -119,13 +120,17 @@ class Program:
         key = jax.random.key(self.config.seed)
         first, *keys = jax.random.split(key, 1 + len(self.heads))
         network = self.network.init(first, *inputs)["params"]
-        params = {
+        params: dict[str, Any] = {
             "network": torch_default(network, first) if self.reader else network,
             "heads": {
                 name: head.init(k, tokens, c)["params"]
                 for k, (name, head) in zip(keys, self.heads.items(), strict=True)
             },
         }
+        if self.reader and self.config.text.train:
+            own = jax.random.fold_in(key, 1)
+            text = self.reader.init(own, jnp.zeros((1, 1), jnp.int32))
+            params["text"] = text["params"]
         copies = {name: jax.tree.map(jnp.copy, params) for name in self.others}
         ema = jax.tree.map(jnp.copy, params) | copies
         opt_state = self.optimizer.init(params)
@@ -200,7 +205,7 @@ class Program:
         """Shapes of the networks that targets run, by alignment, and of "text"."""
         place = sharding.replicated(self.mesh)
         found = {name: a.frozen for name, a in self.alignments.items()}
-        found["text"] = self.reader
+        found["text"] = None if self.config.text.train else self.reader
         return {n: sharding.on(f.shapes(), place) for n, f in found.items() if f}
 
     def load_frozen(self) -> dict[str, Any]:
@@ -253,6 +258,9 @@ class Program:
     ) -> tuple[Array, Metrics]:
         """The combined loss and its terms; ema: the network's average."""
         depths = tuple(sorted({a.depth for a in self.alignments.values()}))
+        if self.reader:
+            text = (params if self.config.text.train else frozen)["text"]
+            draws = {**draws, "y": self.read(text, draws["y"])}
         inputs = draws["x_t"], draws["t"], draws["y"]
         network = params["network"]
         prediction, features, c = apply(self.running, network, *inputs, depths)
@@ -262,6 +270,7 @@ class Program:
             head = params["heads"][name]
             predicted = apply(self.heads[name], head, features[align.depth], c)
             target = align.compute_target(self.running, frozen.get(name), ema, draws)
+            target = jax.lax.stop_gradient(target)  # also through a text
             value = align.loss_value(predicted, target.astype(jnp.float32), draws["t"])
             total = total + align.weight_at(step) * value
             metrics[f"loss_align_{name}"] = value
@@ -271,8 +280,6 @@ class Program:
         """One step. A loss or gradient that is not finite changes nothing but the
         step's number: metrics["skipped"] is 1 then, else 0."""
         draws = self.draw(batch, state.step)
-        if self.reader:
-            draws["y"] = self.read(frozen["text"], draws["y"])
         place = sharding.batch_sharding(self.mesh)
         draws = jax.lax.with_sharding_constraint(draws, place)
         gradients = jax.grad(self.loss, has_aux=True)
@@ -332,7 +339,8 @@ class Program:
         macs = 3 * network.macs(network.model.depth)
         macs += 3 * sum(head_macs(h, network.grid**2) for h in heads.values())
         macs += sum(a.macs(network) for a in self.alignments.values())
-        macs += self.reader.macs() if self.reader else 0
+        if self.reader:
+            macs += (3 if self.config.text.train else 1) * self.reader.macs()
         return 2.0 * macs * self.config.batch_size
 
 

@@ -124,6 +124,8 @@ def prepare(
             resolution=config.data.resolution,
             images=config.data.images,
             store_images="image" in fields,
+            captions="txt" if config.text.encoder else "",
+            text_encoder=config.text.encoder,
             encoder=encoder,
             grid=config.grid if encoder else 0,
         )

@@ -6,6 +6,7 @@ import tarfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -13,20 +14,25 @@ from PIL import Image
 from sra2_jax import sharding
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.config import CAPTIONS, Config
-from sra2_jax.data import records
+from sra2_jax.data import digits, records
 from sra2_jax.data.captions import captioned
 from sra2_jax.data.encode import EncodeOptions, encode
 from sra2_jax.generator import draw_labels, generate, open_run
+from sra2_jax.log import Log
 from sra2_jax.models import apply
-from sra2_jax.programs import convert, sample
+from sra2_jax.observe import Observer
+from sra2_jax.programs import convert, evaluate, sample
 from sra2_jax.run import Run
+from sra2_jax.runtime import Watch
 from sra2_jax.step import Program
 from sra2_jax.train import train
+from sra2_jax.weights import load_clip, load_clip_score, spelled, tokenizer
 from sra2_jax.weights.sit import from_reference, to_reference
 from tests.conftest import ROOT, one_line
 from tests.test_encode import read_with_tfds
 
-CLIP, VAE = (str(ROOT / "tests" / "golden" / name) for name in ("clip", "vae"))
+GOLDEN = ROOT / "tests" / "golden"
+CLIP, DINOV2, VAE = (str(GOLDEN / name) for name in ("clip", "dinov2", "vae"))
 SIDE = 16
 TEXTS = {
     "a": ["A red digit", "a small red picture"],
@@ -83,10 +89,26 @@ def config(latents, **changes):
 
 
 @pytest.fixture(scope="module")
-def run(latents, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    train(config(latents), str(workdir))
-    return workdir
+def trained(latents):
+    """A program whose encoder is trained along, and its first state."""
+    own = {"text.train": True, "text.prompts": "a red digit; blue sky ;"}
+    program = Program(config(latents, **own), sharding.make_mesh())
+    return program, program.start()
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    """It encodes its images, trains the encoder along and scores its samples."""
+    parent = tmp_path_factory.mktemp("runs")
+    images = np.random.default_rng(1).integers(0, 256, (12, SIDE, SIDE, 3), np.uint8)
+    np.savez(parent / "real.npz", arr_0=images)
+    own = config("", **{
+        "data.images": str(folder / "images"), "text.train": True,
+        "eval.features": "dinov2", "eval.dinov2": DINOV2, "eval.num_samples": 12,
+        "eval.reference": str(parent / "real.npz"),
+    })  # fmt: skip
+    train(own, str(parent / "run"))
+    return parent / "run"
 
 
 def batch(count=8, length=24):
@@ -207,10 +229,77 @@ def test_trains_alike_on_one_and_eight_devices(latents, monkeypatch):
     assert {"loss_align_vae", "loss_align_teacher"} <= found[0].keys()
 
 
-def test_init_is_pytorchs(latents):
+def test_a_trained_encoder_is_read_as_a_frozen_one(latents, trained):
+    """The loss is the same, and its gradient that of finite differences."""
+    program, state = trained
+    frozen = Program(config(latents), program.mesh)
+    assert set(frozen.frozen) == {"text"}
+    assert set(program.frozen) == set()
+    zero = jnp.zeros((), jnp.int32)
+    draws = jax.jit(program.draw)(batch(), zero)
+    params, ema = dict(state.params), state.ema["network"]
+    text = params.pop("text")
+    loss = jax.jit(frozen.loss)
+    wanted, _ = loss(params, ema, {"text": text}, draws, zero)
+
+    @jax.jit
+    @jax.value_and_grad
+    def along(text):
+        return program.loss({**params, "text": text}, ema, {}, draws, zero)[0]
+
+    value, gradient = along(text)
+    assert float(value) == pytest.approx(float(wanted), rel=1e-6)
+    size, step = float(optax.tree.norm(gradient)), 0.01
+    shift = jax.tree.map(lambda g: step * g / size, gradient)
+    ahead, back = (jax.tree.map(f, text, shift) for f in (jnp.add, jnp.subtract))
+    slope = (along(ahead)[0] - along(back)[0]) / (2 * step)
+    assert float(slope) == pytest.approx(size, rel=0.02)
+
+
+def test_and_samples_as_one(latents, trained, tmp_path):
+    """With CLIP's weights for its own; the config's prompts are rows of the grid."""
+    program, state = trained
+    frozen = Program(config(latents), program.mesh)
+    prompts = ["a red digit", "blue sky"]
+    found = generate(frozen, state.params, prompts)
+    assert found.shape == (2, SIDE, SIDE, 3)
+    params = {**state.params, "text": load_clip(CLIP)[1]}
+    np.testing.assert_array_equal(generate(program, params, prompts), found)
+    run = Run(tmp_path, writes=True)
+    with Log(run, program.config) as log:
+        observer = Observer(program, run, log, latents, Watch())
+        observer.observe(program.config.run.sample_every, params)
+    assert observer.facts["prompts"] == prompts
+    with Image.open(run.samples(program.config.run.sample_every)) as picture:
+        assert np.asarray(picture).shape[0] / picture.width == (2 + 2 * (SIDE + 2)) / (
+            4 + SIDE
+        )
+
+
+def test_digits_have_captions():
+    """Each half of a pair is a digit of its word; ten pairs are held out."""
+    images, texts = digits.load_captioned("train")
+    real, labels = digits.load_digits("train")
+    halves = [half.tobytes() for half in digits.squeezed(real)]
+    known = dict(zip(halves, labels, strict=True))
+    assert texts[0][0] == f"a handwritten {digits.WORDS[labels[0]]}"
+    np.testing.assert_array_equal(images[: len(real)], real)
+    pairs = set()
+    for image, (text, _) in zip(images[len(real) :], texts[len(real) :], strict=True):
+        halves = np.split(image, 2, axis=1)
+        left, right = (int(known[half.tobytes()]) for half in halves)
+        assert text == f"two digits, {digits.WORDS[left]} then {digits.WORDS[right]}"
+        pairs.add((left, right))
+    absent = {(a, b) for a in range(10) for b in range(10)} - pairs
+    assert absent == {(a, (a + 3) % 10) for a in range(10)}
+    numbers = tokenizer("words")([text[0] for text in texts])
+    assert numbers.min() > 0  # every word is known
+    assert spelled("words", numbers[-1:])[0].replace(" ,", ",") == texts[-1][0]
+
+
+def test_init_is_pytorchs(trained):
     """Kernels and biases uniform within 1 / sqrt(inputs); nothing starts at zero."""
-    program = Program(config(latents), sharding.make_mesh())
-    network = program.start().params["network"]
+    network = trained[1].params["network"]
     for layer, inputs in ((network["text"], 48), (network["blocks"]["qkv"], 32)):
         for x in layer.values():
             bound = inputs**-0.5
@@ -219,9 +308,8 @@ def test_init_is_pytorchs(latents):
     assert np.abs(network["final"]["linear"]["kernel"]).min() > 0
 
 
-def test_weights_go_out_and_come_back(latents):
-    program = Program(config(latents), sharding.make_mesh())
-    params = jax.device_get(program.start().params)
+def test_weights_go_out_and_come_back(trained):
+    program, params = trained[0], jax.device_get(trained[1].params)
     names = to_reference(
         params["network"], params["heads"], HEAD_NAMES, program.network
     )
@@ -230,17 +318,14 @@ def test_weights_go_out_and_come_back(latents):
     found = from_reference(names, program.network, params["heads"], HEAD_NAMES)
     jax.tree.map(
         np.testing.assert_array_equal, found, (params["network"], params["heads"])
-    )
+    )  # its encoder has no place there
 
 
-def test_a_file_becomes_a_run(latents, tmp_path, monkeypatch, as_file):
+def test_a_file_becomes_a_run(latents, trained, tmp_path, monkeypatch, as_file):
     """And has no classes, to fine-tune for or to draw."""
-    own = config(latents)
-    program = Program(own, sharding.make_mesh())
-    network = jax.device_get(program.start().params["network"])
-    np.savez(
-        tmp_path / "x.npz", **to_reference(network, {}, HEAD_NAMES, program.network)
-    )
+    own, network = config(latents), jax.device_get(trained[1].params["network"])
+    tensors = to_reference(network, {}, HEAD_NAMES, trained[0].network)
+    np.savez(tmp_path / "x.npz", **tensors)
     words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run".split()
     words.append(f"--config={as_file(ConfigDict(own.to_dict()))}")
     monkeypatch.setattr("sys.argv", words)
@@ -268,6 +353,8 @@ def test_macs_are_those_of_the_products(latents):
 def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
     """Its grid has the captions of the records; a file of prompts, or one."""
     assert Run(run).samples(2).exists()
+    scores = Run(run).read("results")["metrics"]
+    assert scores.keys() == {"fd_dinov2", "kernel_distance"}
     prompts = Run(run).read("run")["prompts"]
     assert (
         {"blue sky and water"}
@@ -287,9 +374,9 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
         with np.load(tmp_path / f"{name}.npz") as file:
             return dict(file)
 
-    both = made("both", f"--prompts={both_file}", "--num=3")
-    assert both["arr_0"].shape == (3, SIDE, SIDE, 3)
-    assert both["arr_1"].tolist() == [0, 1, 0]
+    both = made("both", f"--prompts={both_file}", "--num=5")
+    assert both["arr_0"].shape == (5, SIDE, SIDE, 3)
+    assert both["arr_1"].tolist() == [0, 1, 0, 1, 0]
     one = made("one", "--prompts=a red digit")
     np.testing.assert_array_equal(one["arr_0"], both["arr_0"][:1])
     words = [*f"sample {run} --out={tmp_path}/x.png".split(), f"--prompts={both_file}"]
@@ -299,16 +386,41 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
         assert picture.size == (2 + 2 * (SIDE + 2), 2 + 8 * (SIDE + 2))
         first = np.asarray(picture)[2 : 2 + SIDE, 2 : 2 + SIDE]
     np.testing.assert_array_equal(first, both["arr_0"][0])
-    program = Program(Run(run).config(), sharding.make_mesh())
-    state = program.start()
-    first, _ = generate(program, state.params, ["a red digit", "blue sky"])
-    assert first.shape == (SIDE, SIDE, 3)
+    words = f"convert export {run} --out={tmp_path}/x.npz".split()
+    monkeypatch.setattr("sys.argv", words)
+    with one_line("text.train=True: the encoder has no place in SiT's names"):
+        convert.main()
     with one_line("needs --prompts"):
         made("none")
+    score_by_prompts(tmp_path, both, monkeypatch)
+
+
+def score_by_prompts(tmp_path, samples, monkeypatch):
+    """CLIP's, the mean over images of each with its own prompt."""
+    np.savez(tmp_path / "real.npz", arr_0=samples["arr_0"][::-1])
+    texts = tmp_path / "prompts.txt"
+
+    def evaluated(out, prompts):
+        words = f"evaluate {tmp_path}/both.npz --reference={tmp_path}/real.npz".split()
+        words += ["--features=dinov2", f"--dinov2={DINOV2}"]
+        words += [f"--prompts={prompts}", f"--clip={CLIP}", f"--out={tmp_path}/{out}"]
+        monkeypatch.setattr("sys.argv", words)
+        evaluate.main()
+        return json.loads((tmp_path / out).read_text())["metrics"]
+
+    found = evaluated("scores.json", texts)["text_score"]
+    module, params = load_clip_score(CLIP)
+    tokens = tokenizer(CLIP)(["a red digit", "blue sky"])[samples["arr_1"]]
+    inputs = jnp.asarray(samples["arr_0"]), jnp.asarray(tokens, jnp.int32)
+    assert found == pytest.approx(
+        float(apply(module, params, *inputs).mean()), rel=1e-4
+    )
+    with one_line("made of other prompts than --prompts"):
+        evaluated("x.json", "blue sky")
 
 
 def test_config_refuses(latents):
-    with one_line("captions' samples are not scored"):
-        config(latents, **{"eval.features": "dinov2", "eval.reference": "x.npz"})
+    with one_line("captions name no digits"):
+        config(latents, **{"eval.features": "digits"})
     with one_line("MMDiT has two blocks or more"):
         config(latents, **{"model.depth": 1, "align.vae.depth": 1})

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from sra2_jax.config import DIGITS
+from sra2_jax.data import digits
 from sra2_jax.data.images import SUFFIXES, Entry, ImageSource, list_images, text_of
 from sra2_jax.data.pixels import decode_rgb
 from sra2_jax.errors import UserError, explained
@@ -21,13 +23,14 @@ from sra2_jax.errors import UserError, explained
 Row = tuple[str, list[str], Callable[[], np.ndarray]]
 
 
-def captioned(spec: str, captions: str) -> ImageSource:
+def captioned(spec: str, captions: str, split: str = "train") -> ImageSource:
     """The images of a source that have captions, without classes.
 
-    captions: of a folder or of .tar files "txt", NAME.txt beside NAME.jpg, a caption a
-    line; of .parquet files, whose images are the column "image", another column, texts
-    or lists of them; or a file as COCO's, {"images": [{"id", "file_name"}],
-    "annotations": [{"image_id", "caption"}]}.
+    split: of the digits, which have captions of their own; captions: of a folder or of
+    .tar files "txt", NAME.txt beside NAME.jpg, a caption a line; of .parquet files,
+    whose images are the column "image", another column, texts or lists of them; or a
+    file as COCO's, {"images": [{"id", "file_name"}], "annotations": [{"image_id",
+    "caption"}]}.
 
     Raises UserError: no image with a caption, or what cannot be read.
     """
@@ -37,8 +40,16 @@ def captioned(spec: str, captions: str) -> ImageSource:
         there = path.rglob(f"*{suffix}") if path.is_dir() else [path]
         return sorted(file for file in there if file.suffix == suffix)
 
+    tables: list[Path] = []
+    rows: list[Row] = []
     with explained(f"{spec}: captions cannot be read", "see sra2 encode --help"):
-        if tables := files(".parquet"):
+        if spec in DIGITS:
+            pictures = zip(*digits.load_captioned(split, spec), strict=True)
+            rows = [
+                (f"{spec}/{split}/{number}", texts, partial(np.asarray, image))
+                for number, (image, texts) in enumerate(pictures)
+            ]
+        elif tables := files(".parquet"):
             rows = list(_tables(tables, captions))
         elif tars := files(".tar"):
             rows = list(_tars(tars))

@@ -8,6 +8,7 @@ So a whole training run can be tried without a download: "mnist", 5,000 of MNIST
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ SCALE = {"digits": 4, "mnist": 2}  # side of the boxes whose means digits are to
 TEST_SIZE = {"digits": 360, "mnist": 500}
 SPLIT_SEED = 0
 SPLITS = ("train", "test")
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def load_digits(split: str, name: str = "digits") -> tuple[np.ndarray, np.ndarray]:
@@ -43,6 +45,40 @@ def load_digits(split: str, name: str = "digits") -> tuple[np.ndarray, np.ndarra
     chosen = np.sort(halves[SPLITS.index(split)])
     images = np.repeat(grey[chosen][..., None], 3, axis=-1)
     return images, labels[chosen].astype(np.int64)
+
+
+def squeezed(images: np.ndarray) -> np.ndarray:
+    """uint8 images (N, H, W, C) at half their width."""
+    pairs = images.reshape(*images.shape[:2], -1, 2, images.shape[3])
+    return pairs.mean(axis=3).round().astype(np.uint8)
+
+
+def held_out(left: Any, right: Any) -> Any:
+    """Whether a pair of digits is one of the ten that no training image shows."""
+    return (left + 3) % 10 == right
+
+
+def load_captioned(
+    split: str, name: str = "digits"
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Images as of `load_digits` and the captions of each: the digits, and as many
+    pairs, squeezed side by side, but for those that are `held_out`.
+
+    Raises UserError: no such split.
+    """
+    images, labels = load_digits(split, name)
+    words = [WORDS[label] for label in labels]
+    texts = [[f"a handwritten {word}", f"the digit {word}"] for word in words]
+    halves = squeezed(images)
+    draw = np.random.default_rng(SPLIT_SEED)
+    left, right = (draw.permutation(len(images)) for _ in range(2))
+    new = ~held_out(labels[left], labels[right])
+    left, right = left[new], right[new]
+    pairs = np.concatenate([halves[left], halves[right]], axis=2)
+    for a, b in zip(left, right, strict=True):
+        both = f"{words[a]} then {words[b]}"
+        texts.append([f"two digits, {both}", both])
+    return np.concatenate([images, pairs]), texts
 
 
 def to_grey(images: np.ndarray, name: str = "digits") -> np.ndarray:

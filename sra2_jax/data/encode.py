@@ -118,7 +118,7 @@ def encode(
     """
     images = options.images
     if options.captions:
-        source = captioned(images, options.captions)
+        source = captioned(images, options.captions, options.split)
     else:
         source = image_sources.open_source(images, options.split, options.classes)
     if source.left_out:

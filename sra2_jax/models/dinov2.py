@@ -77,7 +77,7 @@ def _bicubic_matrix(old: int, new: int, a: float, antialias: bool) -> np.ndarray
     return weights.astype(np.float32)
 
 
-def _resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
+def resize(x: Array, height: int, width: int, a: float, antialias: bool) -> Array:
     """(B, H, W, C) to (B, height, width, C), untouched if equal."""
     if x.shape[1:3] == (height, width):
         return x
@@ -98,7 +98,7 @@ def preprocess(
     """What the encoder takes, float32: standardised, then resized without antialiasing,
     as `preprocess_raw_image` of REPA's train.py."""
     x = standardise(images.astype(jnp.float32) / 255)
-    return _resize(x, side, side, -0.75, antialias=False)
+    return resize(x, side, side, -0.75, antialias=False)
 
 
 class Block(nn.Module):
@@ -184,7 +184,7 @@ class DINOv2(nn.Module):
         table = jnp.asarray(self.param("positions", NORMAL, (1, 1 + side**2, d)))
         grid = table[:, 1:].reshape(1, side, side, d)
         a = -0.5 if self.antialias else -0.75
-        grid = _resize(grid, height, width, a, self.antialias)
+        grid = resize(grid, height, width, a, self.antialias)
         return jnp.concatenate([table[:, :1], grid.reshape(1, -1, d)], axis=1)
 
 

@@ -58,6 +58,7 @@ def import_file(
     run = Run(workdir)
     if run.checkpoints.exists() or run.folder.is_file():
         raise UserError(f"{run}: holds checkpoints already: use another --workdir")
+    _has_a_place(config)
     contents = files.read_file(file)
     reverse = reverse or contents.reverse
     if classes and config.text.encoder:
@@ -106,6 +107,13 @@ def import_file(
         lines.append(f"{config.model.given('heads')}: the file does not say")
     lines.append(f"written: {run.checkpoints / str(step)}; main.py goes on from it")
     print("\n  ".join(lines))
+
+
+def _has_a_place(config: Config) -> None:
+    if config.text.train:
+        raise UserError(
+            f"{config.text.given('train')}: the encoder has no place in SiT's names"
+        )
 
 
 def _turned(network: Params, config: Config) -> Params:
@@ -168,6 +176,7 @@ def export_run(
     path = new_file(out, *files.WRITTEN)
     run = Run(workdir)
     config = run.config()
+    _has_a_place(config)
     program = Program(config, make_mesh())
     where = program.weights(weights)
     with Checkpoints(run) as checkpoints:

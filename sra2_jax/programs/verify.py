@@ -26,18 +26,13 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Latents, Model
 from sra2_jax.data.pixels import center_crop
 from sra2_jax.errors import UserError
-from sra2_jax.metrics.moments import (
-    InceptionScore,
-    frechet_distance,
-    gaussian,
-    precision_recall,
-)
+from sra2_jax.metrics import moments
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.dit import DiT
 from sra2_jax.models.mmdit import MMDiT
 from sra2_jax.programs.steps import verify_steps
 from sra2_jax.transport import Transport, coefficients
-from sra2_jax.weights import load_clip, load_dinov2, load_vae
+from sra2_jax.weights import load_clip, load_clip_score, load_dinov2, load_vae
 from sra2_jax.weights.files import read_npz
 from sra2_jax.weights.inception import from_torch_fidelity
 from sra2_jax.weights.sit import from_reference
@@ -169,8 +164,12 @@ def ldm_vae(path: Path, data: Arrays) -> Cases:
 
 
 def transformers(path: Path, data: Arrays) -> Cases:
-    """DINOv2 or CLIP's text encoder, loaded from the folder's transformers files."""
+    """DINOv2, CLIP's text encoder, or CLIP, of the folder's transformers files."""
     folder = str(path.parent)
+    if "images" in data:
+        inputs = data["images"], jnp.asarray(data["input_ids"])
+        yield "text_score", compiled(*load_clip_score(folder), *inputs), FLOAT32
+        return
     if "input_ids" in data:
         states = compiled(*load_clip(folder), jnp.asarray(data["input_ids"]))
     else:
@@ -244,13 +243,13 @@ def crops(path: Path, data: Arrays) -> Cases:
 def adm_metrics(path: Path, data: Arrays) -> Cases:
     """FID, sFID, Inception Score, Precision and Recall of ADM's evaluator."""
     for case, of in (("fid", ""), ("sfid", "spatial_")):
-        samples, real = gaussian(data[f"{of}samples"]), gaussian(data[f"{of}ref"])
-        yield case, frechet_distance(*samples, *real), FLOAT64
+        sides = (moments.gaussian(data[of + side]) for side in ("samples", "ref"))
+        yield case, moments.frechet_distance(*next(sides), *next(sides)), FLOAT64
     for case, split in (("all", len(data["probs"])), ("50", 50)):
-        score = InceptionScore(split)
+        score = moments.InceptionScore(split)
         score.add(data["probs"])
         yield f"inception_score_split_{case}", score.value(), FLOAT32
-    values = precision_recall(data["ref"], data["samples"])
+    values = moments.precision_recall(data["ref"], data["samples"])
     for case, value in zip(("precision", "recall"), values, strict=True):
         yield case, value, FLOAT16_DISTANCES / float(data[case])
 
@@ -289,6 +288,7 @@ CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
     "moments": vae,
     "mean_normalised": ldm_vae,
     "last_hidden_state": transformers,
+    "text_score": transformers,
     "latents": samplers,
     "linear|alpha": interpolants,
     "smooth_l1_beta005": alignment_losses,

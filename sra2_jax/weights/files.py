@@ -23,7 +23,7 @@ from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sra2_jax.config import DIGITS
+from sra2_jax.config import DIGITS, WORDS
 from sra2_jax.config_file import HUB_ID
 from sra2_jax.errors import UserError, explained
 from sra2_jax.storage import read_json, whole_file
@@ -49,11 +49,13 @@ AGAIN = (
 
 
 def fetch(source: str, weights: str, *others: str) -> Path:
-    """The local folder of `source`: a folder, a hub id, or "digits" and "mnist", which
-    are shipped with this package. weights: the file wanted in it, and others.
+    """The local folder of `source`: a folder, a hub id, or "digits", "mnist", "words",
+    which are shipped with this package. weights: the file wanted in it, and others.
 
     Raises UserError: a whole pipeline, or as `from_hub`.
     """
+    if source == WORDS:
+        return ASSETS / WORDS
     if source in DIGITS:
         for path in ASSETS.glob(f"{source}_*/{weights}"):
             return path.parent

@@ -34,7 +34,7 @@ def _views(params: Params, name: Name, patch: int) -> Iterator[tuple[str, np.nda
             text = name(".".join(path))
         parts = np.asarray(leaf) if "{i}" in text else [np.asarray(leaf)]
         for i, part in enumerate(parts):
-            if path == ("patch", "kernel"):
+            if path[-2:] == ("patch", "kernel"):
                 part = part.reshape(patch, patch, -1, part.shape[-1])
             if last == "kernel":
                 part = part.transpose(3, 2, 0, 1) if part.ndim == 4 else part.T
