@@ -23,6 +23,7 @@ from sra2_jax.generator import grid
 from sra2_jax.metrics.features import GAMMA
 
 EACH = 300  # pictures of a kind, about
+COLUMNS = 16  # of the picture
 PAIRS = [*itertools.product(range(10), repeat=2)]
 DIGITS = [(digit,) for digit in range(10)]
 KINDS: dict[str, list[Any]] = {
@@ -79,8 +80,9 @@ def main() -> None:
             each, both = right.mean(), right.all(axis=1).mean()
             print(f"{kind}: {both:.1%} of {len(rows)} right, digit by digit {each:.1%}")
     if flags.out:  # of the last kind
-        columns = len(rows) // len(asked)
-        Image.fromarray(grid(pictures, columns)).save(flags.out)
+        rows = pictures.reshape(len(asked), -1, *pictures.shape[1:])[:, :COLUMNS]
+        picture = grid(rows.reshape(-1, *pictures.shape[1:]), COLUMNS)
+        Image.fromarray(picture.repeat(2, axis=0).repeat(2, axis=1)).save(flags.out)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
     c.data.num_classes = 1
     c.text.encoder, c.text.train, c.text.prompts = "words", True, PROMPTS
     c.model.depth = 4
+    c.transport.time = "lognormal"
+    c.sampling.guidance = 2.0
+    c.steps, c.run.checkpoint_every, c.run.sample_every = 900, 450, 450
     c.run.grid_classes = 8
     c.eval.features = ""
     return c

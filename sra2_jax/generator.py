@@ -155,8 +155,8 @@ class Generator:
         is none."""
         vae, params = load_vae(program.config.vae)
         params = jax.device_put(params, sharding.replicated(program.mesh))
-        kept = program.reader and not program.config.text.train
-        return cls(program, vae, params, text=program.text if kept else None)
+        text = program.text if "text" in program.frozen else None
+        return cls(program, vae, params, text=text)
 
     @property
     def config(self) -> Config:
@@ -301,9 +301,7 @@ def open_run(
     generator = Generator.of(program)
     path = program.weights(weights)
     held = reduce(getitem, path, vars(program.abstract))
-    params = {"network": held["network"]}
-    if config.text.train:
-        params["text"] = held["text"]
+    params = {name: held[name] for name in ("network", "text") if name in held}
     if config.sampling.head_guidance != 1:
         params["heads"] = {"vae": held["heads"]["vae"]}
     wanted: Any = reduce(lambda tree, name: {name: tree}, reversed(path), params)

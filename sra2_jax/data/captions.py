@@ -1,6 +1,5 @@
 """Images with captions: folders, webdataset's tars, Hugging Face's Parquet."""
 
-import functools
 import hashlib
 import io
 import json
@@ -8,8 +7,6 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from threading import Lock
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +14,7 @@ from sra2_jax.config import DIGITS
 from sra2_jax.data import digits
 from sra2_jax.data.images import SUFFIXES, Entry, ImageSource, list_images, text_of
 from sra2_jax.data.pixels import decode_rgb
+from sra2_jax.data.tables import by_number, opened
 from sra2_jax.errors import UserError, explained
 
 # of an image: its name, its captions, and what decodes it
@@ -27,7 +25,7 @@ def captioned(spec: str, captions: str, split: str = "train") -> ImageSource:
     """The images of a source that have captions, without classes.
 
     split: of the digits, which have captions of their own; captions: of a folder or of
-    .tar files "txt", NAME.txt beside NAME.jpg, a caption a line; of .parquet files,
+    .tar files "txt", NAME.txt beside NAME.jpg, a caption a line; of .parquet or .arrow,
     whose images are the column "image", another column, texts or lists of them; or a
     file as COCO's, {"images": [{"id", "file_name"}], "annotations": [{"image_id",
     "caption"}]}.
@@ -49,7 +47,7 @@ def captioned(spec: str, captions: str, split: str = "train") -> ImageSource:
                 (f"{spec}/{split}/{number}", texts, partial(np.asarray, image))
                 for number, (image, texts) in enumerate(pictures)
             ]
-        elif tables := files(".parquet"):
+        elif tables := files(".parquet") or files(".arrow"):
             rows = list(_tables(tables, captions))
         elif tars := files(".tar"):
             rows = list(_tars(tars))
@@ -128,30 +126,19 @@ def _tars(tars: list[Path]) -> Iterator[Row]:
 
 
 def _tables(files: list[Path], captions: str) -> Iterator[Row]:
-    with explained("Parquet", "pip install -e '.[arrow]'", ModuleNotFoundError):
-        from pyarrow import parquet
+    found = [(path, part) for path in files for part in opened(path)]
+    images = by_number([part for _, part in found], ["image"])
 
-    lock = Lock()
-
-    @functools.lru_cache(2)  # read by many threads, one row group after the other
-    def group(path: Path, number: int) -> Any:
-        with parquet.ParquetFile(path) as file:
-            return file.read_row_group(number, ["image"]).column("image")
-
-    def load(path: Path, number: int, row: int) -> np.ndarray:
-        with lock:
-            image = group(path, number)[row].as_py()
+    def load(number: int, row: int) -> np.ndarray:
+        image = images(number)["image"][row].as_py()
         data = image if isinstance(image, bytes) else image["bytes"]
         return decode_rgb(io.BytesIO(data))
 
-    for path in files:
-        with parquet.ParquetFile(path) as file:
-            if captions not in file.schema_arrow.names:
-                raise ValueError(f"its columns are {file.schema_arrow.names}")
-            for number in range(file.metadata.num_row_groups):
-                column = file.read_row_group(number, [captions]).column(captions)
-                for row, texts in enumerate(column.to_pylist()):
-                    lines = [texts] if isinstance(texts, str) else texts or []
-                    lines = [" ".join(line.split()) for line in lines]
-                    read = partial(load, path, number, row)
-                    yield f"{path.name}/{number}/{row}", [x for x in lines if x], read
+    for number, (path, (_, names, read)) in enumerate(found):
+        if captions not in names:
+            raise ValueError(f"its columns are {names}")
+        for row, texts in enumerate(read([captions])[captions].to_pylist()):
+            lines = [texts] if isinstance(texts, str) else texts or []
+            lines = [" ".join(line.split()) for line in lines]
+            own = [line for line in lines if line]
+            yield f"{path.name}/{number}/{row}", own, partial(load, number, row)

@@ -10,16 +10,15 @@ import functools
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 
-from sra2_jax.errors import UserError
+from sra2_jax.data.tables import by_number, opened
 from sra2_jax.weights.files import from_hub
 
 LISTING = "dataset.json"
@@ -202,50 +201,19 @@ def _safetensors(paths: Sequence[Path]) -> Latents:
 
 def _tables(paths: Sequence[Path], own: np.ndarray | None) -> Latents:
     """Tables of Hugging Face's datasets, columns of nested lists."""
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet
-    except ModuleNotFoundError:
-        raise UserError("Arrow and Parquet: pip install -e '.[arrow]'") from None
-
-    def group(path: Path, number: int, columns: list[str]) -> Any:
-        with parquet.ParquetFile(path) as file:
-            table = file.read_row_group(number, columns)
-        return table.combine_chunks().to_batches()[0]
-
-    def opened(path: Path) -> Iterator[tuple[int, list[str], Callable[..., Any]]]:
-        """Of each part the rows, the columns, and columns -> record batch."""
-        if path.suffix == ".parquet":
-            with parquet.ParquetFile(path) as file:
-                names, about = file.schema_arrow.names, file.metadata
-            for i in range(about.num_row_groups):
-                read = functools.partial(group, path, i)
-                yield about.row_group(i).num_rows, names, read
-            return
-        mapped = pyarrow.memory_map(str(path))
-        try:
-            batches = list(ipc.open_stream(mapped))
-        except pyarrow.ArrowInvalid:  # the other of Arrow's formats
-            file = ipc.open_file(mapped)
-            batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-        for batch in batches:
-            yield batch.num_rows, batch.schema.names, batch.select
-
-    found = [(path, *part) for path in paths for part in opened(path) if part[0]]
+    found = [(path, part) for path in paths for part in opened(path) if part[0]]
     if not found:
         raise ValueError("it has no rows")
-    reads = [read for *_, read in found]
-    used, label = _names(found[0][2], own)
+    tables = [part for _, part in found]
+    used, label = _names(tables[0][1], own)
     if own is None:
-        own = np.concatenate([read([label])[label].to_numpy() for read in reads])
-    parts = _Parts([(path, count) for path, count, *_ in found], own)
-    # Read by many threads, one row group after the other.
-    lock, batch = Lock(), functools.lru_cache(2)(lambda part: reads[part](used))
+        own = np.concatenate([read([label])[label].to_numpy() for *_, read in tables])
+    parts = _Parts([(path, part[0]) for path, part in found], own)
+    table = by_number(tables, used)
 
     def load(index: int) -> list[np.ndarray]:
         part, row = parts.find(index)
-        with lock:
-            columns = batch(part)
+        columns = table(part)
         return [_cell(columns[name], row) for name in used]
 
     forward = paths[0].suffix == ".parquet"
