@@ -301,7 +301,7 @@ def open_run(
     generator = Generator.of(program)
     path = program.weights(weights)
     held = reduce(getitem, path, vars(program.abstract))
-    params = {name: held[name] for name in ("network", "text") if name in held}
+    params: dict[str, Any] = {n: held[n] for n in ("network", "text") if n in held}
     if config.sampling.head_guidance != 1:
         params["heads"] = {"vae": held["heads"]["vae"]}
     wanted: Any = reduce(lambda tree, name: {name: tree}, reversed(path), params)
