@@ -49,6 +49,8 @@ class Observer:
     Raises UserError: config.vae cannot be loaded, or nothing to score against.
     """
 
+    _asked: np.ndarray | None = None  # captions of what is scored
+
     def __init__(
         self, program: Program, run: Run, log: Log, dataset: Any, watch: Watch
     ) -> None:
@@ -60,7 +62,6 @@ class Observer:
         e, batch = self.config.eval, self.generate.batch
         self._levels: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
-        self._asked: np.ndarray | None = None  # captions of what is scored
         self._labels = self.grid_classes().repeat(self.config.run.grid_columns)
         if e.features:
             weights = getattr(e, e.features, "")

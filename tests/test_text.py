@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from sra2_jax.config import CAPTIONS, Config
 from sra2_jax.data import digits, records
 from sra2_jax.data.captions import captioned
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.generator import draw_labels, generate, open_run
+from sra2_jax.generator import draw_labels, generate
 from sra2_jax.log import Log
 from sra2_jax.models import apply
 from sra2_jax.observe import Observer
@@ -90,9 +91,13 @@ def config(latents, **changes):
 
 @pytest.fixture(scope="module")
 def trained(latents):
-    """A program whose encoder is trained along, and its first state."""
-    own = {"text.train": True, "text.prompts": "a red digit; blue sky ;"}
-    program = Program(config(latents, **own), sharding.make_mesh())
+    """A program with two alignments whose encoder is trained along, and its state."""
+    own = config(latents, **{
+        "text.train": True, "text.prompts": "a red digit; blue sky ;",
+        "align.teacher.enabled": True, "align.teacher.depth": 1,
+        "align.teacher.teacher_depth": 2,
+    })  # fmt: skip
+    program = Program(own, sharding.make_mesh(devices=jax.devices()[:1]))
     return program, program.start()
 
 
@@ -204,24 +209,22 @@ def test_draws(latents):
     np.testing.assert_allclose(share[:-1], 0.9 / CAPTIONS, atol=0.02)
 
 
-def test_trains_alike_on_one_and_eight_devices(latents, monkeypatch):
-    """With two alignments, scanned or unrolled; split, both streams of all blocks."""
+def test_trains_alike_on_one_and_eight_devices(trained, monkeypatch):
+    """Split, both streams of all blocks."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
-    on = {"align.teacher.enabled": True, "align.teacher.depth": 1}
-    on |= {"align.teacher.teacher_depth": 2, "align.vae.depth": 1, "model.depth": 2}
+    program, state = trained
+    own = program.config.override({
+        "mesh.fsdp": 2, "mesh.tensor": 2, "accumulate": 2,
+    })  # fmt: skip
+    split = Program(own, sharding.make_mesh(own.mesh))
     found = []
-    for count, changes in (
-        (1, {}),
-        (8, {"mesh.fsdp": 2, "mesh.tensor": 2, "accumulate": 2, "model.scan": False}),
-    ):
-        own = config(latents, **on | changes)
-        program = Program(own, sharding.make_mesh(own.mesh, jax.devices()[:count]))
-        step, state = program.compile(), program.start()
-        place = sharding.batch_sharding(program.mesh)
+    for each in (program, split):
+        step, place = each.compile(), sharding.batch_sharding(each.mesh)
+        now = jax.device_put(jax.tree.map(jnp.copy, state), each.places)
         for _ in range(3):
-            state, metrics = step(state, jax.device_put(batch(), place))
+            now, metrics = step(now, jax.device_put(batch(), place))
         found.append({k: float(v) for k, v in metrics.items()})
-    for block in (state.params["network"][name] for name in ("blocks", "last")):
+    for block in (now.params["network"][name] for name in ("blocks", "last")):
         for layer in ("qkv", "mlp_out", "text_qkv"):
             kernel = block[layer]["kernel"]
             assert 4 * kernel.addressable_shards[0].data.size == kernel.size
@@ -229,31 +232,51 @@ def test_trains_alike_on_one_and_eight_devices(latents, monkeypatch):
     assert {"loss_align_vae", "loss_align_teacher"} <= found[0].keys()
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_teacher_is_the_first_blocks(trained, depth):
+    """Of the whole network, here unrolled, whose last block lies apart."""
+    program, state = trained
+    draw, network = np.random.default_rng(0), state.params["network"]
+    x, t, y = (draw.normal(size=s) for s in ((2, 8, 8, 4), (2,), (2, 24, 48)))
+    x, t, y = (jnp.asarray(a, jnp.float32) for a in (x, t, y))
+    draws = {"x_teacher": x, "t_teacher": t, "y": y}
+    teacher = replace(program.alignments["teacher"], teacher_depth=depth)
+    found = teacher.compute_target(program.running, None, network, draws)
+    unrolled = program.running.clone(model=replace(program.config.model, scan=False))
+    _, kept, _ = apply(unrolled, network, x, t, y, (depth,))
+    np.testing.assert_allclose(found, kept[depth], rtol=1e-5, atol=1e-5)
+
+
 def test_a_trained_encoder_is_read_as_a_frozen_one(latents, trained):
     """The loss is the same, and its gradient that of finite differences."""
     program, state = trained
-    frozen = Program(config(latents), program.mesh)
+    frozen = Program(program.config.override({"text.train": False}), program.mesh)
     assert set(frozen.frozen) == {"text"}
     assert set(program.frozen) == set()
     zero = jnp.zeros((), jnp.int32)
     draws = jax.jit(program.draw)(batch(), zero)
     params, ema = dict(state.params), state.ema["network"]
     text = params.pop("text")
-    loss = jax.jit(frozen.loss)
-    wanted, _ = loss(params, ema, {"text": text}, draws, zero)
+    wanted, _ = jax.jit(frozen.loss)(params, ema, {"text": text}, draws, zero)
 
     @jax.jit
-    @jax.value_and_grad
     def along(text):
-        return program.loss({**params, "text": text}, ema, {}, draws, zero)[0]
+        def losses(text):
+            total, metrics = program.loss(
+                {**params, "text": text}, ema, {}, draws, zero
+            )
+            return metrics["loss_denoise"], total
 
-    value, gradient = along(text)
-    assert float(value) == pytest.approx(float(wanted), rel=1e-6)
+        return jax.value_and_grad(losses, has_aux=True)(text)
+
+    (_, total), gradient = along(text)
+    assert float(total) == pytest.approx(float(wanted), rel=1e-6)
     size, step = float(optax.tree.norm(gradient)), 0.01
     shift = jax.tree.map(lambda g: step * g / size, gradient)
-    ahead, back = (jax.tree.map(f, text, shift) for f in (jnp.add, jnp.subtract))
-    slope = (along(ahead)[0] - along(back)[0]) / (2 * step)
-    assert float(slope) == pytest.approx(size, rel=0.02)
+    ahead, back = (
+        along(jax.tree.map(f, text, shift))[0][0] for f in (jnp.add, jnp.subtract)
+    )
+    assert float(ahead - back) / (2 * step) == pytest.approx(size, rel=0.02)
 
 
 def test_and_samples_as_one(latents, trained, tmp_path):
@@ -321,19 +344,13 @@ def test_weights_go_out_and_come_back(trained):
     )  # its encoder has no place there
 
 
-def test_a_file_becomes_a_run(latents, trained, tmp_path, monkeypatch, as_file):
-    """And has no classes, to fine-tune for or to draw."""
-    own, network = config(latents), jax.device_get(trained[1].params["network"])
-    tensors = to_reference(network, {}, HEAD_NAMES, trained[0].network)
-    np.savez(tmp_path / "x.npz", **tensors)
-    words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run".split()
-    words.append(f"--config={as_file(ConfigDict(own.to_dict()))}")
-    monkeypatch.setattr("sys.argv", words)
-    convert.main()
-    images = open_run(str(tmp_path / "run"), own)
-    jax.tree.map(np.testing.assert_array_equal, images.params["network"], network)
-    again = [*words, f"--workdir={tmp_path}/other", "--classes=3"]
-    monkeypatch.setattr("sys.argv", again)
+def test_captions_have_no_classes(latents, tmp_path, monkeypatch, as_file):
+    """To fine-tune for, or to draw."""
+    own = config(latents)
+    np.savez(tmp_path / "x.npz", x=np.zeros(1, np.float32))
+    words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run --classes=3"
+    words += f" --config={as_file(ConfigDict(own.to_dict()))}"
+    monkeypatch.setattr("sys.argv", words.split())
     with one_line("captions have none"):
         convert.main()
     with one_line("no classes to draw"):

@@ -37,14 +37,15 @@ class TeacherAlignment(config_align.AlignTeacher, MLPAlignment):
     def compute_target(
         self, network: DiT, frozen: Any, ema: Any, draws: Arrays
     ) -> Array:
-        depth = self.teacher_depth
-        params = dict(ema)
-        params["blocks"] = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
+        # What comes after the block is not asked for and compiled away.
+        depth = min(self.teacher_depth + network.apart, network.model.depth)
+        stack, params = depth - network.apart, dict(ema)
+        params["blocks"] = jax.tree.map(lambda leaf: leaf[:stack], params["blocks"])
         inputs = draws["x_teacher"], draws["t_teacher"], draws["y"]
         model = replace(network.model, depth=depth, remat="none")
-        # Its final layer is not asked for and compiled away.
-        _, kept, _ = apply(network.clone(model=model), params, *inputs, (depth,))
-        return kept[depth]
+        wanted = (self.teacher_depth,)
+        _, kept, _ = apply(network.clone(model=model), params, *inputs, wanted)
+        return kept[self.teacher_depth]
 
     def macs(self, network: DiT) -> int:
         return network.macs(self.teacher_depth, final=False)

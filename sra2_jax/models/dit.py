@@ -4,7 +4,7 @@ Source: the reference `SiT` network (willisma/SiT), whose checkpoints
 `sra2_jax.weights.sit` reads.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -97,6 +97,8 @@ class DiT(nn.Module):
     num_classes: int
     attention: Literal["xla", "cudnn"] = "xla"
     dtype: Any = jnp.float32
+
+    apart: ClassVar[int] = 0  # blocks that are not in the stack
 
     @property
     def grid(self) -> int:

@@ -4,7 +4,7 @@ Source: `MMDiT` of REPA (sihyun-yu/REPA), without pooled text: an image's and a 
 tokens go through blocks of their own and attend to each other.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -54,6 +54,7 @@ class MMDiT(DiT):
     num_classes does not count; of the tree `blocks` lacks the last, which is `last`.
     """
 
+    apart: ClassVar[int] = 1
     text_tokens: int = 77
     text_width: int = 768
 
