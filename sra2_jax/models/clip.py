@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sra2_jax.models import shapes
 from sra2_jax.models.block import block_macs, dense, layer_norm, stacked
-from sra2_jax.models.dinov2 import resize
+from sra2_jax.models.dinov2 import EncoderBlock, resize
 from sra2_jax.models.dit import patchify
 
 # Means and standard deviations of red, green and blue in [0, 1].
@@ -44,6 +44,12 @@ class Half:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is none of {', '.join(ACTIVATIONS)}")
 
+    def block(self, dtype: Any, causal: bool) -> EncoderBlock:
+        """Inside a module: one of its layers."""
+        sizes = self.num_attention_heads, self.intermediate_size, self.layer_norm_eps
+        how: dict[str, Any] = {"activation": ACTIVATIONS[self.hidden_act]}
+        return EncoderBlock(*sizes, dtype, **how, causal=causal, name="blocks")
+
 
 @dataclass(frozen=True)
 class CLIPTextConfig(Half):
@@ -58,30 +64,6 @@ class CLIPVisionConfig(Half):
     num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
-
-
-class Block(nn.Module):
-    """Transformer block; causal: a token attends to those up to itself alone."""
-
-    config: Half
-    dtype: Any
-    causal: bool = True
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        cfg, (b, n, d) = self.config, x.shape
-        y = layer_norm(cfg.layer_norm_eps, "norm1")(x)
-        q, k, v = (
-            dense(self, d, name)(y).reshape(b, n, cfg.num_attention_heads, -1)
-            for name in ("query", "key", "value")
-        )
-        how: dict[str, Any] = {"is_causal": self.causal, "implementation": "xla"}
-        y = jax.nn.dot_product_attention(q, k, v, **how)
-        x = x + dense(self, d, "attention_out")(y.reshape(b, n, d))
-        y = dense(self, cfg.intermediate_size, "mlp_in")(
-            layer_norm(cfg.layer_norm_eps, "norm2")(x)
-        )
-        return x + dense(self, d, "mlp_out")(ACTIVATIONS[cfg.hidden_act](y))
 
 
 class CLIPText(nn.Module):
@@ -102,7 +84,7 @@ class CLIPText(nn.Module):
         x = nn.Embed(cfg.vocab_size, d, embedding_init=NORMAL, name="tokens")(tokens)
         positions = nn.Embed(length, d, embedding_init=NORMAL, name="positions")
         x = x + positions(jnp.arange(n))
-        blocks = Block(cfg, self.dtype, name="blocks")
+        blocks = cfg.block(self.dtype, causal=True)
         x = stacked(blocks, x, cfg.num_hidden_layers, self.scan)
         return layer_norm(cfg.layer_norm_eps, "norm")(x)
 
@@ -135,7 +117,7 @@ class CLIPVision(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, d)), x], axis=1)
         x = x + nn.Embed(x.shape[1], d, name="positions")(jnp.arange(x.shape[1]))
         x = layer_norm(cfg.layer_norm_eps, "first_norm")(x)
-        blocks = Block(cfg, self.dtype, causal=False, name="blocks")
+        blocks = cfg.block(self.dtype, causal=False)
         x = stacked(blocks, x, cfg.num_hidden_layers, scan=True)[:, 0]
         x = layer_norm(cfg.layer_norm_eps, "norm")(x)
         return dense(self, cfg.projection_dim, "projection", bias=False)(x)

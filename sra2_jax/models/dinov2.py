@@ -5,8 +5,9 @@ stochastic depth). `sra2_jax.weights.dinov2` reads its weights. Norms, softmax a
 the residual stream are float32; matrix products run in `dtype`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -101,30 +102,39 @@ def preprocess(
     return resize(x, side, side, -0.75, antialias=False)
 
 
-class Block(nn.Module):
-    """Transformer block, each branch multiplied by a learned scale per channel."""
+class EncoderBlock(nn.Module):
+    """Transformer block of DINOv2 and of CLIP.
 
-    config: DINOv2Config
+    hidden: channels of the perceptron; scaled: each branch is multiplied by a learned
+    scale per channel; causal: a token attends to those up to itself alone.
+    """
+
+    heads: int
+    hidden: int
+    eps: float
     dtype: Any
+    activation: Callable[[Array], Array] = partial(nn.gelu, approximate=False)
+    bias: bool = True
+    scaled: bool = False
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        cfg = self.config
         b, n, d = x.shape
-        y = layer_norm(cfg.layer_norm_eps, "norm1")(x)
-        split = b, n, cfg.num_attention_heads, -1
+        y = layer_norm(self.eps, "norm1")(x)
         q, k, v = (
-            dense(self, d, name, bias=cfg.qkv_bias)(y).reshape(split)
+            dense(self, d, name, bias=self.bias)(y).reshape(b, n, self.heads, -1)
             for name in ("query", "key", "value")
         )
-        y = jax.nn.dot_product_attention(q, k, v, implementation="xla")
-        y = dense(self, d, "attention_out")(y.reshape(b, n, d))
-        x = x + self.param("scale1", ONES, (d,)) * y
-        y = dense(self, d * cfg.mlp_ratio, "mlp_in")(
-            layer_norm(cfg.layer_norm_eps, "norm2")(x)
-        )
-        y = dense(self, d, "mlp_out")(nn.gelu(y, approximate=False))
-        return x + self.param("scale2", ONES, (d,)) * y
+        how: dict[str, Any] = {"is_causal": self.causal, "implementation": "xla"}
+        y = jax.nn.dot_product_attention(q, k, v, **how).reshape(b, n, d)
+        x = x + self._scale("scale1", dense(self, d, "attention_out")(y))
+        y = dense(self, self.hidden, "mlp_in")(layer_norm(self.eps, "norm2")(x))
+        y = dense(self, d, "mlp_out")(self.activation(y))
+        return x + self._scale("scale2", y)
+
+    def _scale(self, name: str, y: Array) -> Array:
+        return self.param(name, ONES, y.shape[-1:]) * y if self.scaled else y
 
 
 class DINOv2(nn.Module):
@@ -162,7 +172,9 @@ class DINOv2(nn.Module):
         token = jnp.broadcast_to(token, (b, 1, d))
         x = jnp.concatenate([token, x.astype(jnp.float32)], axis=1)
         x = x + self._positions(height // p, width // p)
-        blocks = Block(cfg, self.dtype, name="blocks")
+        how: dict[str, Any] = {"bias": cfg.qkv_bias, "scaled": True, "name": "blocks"}
+        sizes = cfg.num_attention_heads, d * cfg.mlp_ratio, cfg.layer_norm_eps
+        blocks = EncoderBlock(*sizes, self.dtype, **how)
         x = stacked(blocks, x, cfg.num_hidden_layers, self.scan)
         return layer_norm(cfg.layer_norm_eps, "norm")(x)
 
