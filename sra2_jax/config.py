@@ -283,6 +283,8 @@ class Config(Section):
             yield f"{guided} exceeds {self.given('latents.channels')}"
         if self.text.encoder and self.eval.features in DIGITS:
             yield f"{self.given('eval.features')}: captions name no digits"
+        if self.text.encoder == WORDS and not self.text.train:
+            yield f"{self.text.given('encoder')} needs config.text.train: no weights"
         if self.text.encoder and self.model.depth < 2:
             yield f"{self.given('model.depth')}: MMDiT has two blocks or more"
         vae = self.align.vae

@@ -439,5 +439,7 @@ def score_by_prompts(tmp_path, samples, monkeypatch):
 def test_config_refuses(latents):
     with one_line("captions name no digits"):
         config(latents, **{"eval.features": "digits"})
+    with one_line("text.encoder='words' needs config.text.train"):
+        config(latents, **{"text.encoder": "words"})
     with one_line("MMDiT has two blocks or more"):
         config(latents, **{"model.depth": 1, "align.vae.depth": 1})

@@ -58,7 +58,7 @@ def import_file(
     run = Run(workdir)
     if run.checkpoints.exists() or run.folder.is_file():
         raise UserError(f"{run}: holds checkpoints already: use another --workdir")
-    _has_a_place(config)
+    check_names(config)
     contents = files.read_file(file)
     reverse = reverse or contents.reverse
     if classes and config.text.encoder:
@@ -109,7 +109,8 @@ def import_file(
     print("\n  ".join(lines))
 
 
-def _has_a_place(config: Config) -> None:
+def check_names(config: Config) -> None:
+    """Raise UserError where a run's networks have no names in SiT's files."""
     if config.text.train:
         raise UserError(
             f"{config.text.given('train')}: the encoder has no place in SiT's names"
@@ -176,7 +177,7 @@ def export_run(
     path = new_file(out, *files.WRITTEN)
     run = Run(workdir)
     config = run.config()
-    _has_a_place(config)
+    check_names(config)
     program = Program(config, make_mesh())
     where = program.weights(weights)
     with Checkpoints(run) as checkpoints:

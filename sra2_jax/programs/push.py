@@ -18,7 +18,7 @@ from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import explained
 from sra2_jax.hub import CONFIG, VAE, WEIGHTS
-from sra2_jax.programs.convert import export_run
+from sra2_jax.programs.convert import check_names, export_run
 from sra2_jax.programs.sample import add_weights
 from sra2_jax.report.page import Page
 from sra2_jax.run import Run
@@ -130,6 +130,7 @@ def push(
     """
     run = Run(workdir)
     config = run.config()
+    check_names(config)
     from huggingface_hub import HfApi  # takes a second
 
     api = HfApi(library_name="sra2_jax")
