@@ -28,15 +28,16 @@ def text_score(
     CLIP score by CLIP's weights (Hessel et al. 2021, of 100), PickScore by its own
     (Kirstain et al. 2023).
 
-    images: with the numbers of their prompts as labels.
+    images: i is of prompt i, and from the first on again, as `sra2 sample` makes them.
 
     Raises UserError: other prompts than those that the images were made of.
     """
     made_of = (images.settings or {}).get("prompts")
-    if images.labels is None or made_of not in (None, digest(prompts)):
+    if made_of not in (None, digest(prompts)):
         raise UserError(f"{images.name}: made of other prompts than --prompts")
     module, params = load_clip_score(weights)
-    tokens = tokenizer(weights)(prompts).astype(np.int32)[images.labels]
+    numbers = np.arange(len(images)) % len(prompts)
+    tokens = tokenizer(weights)(prompts).astype(np.int32)[numbers]
     params = jax.device_put(params, replicated(mesh))
     run = jax.jit(partial(apply, module), out_shardings=replicated(mesh))
     total, seen = 0.0, 0
