@@ -31,6 +31,7 @@ from sra2_jax.weights import load_clip, load_clip_score, spelled, tokenizer
 from sra2_jax.weights.sit import from_reference, to_reference
 from tests.conftest import ROOT, one_line
 from tests.test_encode import read_with_tfds
+from tools.probes import Subject
 
 GOLDEN = ROOT / "tests" / "golden"
 CLIP, DINOV2, VAE = (str(GOLDEN / name) for name in ("clip", "dinov2", "vae"))
@@ -434,6 +435,19 @@ def score_by_prompts(tmp_path, samples, monkeypatch):
     )
     with one_line("made of other prompts than --prompts"):
         evaluated("x.json", "blue sky")
+
+
+def test_blocks_are_told_the_caption(run, latents):
+    """By the figures of tools: another, the empty one, changes what they compute."""
+    subject = Subject(str(run))
+    images = subject.read_images(latents, 3, 3)
+    assert images.label.shape == (3, 2, 24)
+    (told,), (bare,) = (
+        subject.open_blocks([2], labelled)[1](images, 0.5) for labelled in (True, False)
+    )
+    assert told[2].shape == (3, 16, 32)
+    np.testing.assert_array_equal(told[0], bare[0])
+    assert np.abs(told[2] - bare[2]).max() > 1e-4
 
 
 def test_config_refuses(latents):

@@ -44,7 +44,8 @@ class Images:
     Attributes:
       raw: mean latents as the VAE gives them, (N, h, w, c) float32; z: the same as
         the networks see them, scaled.
-      label, index: class and position in the source, (N,).
+      label, index: class and position in the source, (N,); of images with captions
+        the tokens of the first one and of none, (N, 2, L).
       split: where they come from.
     """
 
@@ -115,10 +116,12 @@ class Subject:
             raise UserError(f"{folder}: has {total} records, {least} are asked for")
         # One batch: no record comes twice.
         order = Order(min(most, total), SEED, SHUFFLE, split)
-        rows = next(batches(folder, order))
+        fields = ("captions",) if self.program.reader else ()
+        rows = next(batches(folder, order, fields=fields))
+        told = rows["captions"][:, [0, -1]] if fields else rows["label"]
         raw, latents = rows["mean"].astype(np.float32), self.config.latents
         z = latents.scale * (raw - latents.shift)
-        return Images(raw, z, rows["label"], rows["index"], split)
+        return Images(raw, z, told, rows["index"], split)
 
     def open_blocks(
         self, blocks: Sequence[int], labelled: bool = True
@@ -126,38 +129,43 @@ class Subject:
         """The newest step, and its EMA network up to each of the 1-based `blocks`.
 
         The network sees x_t = alpha z + sigma eps and the image's label, or the null
-        label if not `labelled`; eps depends on the image alone, so it is the same for
-        every run and t. Block 0 of the result is x_t itself, patch by patch. Computed
-        in float32.
+        label (the empty caption) if not `labelled`; eps depends on the image alone, so
+        it is the same for every run and t. Block 0 of the result is x_t itself, patch
+        by patch. Computed in float32.
 
         Raises:
           UserError: no checkpoint, or one that cannot be read.
         """
-        abstract, transport = self.program.abstract, self.program.transport
-        part = {"ema": {"network": abstract.ema["network"]}, "step": abstract.step}
+        program, abstract = self.program, self.program.abstract
+        transport, network = program.transport, program.network
+        ema = {n: abstract.ema[n] for n in ("network", "text") if n in abstract.ema}
         with Checkpoints(self.run) as checkpoints:
-            state = checkpoints.restore(part)
-        network = self.program.network
+            state = checkpoints.restore({"ema": ema, "step": abstract.step})
+        trees = {"text": program.text} if "text" in program.frozen else {}
+        trees |= state["ema"]
         model = replace(network.model, remat="none")
         network = network.clone(model=model, dtype=jnp.float32, attention="xla")
 
         @jax.jit
-        def tokens(params: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
-            y = y if labelled else jnp.full_like(y, network.num_classes)
+        def tokens(trees: Any, z: Array, y: Array, index: Array, t: Array) -> Any:
+            if program.reader:
+                y = program.read(trees["text"], y[:, 0 if labelled else 1])
+            elif not labelled:
+                y = jnp.full_like(y, network.num_classes)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(SEED), index)
             noise = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
             x_t, _ = transport.interpolate(z, noise, t)
-            _, found, _ = apply(network, params, x_t, t, y, tuple(blocks))
+            _, found, _ = apply(network, trees["network"], x_t, t, y, tuple(blocks))
             return found | {0: patchify(x_t, network.model.patch_size)}
 
         def forward(images: Images, t: float) -> Iterator[dict[int, np.ndarray]]:
-            params, size = state["ema"]["network"], min(CHUNK, len(images))
+            size = min(CHUNK, len(images))
             for start in range(0, len(images), size):
                 rows = np.arange(start, start + size)
                 part = images.take(rows.clip(max=len(images) - 1))  # of one shape
                 index = part.index.astype(np.uint32)
                 times = np.full(size, t, np.float32)
-                found = jax.device_get(tokens(params, part.z, part.label, index, times))
+                found = jax.device_get(tokens(trees, part.z, part.label, index, times))
                 count = min(size, len(images) - start)
                 yield {block: x[:count] for block, x in found.items()}
 
