@@ -18,7 +18,7 @@ from sra2_jax.config import CAPTIONS, Config
 from sra2_jax.data import digits, records
 from sra2_jax.data.captions import captioned
 from sra2_jax.data.encode import EncodeOptions, encode
-from sra2_jax.generator import draw_labels, generate
+from sra2_jax.generator import draw_labels, generate, open_run
 from sra2_jax.log import Log
 from sra2_jax.models import apply
 from sra2_jax.observe import Observer
@@ -211,11 +211,11 @@ def test_draws(latents):
 
 
 def test_trains_alike_on_one_and_eight_devices(trained, monkeypatch):
-    """Split, both streams of all blocks."""
+    """Scanned or unrolled; split, both streams of all blocks."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 100)
     program, state = trained
     own = program.config.override({
-        "mesh.fsdp": 2, "mesh.tensor": 2, "accumulate": 2,
+        "mesh.fsdp": 2, "mesh.tensor": 2, "accumulate": 2, "model.scan": False,
     })  # fmt: skip
     split = Program(own, sharding.make_mesh(own.mesh))
     found = []
@@ -345,13 +345,19 @@ def test_weights_go_out_and_come_back(trained):
     )  # its encoder has no place there
 
 
-def test_captions_have_no_classes(latents, tmp_path, monkeypatch, as_file):
-    """To fine-tune for, or to draw."""
-    own = config(latents)
-    np.savez(tmp_path / "x.npz", x=np.zeros(1, np.float32))
-    words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run --classes=3"
-    words += f" --config={as_file(ConfigDict(own.to_dict()))}"
-    monkeypatch.setattr("sys.argv", words.split())
+def test_a_file_becomes_a_run(latents, trained, tmp_path, monkeypatch, as_file):
+    """And has no classes, to fine-tune for or to draw."""
+    own, network = config(latents), jax.device_get(trained[1].params["network"])
+    tensors = to_reference(network, {}, HEAD_NAMES, trained[0].network)
+    np.savez(tmp_path / "x.npz", **tensors)
+    words = f"convert import {tmp_path}/x.npz --workdir={tmp_path}/run".split()
+    words.append(f"--config={as_file(ConfigDict(own.to_dict()))}")
+    monkeypatch.setattr("sys.argv", words)
+    convert.main()
+    images = open_run(str(tmp_path / "run"), own)
+    jax.tree.map(np.testing.assert_array_equal, images.params["network"], network)
+    again = [*words, f"--workdir={tmp_path}/other", "--classes=3"]
+    monkeypatch.setattr("sys.argv", again)
     with one_line("captions have none"):
         convert.main()
     with one_line("no classes to draw"):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sra2_jax.models import shapes
 from sra2_jax.models.block import block_macs, dense, layer_norm, stacked
-from sra2_jax.models.dinov2 import EncoderBlock, resize
+from sra2_jax.models.dinov2 import GELU, EncoderBlock, resize
 from sra2_jax.models.dit import patchify
 
 # Means and standard deviations of red, green and blue in [0, 1].
@@ -24,7 +24,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 NORMAL = nn.initializers.normal(0.02)
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": GELU,
 }
 
 

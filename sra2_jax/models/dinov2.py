@@ -25,6 +25,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ZEROS, ONES = nn.initializers.zeros_init(), nn.initializers.ones_init()
 NORMAL = nn.initializers.truncated_normal(0.02)
+GELU = partial(nn.gelu, approximate=False)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class EncoderBlock(nn.Module):
     hidden: int
     eps: float
     dtype: Any
-    activation: Callable[[Array], Array] = partial(nn.gelu, approximate=False)
+    activation: Callable[[Array], Array] = GELU
     bias: bool = True
     scaled: bool = False
     causal: bool = False

@@ -10,7 +10,6 @@ without TensorFlow.
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 import numpy as np
 from etils import epath
@@ -46,7 +45,7 @@ def evaluate(
     reference: ImageSet,
     out: epath.Path,
     batch: int,
-    more: Mapping[str, float] = MappingProxyType({}),
+    more: Mapping[str, float],
 ) -> None:
     """Print the metrics of `samples`, and more that were found before, and write them
     to `out` as JSON.

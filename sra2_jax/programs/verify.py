@@ -243,8 +243,8 @@ def crops(path: Path, data: Arrays) -> Cases:
 def adm_metrics(path: Path, data: Arrays) -> Cases:
     """FID, sFID, Inception Score, Precision and Recall of ADM's evaluator."""
     for case, of in (("fid", ""), ("sfid", "spatial_")):
-        sides = (moments.gaussian(data[of + side]) for side in ("samples", "ref"))
-        yield case, moments.frechet_distance(*next(sides), *next(sides)), FLOAT64
+        samples, real = (moments.gaussian(data[of + x]) for x in ("samples", "ref"))
+        yield case, moments.frechet_distance(*samples, *real), FLOAT64
     for case, split in (("all", len(data["probs"])), ("50", 50)):
         score = moments.InceptionScore(split)
         score.add(data["probs"])
