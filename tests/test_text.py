@@ -22,15 +22,16 @@ from sra2_jax.generator import draw_labels, generate, open_run
 from sra2_jax.log import Log
 from sra2_jax.models import apply
 from sra2_jax.observe import Observer
-from sra2_jax.programs import convert, evaluate, sample
+from sra2_jax.programs import convert, sample
 from sra2_jax.run import Run
 from sra2_jax.runtime import Watch
 from sra2_jax.step import Program
 from sra2_jax.train import train
-from sra2_jax.weights import load_clip, load_clip_score, spelled, tokenizer
+from sra2_jax.weights import load_clip, spelled, tokenizer
 from sra2_jax.weights.sit import from_reference, to_reference
 from tests.conftest import ROOT, one_line
 from tests.test_encode import read_with_tfds
+from tools import text_score
 from tools.probes import Subject
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -374,7 +375,7 @@ def test_macs_are_those_of_the_products(latents):
     assert 2 * network.macs(3) == pytest.approx(counted, rel=0.06)
 
 
-def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
+def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch, capsys):
     """Its grid has the captions of the records; a file of prompts, or one."""
     assert Run(run).samples(2).exists()
     scores = Run(run).read("results")["metrics"]
@@ -416,31 +417,31 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
         convert.main()
     with one_line("needs --prompts"):
         made("none")
-    score_by_prompts(tmp_path, both, monkeypatch)
+    score_by_prompts(tmp_path, both, monkeypatch, capsys)
 
 
-def score_by_prompts(tmp_path, samples, monkeypatch):
-    """CLIP's, the mean over images of each with its own prompt."""
-    np.savez(tmp_path / "real.npz", arr_0=samples["arr_0"][::-1])
-    texts = tmp_path / "prompts.txt"
+def score_by_prompts(tmp_path, samples, monkeypatch, capsys):
+    """CLIP's, the mean over images of each with its own prompt, as transformers'."""
+    network, params = text_score.load(CLIP)
+    with np.load(ROOT / "tests" / "clip_score.npz") as case:
+        found = apply(
+            network, params, *(jnp.asarray(case[k]) for k in ("images", "input_ids"))
+        )
+        np.testing.assert_allclose(found, case["text_score"], rtol=1e-5)
 
-    def evaluated(out, prompts):
-        words = f"evaluate {tmp_path}/both.npz --reference={tmp_path}/real.npz".split()
-        words += ["--features=dinov2", f"--dinov2={DINOV2}"]
-        words += [f"--prompts={prompts}", f"--clip={CLIP}", f"--out={tmp_path}/{out}"]
-        monkeypatch.setattr("sys.argv", words)
-        evaluate.main()
-        return json.loads((tmp_path / out).read_text())["metrics"]
+    def scored(prompts):
+        words = f"text_score {tmp_path}/both.npz --clip={CLIP} --prompts={prompts}"
+        monkeypatch.setattr("sys.argv", words.split(maxsplit=3))
+        text_score.main()
+        return float(capsys.readouterr().out.split(": ")[-1].split()[0])
 
-    found = evaluated("scores.json", texts)["text_score"]
-    module, params = load_clip_score(CLIP)
+    found = scored(tmp_path / "prompts.txt")
     tokens = tokenizer(CLIP)(["a red digit", "blue sky"])[samples["arr_1"]]
     inputs = jnp.asarray(samples["arr_0"]), jnp.asarray(tokens, jnp.int32)
-    assert found == pytest.approx(
-        float(apply(module, params, *inputs).mean()), rel=1e-4
-    )
+    own = float(apply(network, params, *inputs).mean())
+    assert found == pytest.approx(own, rel=1e-4)
     with one_line("made of other prompts than --prompts"):
-        evaluated("x.json", "blue sky")
+        scored("blue sky")
 
 
 def test_blocks_are_told_the_caption(run, latents):

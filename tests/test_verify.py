@@ -11,7 +11,7 @@ from sra2_jax.programs.verify import verify
 COVERED = {
     "alignment_losses": 4, "center_crop": 4, "interpolants": 12, "samplers": 24,
     "sit": 1, "sit_learn_sigma": 1, "repa_sit": 3, "sra_sit": 3, "vae": 4,
-    "dinov2": 1, "clip": 4, "adm_metrics": 6, "inception": 3, "ig_samplers": 16,
+    "dinov2": 1, "clip": 3, "adm_metrics": 6, "inception": 3, "ig_samplers": 16,
     "lightning_full": 4, "lightning_wo_shift": 4, "lightning_qknorm_layernorm": 4,
     "lightning_rope_only": 4, "mmdit": 2, "ldm_vae": 4,
 }  # fmt: skip

@@ -8,7 +8,6 @@ METRICS = {
     "sfid": ("sFID", "lower is better"),
     "kernel_distance": ("Kernel distance", "lower is better"),
     "inception_score": ("Inception Score", "higher is better"),
-    "text_score": ("CLIP score or PickScore", "higher is better"),
     "accuracy": ("Recognised as asked", "higher is better"),
     "precision": ("Precision", "higher is better"),
     "recall": ("Recall", "higher is better"),

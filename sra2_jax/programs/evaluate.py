@@ -9,7 +9,7 @@ without TensorFlow.
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -20,8 +20,6 @@ from sra2_jax.errors import UserError
 from sra2_jax.metrics import METRICS, compare
 from sra2_jax.metrics.features import KINDS, Features, make_features
 from sra2_jax.metrics.sets import STATISTICS, ImageSet, open_images, write_npz
-from sra2_jax.metrics.text import text_score
-from sra2_jax.programs.sample import read_prompts
 from sra2_jax.runtime import versions
 from sra2_jax.sharding import make_mesh, rounded
 from sra2_jax.storage import new_file, write_json
@@ -45,10 +43,8 @@ def evaluate(
     reference: ImageSet,
     out: epath.Path,
     batch: int,
-    more: Mapping[str, float],
 ) -> None:
-    """Print the metrics of `samples`, and more that were found before, and write them
-    to `out` as JSON.
+    """Print the metrics of `samples` and write them to `out` as JSON.
 
     Raises UserError: unusable samples or reference.
     """
@@ -60,7 +56,7 @@ def evaluate(
     against = compare.summarise_reference(features, reference, batch)
     keep = len(samples) if against.kept is not None else 0
     summary = compare.summarise(features, samples, batch, keep)
-    metrics = {**compare.compare(features, summary, against), **more}
+    metrics = compare.compare(features, summary, against)
     notes = [*note_if_few(summary), *note_if_few(against)]
     if against.kept is None:
         notes.append(
@@ -131,10 +127,6 @@ def main() -> None:
     add("--make_reference", metavar="FILE.npz", help="write statistics of SAMPLES")
     add("--out", metavar="FILE.json", help="results (beside SAMPLES)")
     add("--batch_size", type=int, default=64, help="of the network (%(default)s)")
-    how = "of samples of prompts: the file of them, for CLIP score or PickScore"
-    add("--prompts", metavar="FILE", help=how)
-    own = "folder or hub id of the CLIP that scores (%(default)s)"
-    add("--clip", default="openai/clip-vit-large-patch14", metavar="WEIGHTS", help=own)
     add_feature_arguments(parser)
     a = parser.parse_args()
     if bool(a.reference) == bool(a.make_reference):
@@ -154,8 +146,4 @@ def main() -> None:
         make_reference(features, samples, out, batch)
     else:
         reference = open_images(a.reference, a.resolution, a.split)
-        more = {}
-        if a.prompts:
-            prompts = read_prompts(a.prompts)
-            more["text_score"] = text_score(a.clip, samples, prompts, mesh, batch)
-        evaluate(features, samples, reference, out, batch, more)
+        evaluate(features, samples, reference, out, batch)

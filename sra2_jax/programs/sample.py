@@ -7,6 +7,7 @@ whole.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import time
@@ -23,7 +24,6 @@ from sra2_jax.data.pixels import to_png
 from sra2_jax.errors import UserError
 from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import write_npz
-from sra2_jax.metrics.text import digest
 from sra2_jax.storage import new_file, read_json, whole_file, write_json
 
 NPZ, PICTURE = ".npz", ".png"
@@ -102,7 +102,7 @@ def sample(
     if generate.program.reader:
         labels = indices % len(prompts)
         tokens = generator.prompted(generate.config, prompts)[labels]
-        settings["prompts"] = digest(prompts)
+        settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     else:
         tokens = labels = generator.draw_labels(generate.config, indices)
     parts = Parts(out.with_suffix(".shards"), count, size)

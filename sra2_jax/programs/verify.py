@@ -32,7 +32,7 @@ from sra2_jax.models.dit import DiT
 from sra2_jax.models.mmdit import MMDiT
 from sra2_jax.programs.steps import verify_steps
 from sra2_jax.transport import Transport, coefficients
-from sra2_jax.weights import load_clip, load_clip_score, load_dinov2, load_vae
+from sra2_jax.weights import load_clip, load_dinov2, load_vae
 from sra2_jax.weights.files import read_npz
 from sra2_jax.weights.inception import from_torch_fidelity
 from sra2_jax.weights.sit import from_reference
@@ -164,12 +164,8 @@ def ldm_vae(path: Path, data: Arrays) -> Cases:
 
 
 def transformers(path: Path, data: Arrays) -> Cases:
-    """DINOv2, CLIP's text encoder, or CLIP, of the folder's transformers files."""
+    """DINOv2 or CLIP's text encoder, of the folder's transformers files."""
     folder = str(path.parent)
-    if "images" in data:
-        inputs = data["images"], jnp.asarray(data["input_ids"])
-        yield "text_score", compiled(*load_clip_score(folder), *inputs), FLOAT32
-        return
     if "input_ids" in data:
         states = compiled(*load_clip(folder), jnp.asarray(data["input_ids"]))
     else:
@@ -288,7 +284,6 @@ CHECKS: dict[str, Callable[[Path, Arrays], Cases]] = {
     "moments": vae,
     "mean_normalised": ldm_vae,
     "last_hidden_state": transformers,
-    "text_score": transformers,
     "latents": samplers,
     "linear|alpha": interpolants,
     "smooth_l1_beta005": alignment_losses,

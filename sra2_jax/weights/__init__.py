@@ -3,7 +3,6 @@
 from sra2_jax.weights.clip import (
     describe_clip,
     load_clip,
-    load_clip_score,
     spelled,
     tokenizer,
 )
@@ -16,7 +15,6 @@ __all__ = [
     "describe_dinov2",
     "describe_vae",
     "load_clip",
-    "load_clip_score",
     "load_dinov2",
     "load_inception",
     "load_vae",

@@ -1,62 +1,37 @@
-"""Published weights of CLIP, in the folder format of transformers."""
+"""Published weights of CLIP's text encoder, in the folder format of transformers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sra2_jax.errors import UserError, explained
-from sra2_jax.models.clip import (
-    CLIP,
-    CLIPText,
-    CLIPTextConfig,
-    CLIPVision,
-    CLIPVisionConfig,
-)
-from sra2_jax.weights import tree
-from sra2_jax.weights.files import Format, fetch, read_weights
+from sra2_jax.models.clip import CLIPText, CLIPTextConfig
+from sra2_jax.weights.files import Format, fetch
 
 TOKENIZER = "tokenizer.json"
 
-# Our modules -> theirs, of a block, of the text's half, of the image's, and of both.
-BLOCK = {
-    "norm1": "layer_norm1",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "attention_out": "self_attn.out_proj",
-    "norm2": "layer_norm2",
-    "mlp_in": "mlp.fc1",
-    "mlp_out": "mlp.fc2",
-}
-TEXT = {f"blocks.{k}": f"text_model.encoder.layers.{{i}}.{v}" for k, v in BLOCK.items()}
-TEXT |= {
+# Our modules -> theirs.
+NAMES = {
     "tokens": "text_model.embeddings.token_embedding",
     "positions": "text_model.embeddings.position_embedding",
     "norm": "text_model.final_layer_norm",
+    "blocks.norm1": "text_model.encoder.layers.{i}.layer_norm1",
+    "blocks.query": "text_model.encoder.layers.{i}.self_attn.q_proj",
+    "blocks.key": "text_model.encoder.layers.{i}.self_attn.k_proj",
+    "blocks.value": "text_model.encoder.layers.{i}.self_attn.v_proj",
+    "blocks.attention_out": "text_model.encoder.layers.{i}.self_attn.out_proj",
+    "blocks.norm2": "text_model.encoder.layers.{i}.layer_norm2",
+    "blocks.mlp_in": "text_model.encoder.layers.{i}.mlp.fc1",
+    "blocks.mlp_out": "text_model.encoder.layers.{i}.mlp.fc2",
 }
-VISION = {k: v.replace("text_model", "vision_model") for k, v in TEXT.items()}
-VISION |= {
-    "patch": "vision_model.embeddings.patch_embedding",
-    "class_token": "vision_model.embeddings.class_embedding",
-    "first_norm": "vision_model.pre_layrnorm",
-    "norm": "vision_model.post_layernorm",
-    "projection": "visual_projection",
-}
-BOTH = {f"text.{k}": v for k, v in TEXT.items()}
-BOTH |= {f"vision.{k}": v for k, v in VISION.items()}
-BOTH |= {name: name for name in ("text_projection", "logit_scale")}
-
-
-def _tensors(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Without the tables 0, 1, 2, ... of older files."""
-    return {k: v for k, v in tensors.items() if not k.endswith(".position_ids")}
 
 
 def _text(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    own = _tensors(tensors)
-    return {k: v for k, v in own.items() if k.startswith("text_model.")}
+    """Those of the text's half, without the table 0, 1, 2, ... of older files."""
+    table = "text_model.embeddings.position_ids"
+    own = {k: v for k, v in tensors.items() if k.startswith("text_model.")}
+    return {k: v for k, v in own.items() if k != table}
 
 
 FORMAT = Format(
@@ -64,27 +39,11 @@ FORMAT = Format(
     CLIPText,
     CLIPTextConfig,
     {},
-    TEXT.__getitem__,
+    NAMES.__getitem__,
     _text,
     part="text_config",
 )
 load_clip = FORMAT.load
-
-
-def load_clip_score(source: str) -> tuple[CLIP, tree.Params]:
-    """Both halves: of CLIP, or of PickScore, a CLIP of its own. Raises UserError: as
-    `load_clip`."""
-    folder, text = FORMAT.describe(source)
-    own: Any = {"network": CLIPVision, "config": CLIPVisionConfig}
-    other = replace(FORMAT, part="vision_config", **own)
-    vision: Any = other.describe(source)[1]
-    module = CLIP(text.config, vision.config)
-    tensors = _tensors(read_weights(folder, FORMAT.weights))
-    how = BOTH.__getitem__, f"{folder}: weights of another network"
-    wanted, patch = module.shapes(), vision.config.patch_size
-    return module, tree.read(tensors, wanted, *how, patch)
-
-
 LARGE = CLIPTextConfig(
     hidden_size=768, intermediate_size=3072, num_attention_heads=12
 )  # of openai/clip-vit-large-patch14
