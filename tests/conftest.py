@@ -59,7 +59,7 @@ install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 
 # Those that take longest come first, and not two that wait for the same fixture.
-FIRST = ("test_bucket", "test_verify", "test_distributed", "test_convert")
+FIRST = ("test_text", "test_bucket", "test_verify", "test_distributed", "test_step")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

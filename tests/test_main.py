@@ -1,5 +1,6 @@
 """main.py's command line: every mistake is one line, at once; --help is quick."""
 
+import importlib.util
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from sra2_jax import command
 from sra2_jax.command import Parser
 from sra2_jax.config_file import override
 from sra2_jax.sharding import make_mesh
@@ -206,3 +208,22 @@ def test_nobody_listens():
     done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_flags_of_xla(monkeypatch):
+    """XLA knows them (it aborts otherwise), and the user's own come last."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command.set_xla_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    command.set_xla_flags()
+    words = os.environ["XLA_FLAGS"].split()
+    assert words == [*command.GPU_FLAGS, "--xla_gpu_autotune_level=0"]
+    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.92"
+    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "2\n"

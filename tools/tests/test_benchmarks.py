@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from benchmarks import quickstart
 from benchmarks.gpu import session
 from benchmarks.sampling import network_rows
-from sra2_jax import command, config_file
+from sra2_jax import config_file
 from sra2_jax.config import Config
 
 
@@ -180,22 +178,3 @@ def test_kernels_and_numerics(small, benchmark):
     assert exact["gradient"] < 1e-5 < 1e-3 < half["gradient"] < 0.1
     assert "cuDNN is not detected" in text
     assert found["repeats"]
-
-
-def test_flags_of_xla(monkeypatch):
-    """XLA knows them (it aborts otherwise), and the user's own come last."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    command.set_xla_flags()
-    assert os.environ["XLA_FLAGS"] == "--xla_gpu_autotune_level=0"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    command.set_xla_flags()
-    words = os.environ["XLA_FLAGS"].split()
-    assert words == [*command.GPU_FLAGS, "--xla_gpu_autotune_level=0"]
-    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.92"
-    code = "import jax; print(jax.jit(lambda x: x + 1)(1))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "2\n"

@@ -1,4 +1,4 @@
-"""The ahead-of-time check on eight simulated CPUs, and the committed figures."""
+"""What a compiled program does, on eight simulated CPUs, and the committed figures."""
 
 import importlib.util
 import json
@@ -8,30 +8,19 @@ import jax.numpy as jnp
 import pytest
 
 from sra2_jax import chips
-from sra2_jax.chips import chip_of
 from sra2_jax.config import Config, Model
 from sra2_jax.errors import UserError
-from sra2_jax.programs import fit
-from sra2_jax.step import Program
-from tests.conftest import pinned
+from tests.conftest import one_line, pinned
 from tools import absent_gpu, aot, gates, hlo, roofline
 
 
-def test_what_a_device_holds_and_does(tiny):
-    """Against the parameters' number and the passes counted by formula, with SRA 2, an
-    encoder and a teacher at once, which are not trained."""
+def test_what_a_device_does(tiny):
+    """Against the passes counted by formula, with SRA 2, an encoder and a teacher at
+    once, which are not trained."""
     tiny.model.scan = False
     tiny.align.encoder.enabled = tiny.align.teacher.enabled = True
     facts = aot.describe(Config.of(tiny), "cpu:8", memory_gb=1)
     numbers = sum(facts["parameters"].values())
-    held = facts["bytes"]
-    assert held["parameters"] == held["ema"] == 4 * numbers
-    assert 8 * numbers < held["optimizer"] < 8 * numbers + 100  # two moments, a count
-    assert held["encoder"] > 0
-    # Of 2 rows: mean and std in float16, a label, an image
-    assert held["batch"] == 2 * (2 * 4 * 4 * 4 * 2 + 4 + 32 * 32 * 3)
-    assert facts["peak_bytes"] > 16 * numbers + held["encoder"] + held["batch"]
-    assert facts["fits"] is True
     assert facts["estimate"] is None  # a CPU has no nominal speed
     program = facts["program"]
     # The first layers need no gradient of their input.
@@ -42,61 +31,24 @@ def test_what_a_device_holds_and_does(tiny):
         aot.describe(Config.of(tiny), "cpu:7")
 
 
-@pytest.mark.parametrize("program", ["fit", "tools.aot"])
-def test_program_says_that_it_does_not_fit(tiny, as_file, tmp_path, start, program):
-    """Exit status 1, figures as text and JSON, and last what to change."""
+def test_program(tiny, as_file, tmp_path, start):
+    """Figures as text and JSON; exit status 1 where it does not fit."""
     tiny.model.depth = tiny.align.vae.depth = 1
     file = tmp_path / "facts.json"
     flags = [f"--config={as_file(tiny)}", "--topology=cpu:8", "--memory_gb=0.0001"]
-    done = start(program, *flags, f"--json={file}", devices=8)
+    done = start("tools.aot", *flags, f"--json={file}", devices=8)
     assert done.status() == 1, done.text
-    facts = json.loads(file.read_text())
-    assert facts["fits"] is False
+    assert json.loads(file.read_text())["fits"] is False
     *table, last = done.text.splitlines()
-    need = f"needs {facts['peak_bytes'] / 1e9:.2f} GB a device of 0.00 GB"
-    assert last.startswith(f"does not fit: {need}")
-    for hint in ("remat=full", "mesh.fsdp", "batch_size"):
-        assert hint in last
-    known = ["parameters", "GB a device", "GFLOP a device"]
-    known += ["products", "GB moved", "all-reduce f32"] if program != "fit" else []
-    for name in known:
+    assert last.startswith("does not fit: needs ")
+    for name in ("parameters", "products", "GB moved", "all-reduce f32"):
         assert any(line.startswith(name) for line in table), name
 
 
-@pytest.mark.parametrize(
-    ("topology", "message"),
-    [
-        ("v7:4x4", "unknown --topology=v7:4x4: known are v4 and v5p: 1x1x1"),
-        ("v5e", "unknown --topology=v5e: known are"),
-        ("cpu:0", "unknown --topology=cpu:0"),
-        ("cpu:9", "this process has 8 devices"),
-        ("v5e:4x4", r"needs the package libtpu: pip install -e '\.\[aot\]'"),
-        ("h200:8", r"plugin and ptxas: pip install -e '\.\[aot-gpu\]'"),
-    ],
-)
-def test_mistakes(topology, message, monkeypatch):
+def test_a_gpu_needs_its_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=message):
-        aot.find_devices(topology)
-
-
-def test_compiler_that_runs_out_of_memory_is_told_as_not_fitting(tiny, monkeypatch):
-    """What a TPU's compiler raises; it gives no program then."""
-
-    class Lowered:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory "
-                "required for HLO temporaries (27.50G) exceeds available HBM (15.75G)."
-            )
-
-    monkeypatch.setattr(Program, "lower", lambda self: Lowered())
-    facts = aot.describe(Config.of(tiny), "cpu:8", memory_gb=16)
-    assert facts["fits"] is False
-    assert facts["peak_bytes"] == 27.5 * 2**30
-    assert "needs 29.53 GB a device of 16.00 GB" in fit.advice(facts)
-    assert facts["program"] is facts["estimate"] is None
-    assert json.dumps(facts)
+    with one_line("plugin and ptxas: pip install -e '.[aot-gpu]'"):
+        aot.find_devices("h200:8")
 
 
 def test_absent_gpu_runs_attention_of_cudnn():
@@ -119,13 +71,6 @@ def test_absent_gpu_runs_attention_of_cudnn():
     assert absent_gpu.attention(Model(dtype="float32")) == "xla"
     assert text.count("__cudnn$fmhaSoftmaxBackward") == 1
     assert text.count("__cudnn$fmhaSoftmax") == 2
-
-
-def test_names_that_devices_give_themselves():
-    kinds = ("TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "NVIDIA H200", "cpu")
-    found = [chip_of(kind) for kind in kinds]
-    names = [chip and chip.name for chip in found]
-    assert names == ["v4", "v5e", "v5p", "v6e", "h200", None]
 
 
 def test_estimate():
