@@ -39,19 +39,16 @@ def fingerprints(tree: Any) -> tuple[dict[str, int], list[str]]:
         everywhere = NamedSharding(place.mesh, PartitionSpec())
     else:
         everywhere = None
-    compute = jax.jit(_compute, out_shardings=everywhere)
-    sums, finite = jax.device_get(compute(list(leaves.values())))
-    by_name = {name: int(v) for name, v in zip(leaves, sums, strict=True)}
-    return by_name, [n for n, ok in zip(leaves, finite, strict=True) if not ok]
+    # One program a shape: params, averages and moments share theirs.
+    compute = jax.jit(_fingerprint, out_shardings=everywhere)
+    found = jax.device_get({name: compute(x) for name, x in leaves.items()})
+    sums = {name: int(value) for name, (value, _) in found.items()}
+    return sums, [name for name, (_, finite) in found.items() if not finite]
 
 
-def _compute(leaves: list[Array]) -> tuple[Array, Array]:
-    finite = [jnp.isfinite(x).all() for x in leaves]
-    return jnp.stack([_fingerprint(x) for x in leaves]), jnp.stack(finite)
-
-
-@jax.jit  # traced once for each shape
-def _fingerprint(x: Array) -> Array:
+def _fingerprint(x: Array) -> tuple[Array, Array]:
+    """And whether all are finite."""
+    finite = jnp.isfinite(x).all()
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize])
@@ -63,4 +60,4 @@ def _fingerprint(x: Array) -> Array:
     place = (place ^ (place >> 16)) * jnp.uint32(0x85EBCA6B)
     place = (place ^ (place >> 13)) * jnp.uint32(0xC2B2AE35)
     odd = (place ^ (place >> 16)) | jnp.uint32(1)
-    return jnp.sum(bits.astype(jnp.uint32) * odd, dtype=jnp.uint32)
+    return jnp.sum(bits.astype(jnp.uint32) * odd, dtype=jnp.uint32), finite

@@ -22,7 +22,7 @@ from sra2_jax.runtime import Watch
 from sra2_jax.train import prepare, train
 from sra2_jax.weights import load_dinov2
 from tests.conftest import one_line
-from tests.test_step import program_of
+from tests.test_step import moved_parameters, program_of
 
 METHODS = {
     "vanilla": (),
@@ -35,14 +35,6 @@ def switch(config, on):
     for name, section in config.align.items():
         section.enabled = name in on
     return config
-
-
-def moved_parameters(program):
-    """Those of step 0, moved away from their zeros."""
-    return jax.tree.map(
-        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
-        program.start().params,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +111,13 @@ def test_teacher_is_the_ema_at_a_lower_noise_level(tiny, batch):
         align = jnp.mean(jnp.where(d < 0.05, d**2 / 0.1, d - 0.025))
         return jnp.mean((out - v) ** 2) + 0.2 * align, align
 
-    (loss, align), gradient = jax.jit(jax.value_and_grad(formula, has_aux=True))(params)
-    expected = loss, align, optax.tree.norm(gradient)
-    averages = {"network": ema, "heads": jax.tree.map(jnp.copy, params["heads"])}
+    @jax.jit
+    def expected(params):
+        found, gradient = jax.value_and_grad(formula, has_aux=True)(params)
+        return *found, optax.tree.norm(gradient)
+
+    expected = expected(params)
+    averages = {"network": ema, "heads": params["heads"]}
     state = program.start().replace(step=step, params=params, ema=averages)
     _, metrics = program.compile()(state, batch)
     found = [metrics[name] for name in ("loss", "loss_align_teacher", "grad_norm")]

@@ -14,8 +14,7 @@ from sra2_jax.metrics.sets import open_images
 from sra2_jax.models import apply
 from sra2_jax.programs import evaluate, sample, sweep
 from tests.conftest import one_line
-from tests.test_methods import moved_parameters
-from tests.test_step import program_of
+from tests.test_step import moved_parameters, program_of
 
 DIGITS = ("--features=digits", "--reference=digits", "--split=test")
 

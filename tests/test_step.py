@@ -21,6 +21,15 @@ def program_of(config, devices=1):
     return Program(config, sharding.make_mesh(config.mesh, jax.devices()[:devices]))
 
 
+def moved_parameters(program):
+    """Those of step 0, moved away from their zeros; of numpy."""
+
+    def moved(p):
+        return p + 0.1 * np.cos(np.arange(p.size, dtype=p.dtype)).reshape(p.shape)
+
+    return jax.tree.map(moved, jax.device_get(program.start().params))
+
+
 def run(config, batches, devices=1):
     """The state at the start and after each step, the last in its place, and the
     metrics of each step."""
@@ -81,10 +90,7 @@ def test_loss_is_the_papers(tiny, batch):
     tiny.align.vae.weight = 0.7
     program = program_of(tiny)
     network, heads = program.network, program.heads
-    params = jax.tree.map(
-        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)),
-        program.start().params,
-    )
+    params = moved_parameters(program)
     draws = jax.jit(program.draw)(batch, jnp.asarray(5))
     total, metrics = jax.jit(program.loss)(params, None, {}, draws, jnp.asarray(5))
 

@@ -16,7 +16,6 @@ from zipfile import BadZipFile
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from sra2_jax import sampler
@@ -58,11 +57,11 @@ def relative_error(ours: ArrayLike, reference: ArrayLike) -> float:
 
 def nhwc(x: np.ndarray) -> jax.Array:
     """Channels last, on the device."""
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+    return jnp.asarray(np.moveaxis(x, 1, -1))
 
 
-def nchw(x: Any) -> jax.Array:
-    return jnp.moveaxis(x, -1, 1)
+def nchw(x: Any) -> np.ndarray:
+    return np.moveaxis(np.asarray(x), -1, 1)
 
 
 def compiled(module: Any, params: Any, *inputs: Any, method: Any = None) -> Any:
@@ -121,7 +120,9 @@ def sit(path: Path, data: Arrays) -> Cases:
     first, (loss, out, kept, c) = jax.jit(run)(params, x)
     results = {"out": nchw(out), "hidden": kept[depth], "loss": loss}
     if "grad_x" in data:
-        results |= {"grad_norm": optax.tree.norm(first[0]), "grad_x": nchw(first[1])}
+        parts = [np.ravel(leaf) for leaf in jax.tree.leaves(first[0])]
+        results["grad_norm"] = np.linalg.norm(np.concatenate(parts))
+        results["grad_x"] = nchw(first[1])
     for section, tree in trees.items():
         found = apply(layers[section], tree, kept[depth], c)
         results["z"] = results["projected"] = found
