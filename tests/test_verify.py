@@ -66,10 +66,7 @@ def test_without_golden_files(tmp_path):
 
 
 def test_first_steps(monkeypatch, capsys):
-    """Those of SiT-B/2 are the recorded ones; another number is found."""
-    monkeypatch.setattr("jax.device_count", lambda: 1)
-    assert steps.verify_steps(1) == 0
-    assert "steps 1 to 1: " in capsys.readouterr().out
+    """Another number is found, in its band; tools/tests/test_first_steps.py trains."""
     rows = [json.loads(line) for line in steps.RECORDED.read_text().splitlines()]
     assert len(rows) >= 100
     rows[50]["grad_norm"] *= 1.01
