@@ -59,12 +59,23 @@ install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 
 # Those that take longest come first, and not two that wait for the same fixture.
-FIRST = ("test_text", "test_bucket", "test_verify", "test_distributed", "test_step")
+FIRST = [
+    "text",
+    "bucket",
+    "verify",
+    "distributed",
+    "step",
+    "stopped",
+    "methods",
+    "train",
+    "convert",
+    "vae",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        name = item.path.stem
+        name = item.path.stem.removeprefix("test_")
         return FIRST.index(name) if name in FIRST else len(FIRST)
 
     items.sort(key=place)

@@ -391,15 +391,16 @@ def test_a_run_samples_prompts(run, latents, tmp_path, monkeypatch):
     assert Run(run).samples(2).exists()
     scores = Run(run).read("results")["metrics"]
     assert scores.keys() == {"fd_dinov2", "kernel_distance"}
+    assert scores["fd_dinov2"] > 0
     prompts = Run(run).read("run")["prompts"]
     assert (
         {"blue sky and water"}
         < set(prompts)
         < {t.lower() for x in TEXTS.values() for t in x}
     )
-    assert all(
-        f"<li>{prompt}</li>" in Run(run).report.read_text() for prompt in prompts
-    )
+    page = Run(run).report.read_text()
+    assert "FD-DINOv2" in page
+    assert all(f"<li>{prompt}</li>" in page for prompt in prompts)
     both_file = tmp_path / "prompts.txt"
     both_file.write_text("a red digit\n\nblue sky\n")
 

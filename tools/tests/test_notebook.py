@@ -13,7 +13,7 @@ from PIL import Image
 
 import sra2_jax as sra
 
-NOTEBOOK = Path(__file__).parents[1] / "docs" / "quickstart.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "quickstart.ipynb"
 TINY = ("model.width=16", "model.depth=2", "sampling.steps=2")
 
 
