@@ -60,17 +60,9 @@ install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 # Those that take longest come first, and not two that wait for the same fixture.
 FIRST = [
-    "text",
-    "bucket",
-    "verify",
-    "distributed",
-    "step",
-    "stopped",
-    "methods",
-    "train",
-    "convert",
-    "vae",
-]
+    "text", "bucket", "verify", "distributed", "step", "stopped", "methods", "train",
+    "convert", "vae",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
