@@ -29,7 +29,7 @@ def fingerprints(tree: Any) -> tuple[dict[str, int], list[str]]:
     their bits as an unsigned number times an odd hash of their place. The sum is exact,
     so it does not depend on the sharding; one changed bit always changes it, since an
     odd number times a power of two is never 0. A TPU needs next to no memory for it, a
-    CPU 1.25 times that of the tree.
+    CPU 1.4 times that of the largest array.
 
     Leaves: arrays of up to four bytes an element, global ones too.
     """
