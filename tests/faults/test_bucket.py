@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import sys
 
 import pytest
 from etils import epath
@@ -100,6 +101,10 @@ def test_a_bucket_that_refuses_or_vanishes(begin, bucket):
     assert "Traceback" not in run.text
 
 
+@pytest.mark.skipif(
+    (3, 12) <= sys.version_info < (3, 12, 2),
+    reason="what a failed write leaves crashes this Python: python/cpython#111049",
+)
 def test_files_of_other_machines_are_seen(bucket, monkeypatch, caplog):
     for name, value in bucket.environment().items():
         monkeypatch.setenv(name, value)
