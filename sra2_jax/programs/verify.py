@@ -105,7 +105,7 @@ def sit(path: Path, data: Arrays) -> Cases:
             *widths, features = (weights[k].size for k in own)
             layers[section] = MLPHead(tuple(widths), features)
     width = network.model.width
-    token = np.zeros((1, 1, width)), np.zeros((1, width))
+    token = np.zeros((1, 1, width), np.float32), np.zeros((1, width), np.float32)
     wanted = {section: shapes(head, *token) for section, head in layers.items()}
     params, trees = from_reference(weights, network, wanted, HEAD_NAMES)
     depth = config["encoder_depth"] or config["align_depth"] or 1
