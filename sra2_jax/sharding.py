@@ -60,7 +60,7 @@ def make_mesh(
     for name, value in PINNED.items():
         jax.config.update(name, value)
     advice = "see JAX_PLATFORMS, or install the extra of your accelerator"
-    with explained("JAX finds no device", advice, RuntimeError):
+    with explained("JAX finds no device", advice, (RuntimeError, AssertionError)):
         devices = devices or jax.devices()
     data, fsdp, tensor = section.data, section.fsdp, section.tensor
     if data == -1:

@@ -146,9 +146,10 @@ def test_jax_as_the_environment_has_it():
     """What numbers rest on is pinned; what cannot work is said in one line."""
     script = (
         "import jax; from sra2_jax.sharding import make_mesh\n"
-        "try: make_mesh()\n"
-        "except ValueError as error: print(error)\n"
-        "jax.config.update('jax_platforms', 'cpu')\n"
+        "for name in ('cuda', 'cpu'):\n"
+        "    try: make_mesh()\n"
+        "    except ValueError as error: print(error)\n"
+        "    jax.config.update('jax_platforms', name)\n"
         "print(jax.random.bits(jax.random.key(0), (3,)), jax.numpy.ones(1).dtype)\n"
     )
     odd = {
@@ -157,8 +158,10 @@ def test_jax_as_the_environment_has_it():
         "JAX_DEFAULT_PRNG_IMPL": "rbg",
         "JAX_THREEFRY_PARTITIONABLE": "0",
     }
-    said, drawn = python("-c", script, env=os.environ | odd).stdout.splitlines()
-    assert re.fullmatch(r"JAX finds no device \(.*\): see JAX_PLATFORMS.*", said)
+    *both, drawn = python("-c", script, env=os.environ | odd).stdout.splitlines()
+    assert len(both) == 2
+    for said in both:
+        assert re.fullmatch(r"JAX finds no device \(.*\): see JAX_PLATFORMS.*", said)
     make_mesh()
     here = jax.random.bits(jax.random.key(0), (3,)), jax.numpy.ones(1).dtype
     assert drawn == "{} {}".format(*here)
