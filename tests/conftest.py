@@ -62,7 +62,7 @@ install_import_hook([f"sra2_jax.{name}" for name in TYPED], "beartype.beartype")
 
 # Those that take longest come first, and not two that wait for the same fixture.
 FIRST = [
-    "text", "bucket", "verify", "distributed", "step", "stopped", "methods", "train",
+    "text", "bucket", "verify", "distributed", "stopped", "step", "methods", "train",
     "convert", "vae",
 ]  # fmt: skip
 
