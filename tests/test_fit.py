@@ -35,12 +35,12 @@ def test_what_a_device_holds(tiny):
     assert facts["fits"] is True
 
 
-def test_program_says_that_it_does_not_fit(tiny, as_file, tmp_path, start):
-    """Exit status 1, figures as text and JSON, and last what to change."""
-    tiny.model.depth = tiny.align.vae.depth = 1
-    file = tmp_path / "facts.json"
-    flags = [f"--config={as_file(tiny)}", "--topology=cpu:8", "--memory_gb=0.0001"]
-    done = start("fit", *flags, f"--json={file}", devices=8)
+def check_on_too_small_devices(config, start, program, *more):
+    """A program that compiles for absent chips. Exit status 1, figures, some more, as
+    text and JSON, and last what to change. config: a file of one."""
+    file = config.with_name("facts.json")
+    flags = [f"--config={config}", "--topology=cpu:8", "--memory_gb=0.0001"]
+    done = start(program, *flags, f"--json={file}", devices=8)
     assert done.status() == 1, done.text
     facts = json.loads(file.read_text())
     assert facts["fits"] is False
@@ -49,11 +49,16 @@ def test_program_says_that_it_does_not_fit(tiny, as_file, tmp_path, start):
     assert last.startswith(f"does not fit: {need}")
     for hint in ("remat=full", "mesh.fsdp", "batch_size"):
         assert hint in last
-    for name in ("parameters", "GB a device", "GFLOP a device"):
+    for name in ("parameters", "GB a device", "GFLOP a device", *more):
         assert any(line.startswith(name) for line in table), name
 
 
-def test_compiler_that_runs_out_of_memory(tiny, monkeypatch):
+def test_program_says_that_it_does_not_fit(tiny, as_file, start):
+    tiny.model.depth = tiny.align.vae.depth = 1
+    check_on_too_small_devices(as_file(tiny), start, "fit")
+
+
+def run_out_of_memory(monkeypatch):
     """What a TPU's compiler raises; it gives no program then."""
 
     class Lowered:
@@ -64,6 +69,10 @@ def test_compiler_that_runs_out_of_memory(tiny, monkeypatch):
             )
 
     monkeypatch.setattr(Program, "lower", lambda self: Lowered())
+
+
+def test_compiler_that_runs_out_of_memory(tiny, monkeypatch):
+    run_out_of_memory(monkeypatch)
     facts = described(tiny, memory_gb=16)
     assert facts["fits"] is False
     assert facts["peak_bytes"] == 27.5 * 2**30

@@ -256,6 +256,17 @@ def test_fid_while_training(finished, tmp_path, monkeypatch):
     expected = kernel_distance(held, x[:, :8])
     assert results["metrics"]["kernel_distance"] == pytest.approx(expected, rel=1e-6)
 
+    # Goes on with other judges.
+    monkeypatch.undo()
+    np.savez(tmp_path / "images.npz", arr_0=real[:20])
+    more = {"eval.features": "dinov2", "eval.dinov2": "digits", "steps": 3}
+    more |= {"eval.reference": f"{tmp_path}/images.npz", "run.profile_steps": ""}
+    train(config.override(more), str(workdir))
+    scores = rows(workdir)[-1]
+    assert scores.keys() == {"step", "eval/fd_dinov2", "eval/kernel_distance"}
+    assert scores["eval/fd_dinov2"] > 0
+    assert "FD-DINOv2" in (workdir / "report.html").read_text()
+
 
 def test_samples_that_cannot_be_scored_stop_nothing(tiny):
     heard, observer = [], Observer.__new__(Observer)

@@ -6,7 +6,6 @@ weights (Hessel et al. 2021, of 100), PickScore by those of its own CLIP (Kirsta
 al. 2023). The network is transformers' `CLIPModel`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,10 +24,10 @@ from sra2_jax.metrics.compare import watched
 from sra2_jax.metrics.sets import ImageSet, open_images
 from sra2_jax.models import apply, shapes
 from sra2_jax.models.block import dense, layer_norm, stacked
-from sra2_jax.models.clip import ACTIVATIONS, NORMAL, CLIPText, CLIPTextConfig
-from sra2_jax.models.dinov2 import EncoderBlock, resize
+from sra2_jax.models.clip import NORMAL, CLIPConfig, CLIPText, CLIPTextConfig
+from sra2_jax.models.dinov2 import resize
 from sra2_jax.models.dit import patchify
-from sra2_jax.programs.sample import read_prompts
+from sra2_jax.programs.sample import digest_of, read_prompts
 from sra2_jax.sharding import make_mesh, replicated, rounded, spread
 from sra2_jax.weights import tokenizer, tree
 from sra2_jax.weights.clip import FORMAT, NAMES
@@ -52,15 +51,10 @@ BOTH |= {name: name for name in ("text_projection", "logit_scale")}
 
 
 @dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Shape of an image encoder; the defaults are transformers'."""
-
+class CLIPVisionConfig(CLIPConfig):
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     projection_dim: int = 512
     image_size: int = 224
     patch_size: int = 32
@@ -84,9 +78,7 @@ class CLIPVision(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(token, (b, 1, d)), x], axis=1)
         x = x + nn.Embed(x.shape[1], d, name="positions")(jnp.arange(x.shape[1]))
         x = layer_norm(cfg.layer_norm_eps, "first_norm")(x)
-        sizes = cfg.num_attention_heads, cfg.intermediate_size, cfg.layer_norm_eps
-        how: dict[str, Any] = {"activation": ACTIVATIONS[cfg.hidden_act]}
-        blocks = EncoderBlock(*sizes, self.dtype, **how, name="blocks")
+        blocks = cfg.block(self.dtype, causal=False)
         x = stacked(blocks, x, cfg.num_hidden_layers, scan=True)[:, 0]
         x = layer_norm(cfg.layer_norm_eps, "norm")(x)
         return dense(self, cfg.projection_dim, "projection", bias=False)(x)
@@ -144,7 +136,7 @@ def text_score(
     Raises UserError: other prompts than those that the images were made of.
     """
     made_of = (images.settings or {}).get("prompts")
-    if made_of not in (None, hashlib.sha256("\n".join(prompts).encode()).hexdigest()):
+    if made_of not in (None, digest_of(prompts)):
         raise UserError(f"{images.name}: made of other prompts than --prompts")
     module, params = load(weights)
     numbers = np.arange(len(images)) % len(prompts)

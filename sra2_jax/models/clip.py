@@ -25,21 +25,31 @@ ACTIVATIONS = {
 
 
 @dataclass(frozen=True)
-class CLIPTextConfig:
-    """Shape of a text encoder; the defaults are transformers'."""
+class CLIPConfig:
+    """Shape of one of CLIP's encoders; all defaults are transformers'."""
 
-    vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
-    max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is none of {', '.join(ACTIVATIONS)}")
+
+    def block(self, dtype: Any, causal: bool) -> EncoderBlock:
+        """Inside a module: one of its layers."""
+        sizes = self.num_attention_heads, self.intermediate_size, self.layer_norm_eps
+        how: dict[str, Any] = {"activation": ACTIVATIONS[self.hidden_act]}
+        return EncoderBlock(*sizes, dtype, **how, causal=causal, name="blocks")
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(CLIPConfig):
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
 
 
 class CLIPText(nn.Module):
@@ -60,9 +70,7 @@ class CLIPText(nn.Module):
         x = nn.Embed(cfg.vocab_size, d, embedding_init=NORMAL, name="tokens")(tokens)
         positions = nn.Embed(length, d, embedding_init=NORMAL, name="positions")
         x = x + positions(jnp.arange(n))
-        sizes = cfg.num_attention_heads, cfg.intermediate_size, cfg.layer_norm_eps
-        how: dict[str, Any] = {"activation": ACTIVATIONS[cfg.hidden_act]}
-        blocks = EncoderBlock(*sizes, self.dtype, **how, causal=True, name="blocks")
+        blocks = cfg.block(self.dtype, causal=True)
         x = stacked(blocks, x, cfg.num_hidden_layers, self.scan)
         return layer_norm(cfg.layer_norm_eps, "norm")(x)
 

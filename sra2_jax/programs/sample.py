@@ -102,7 +102,7 @@ def sample(
     if generate.program.reader:
         labels = indices % len(prompts)
         tokens = generator.prompted(generate.config, prompts)[labels]
-        settings["prompts"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+        settings["prompts"] = digest_of(prompts)
     else:
         tokens = labels = generator.draw_labels(generate.config, indices)
     parts = Parts(out.with_suffix(".shards"), count, size)
@@ -128,6 +128,11 @@ def sample(
         write_npz(out, arrays, parts.read(), (count, side, side, 3))
     parts.folder.rmtree()
     print(f"{out}: {count:,} images in {time.perf_counter() - began:.0f} s")
+
+
+def digest_of(prompts: Sequence[str]) -> str:
+    """What tells lists of prompts apart, in the settings of samples."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
 def read_prompts(source: str | None) -> list[str]:

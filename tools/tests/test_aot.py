@@ -11,6 +11,7 @@ from sra2_jax import chips
 from sra2_jax.config import Config, Model
 from sra2_jax.errors import UserError
 from tests.conftest import one_line, pinned
+from tests.test_fit import check_on_too_small_devices, run_out_of_memory
 from tools import absent_gpu, aot, gates, hlo, roofline
 
 
@@ -31,18 +32,18 @@ def test_what_a_device_does(tiny):
         aot.describe(Config.of(tiny), "cpu:7")
 
 
-def test_program(tiny, as_file, tmp_path, start):
-    """Figures as text and JSON; exit status 1 where it does not fit."""
+def test_program(tiny, as_file, start):
     tiny.model.depth = tiny.align.vae.depth = 1
-    file = tmp_path / "facts.json"
-    flags = [f"--config={as_file(tiny)}", "--topology=cpu:8", "--memory_gb=0.0001"]
-    done = start("tools.aot", *flags, f"--json={file}", devices=8)
-    assert done.status() == 1, done.text
-    assert json.loads(file.read_text())["fits"] is False
-    *table, last = done.text.splitlines()
-    assert last.startswith("does not fit: needs ")
-    for name in ("parameters", "products", "GB moved", "all-reduce f32"):
-        assert any(line.startswith(name) for line in table), name
+    more = "products", "GB moved", "all-reduce f32"
+    check_on_too_small_devices(as_file(tiny), start, "tools.aot", *more)
+
+
+def test_a_compiler_that_gives_no_program(tiny, monkeypatch):
+    run_out_of_memory(monkeypatch)
+    facts = aot.describe(Config.of(tiny), "cpu:8", memory_gb=16)
+    assert facts["fits"] is False
+    assert facts["program"] is facts["estimate"] is None
+    assert json.dumps(facts)
 
 
 def test_a_gpu_needs_its_compiler(monkeypatch):
