@@ -1,5 +1,5 @@
 """Networks on the Hugging Face hub: config.json, the weights in SiT's names, and the
-VAE where it is one of the run's own."""
+VAE and the text encoder where they are folders of the run's owner."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from sra2_jax.storage import read_json
 from sra2_jax.weights.files import from_hub, read_file
 from sra2_jax.weights.sit import from_reference
 
-WEIGHTS, CONFIG, VAE = "model.safetensors", "config.json", "vae"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PARTS = {"vae": "vae", "text.encoder": "text_encoder"}  # keys -> folders on the hub
 HUB = "hub:"
 ADVICE = "give owner/name[@revision] of one that `sra2 push` wrote"
 
@@ -28,12 +29,13 @@ def fetch_run(source: str) -> tuple[Path, Config]:
 
     Raises UserError: the hub does not deliver it, or it is no network of this project.
     """
-    folder = from_hub(source, ADVICE, [WEIGHTS, CONFIG, f"{VAE}/*"])
+    parts = (f"{part}/*" for part in PARTS.values())
+    folder = from_hub(source, ADVICE, [WEIGHTS, CONFIG, *parts])
     with explained(f"{source}: {CONFIG} is none of this project", ADVICE):
         config = Config.of(read_json(folder / CONFIG))
-    if config.vae == VAE:
-        config = config.override({"vae": str(folder / VAE)})
-    return folder, config
+    values = config.flat()
+    sent = {k: str(folder / part) for k, part in PARTS.items() if values[k] == part}
+    return folder, config.override(sent)
 
 
 def load_run(source: str, **sampling: Any) -> Generator:

@@ -52,7 +52,7 @@ def test_there_and_back(own, tmp_path, monkeypatch, capfd):
         files = server.repos["owner/tiny"]
         assert len(server.heard) == len(server.large) == 3
         card = files["README.md"].decode()
-        for words in ("SRA 2: a SiT of", "4 of 4\nsteps", "| frechet | ", "CC BY 4.0"):
+        for words in ("SRA 2. A SiT of", "4 of 4\nsteps", "| frechet | ", "CC BY 4.0"):
             assert words in card
         assert str(tmp_path) not in card + files["config.json"].decode()
 

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+import sra2_jax as sra
 from sra2_jax import sharding
 from sra2_jax.alignment import HEAD_NAMES
 from sra2_jax.config import CAPTIONS, Config
@@ -23,7 +24,7 @@ from sra2_jax.generator import draw_labels, generate, open_run
 from sra2_jax.log import Log
 from sra2_jax.models import apply
 from sra2_jax.observe import Observer
-from sra2_jax.programs import convert, sample
+from sra2_jax.programs import convert, pull, push, sample
 from sra2_jax.run import Run
 from sra2_jax.runtime import Watch
 from sra2_jax.step import Program
@@ -31,6 +32,7 @@ from sra2_jax.train import train
 from sra2_jax.weights import load_clip, spelled, tokenizer
 from sra2_jax.weights.sit import from_reference, to_reference
 from tests.conftest import ROOT, one_line
+from tests.hub import hub
 from tests.test_encode import read_with_tfds
 from tools.probes import Subject
 
@@ -357,8 +359,9 @@ def test_weights_go_out_and_come_back(trained):
     )  # its encoder has no place there
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content")  # httpx's, of the client's way
 def test_a_file_becomes_a_run(latents, trained, tmp_path, monkeypatch, as_file):
-    """And has no classes, to fine-tune for or to draw."""
+    """And has no classes, to fine-tune for or to draw; the hub gets its encoder."""
     own, network = config(latents), jax.device_get(trained[1].params["network"])
     tensors = to_reference(network, {}, HEAD_NAMES, trained[0].network)
     np.savez(tmp_path / "x.npz", **tensors)
@@ -374,6 +377,18 @@ def test_a_file_becomes_a_run(latents, trained, tmp_path, monkeypatch, as_file):
         convert.main()
     with one_line("no classes to draw"):
         draw_labels(own, np.arange(3))
+    with hub(monkeypatch, tmp_path / "cache") as server:
+        push.push(str(tmp_path / "run"), "owner/words")
+        pull.pull("owner/words", str(tmp_path / "pulled"))
+    files = server.repos["owner/words"]
+    card, sent = files["README.md"].decode(), json.loads(files["config.json"])
+    assert "An MMDiT of" in card
+    assert "text-to-image" in card
+    assert (sent["vae"], sent["text"]["encoder"]) == ("vae", "text_encoder")
+    there = sra.load_run(str(tmp_path / "pulled"))
+    assert there.config.text.encoder == str(tmp_path / "pulled" / "text_encoder")
+    made = (sra.generate(r.program, r.params, ["a red digit"]) for r in (images, there))
+    np.testing.assert_array_equal(*made)
 
 
 def test_macs_are_those_of_the_products(latents):

@@ -7,7 +7,7 @@ and trained further as any other; its optimizer starts anew.
 import shutil
 
 from sra2_jax.command import Parser
-from sra2_jax.hub import VAE, WEIGHTS, fetch_run
+from sra2_jax.hub import PARTS, WEIGHTS, fetch_run
 from sra2_jax.programs.convert import import_file
 from sra2_jax.run import Run
 
@@ -15,12 +15,13 @@ from sra2_jax.run import Run
 def pull(source: str, workdir: str) -> None:
     """Make `workdir` a run. Raises UserError: see `fetch_run` and `import_file`."""
     folder, config = fetch_run(source)
-    run = Run(workdir)
-    if (folder / VAE).is_dir():
-        config = config.override({"vae": str(run.folder / VAE)})
     import_file(folder / WEIGHTS, workdir, config)
-    if (folder / VAE).is_dir():
-        shutil.copytree(folder / VAE, run.folder / VAE)
+    run = Run(workdir)
+    for key, part in PARTS.items():
+        if (folder / part).is_dir():
+            shutil.copytree(folder / part, run.folder / part)
+            config = config.override({key: str(run.folder / part)})
+    run.write("config", config.to_dict())
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """A run's network to the Hugging Face hub: python -m sra2_jax push RUN --to=USER/NAME.
 
-Sends the weights in SiT's names with their heads, config.json, the VAE if it is the
-run's own, the newest sample grid, and a model card of what the run has recorded. The
-token is that of `hf auth login` or HF_TOKEN. Run again it sends what is not there yet.
+Sends the weights in SiT's names with their heads, config.json, the VAE and the text
+encoder if they are folders of your own, the newest sample grid, and a model card of
+what the run has recorded. The token is that of `hf auth login` or HF_TOKEN. Run again
+it sends what is not there yet.
 """
 
 import json
@@ -17,7 +18,7 @@ from etils import epath
 from sra2_jax.command import Parser
 from sra2_jax.config import Config
 from sra2_jax.errors import explained
-from sra2_jax.hub import CONFIG, VAE, WEIGHTS
+from sra2_jax.hub import CONFIG, PARTS, WEIGHTS
 from sra2_jax.programs.convert import check_names, export_run
 from sra2_jax.programs.sample import add_weights
 from sra2_jax.report.page import Page
@@ -27,13 +28,13 @@ from sra2_jax.storage import is_remote
 SAMPLES = "samples.png"
 CARD = """---
 library_name: sra2_jax
-pipeline_tag: unconditional-image-generation
+pipeline_tag: {task}
 tags: [diffusion-transformer, sit, jax]
 ---
 
 # {name}
 
-{kind}: a SiT of {parameters} parameters, {claim}, trained for {step:,} of {steps:,}
+{kind}. {network} of {parameters} parameters, {claim}, trained for {step:,} of {steps:,}
 steps of {batch_size} images. The weights are float32 in SiT's names, `{weights}` of the
 run; heads of alignments have names of their own, which SiT's code ignores with
 `strict=False`. t = 0 is data, t = 1 noise.
@@ -42,14 +43,14 @@ run; heads of alignments have names of their own, which SiT's code ignores with
 import sra2_jax as sra
 
 run = sra.load_run("hub:{to}", guidance=1.5)
-images = sra.generate(run.program, run.params, labels=[0, 1, 2])
+images = sra.generate(run.program, run.params, labels={labels})
 ```
 
 `sra2 pull {to} --workdir=runs/{name}` makes a run of it.
 
 ## Data
 
-{source}, {resolution} px, {num_classes} classes, latents of `{vae}`. Its licence:
+{source}, {resolution} px, {conditions}, latents of `{vae}`. Its licence:
 {licence}.
 
 ## Metrics
@@ -110,7 +111,14 @@ def write_card(run: Run, config: Config, to: str, weights: str, licence: str) ->
     texts |= {"steps": config.steps, "batch_size": config.batch_size}
     texts |= {"metrics": metrics if scores else "None were measured."}
     texts |= {"resolution": config.data.resolution, "picture": picture}
-    texts |= {"num_classes": config.data.num_classes, "weights": weights}
+    task = {
+        "task": "unconditional-image-generation", "labels": [0, 1, 2],
+        "conditions": f"{config.data.num_classes} classes",
+    } if not config.text.encoder else {
+        "task": "text-to-image", "labels": ["a photograph of a cat"],
+        "conditions": "captions",
+    }  # fmt: skip
+    texts |= {"weights": weights, **task}
     return CARD.format_map(texts | {"licence": licence})
 
 
@@ -140,12 +148,13 @@ def push(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export_run(workdir, str(folder / WEIGHTS), weights, step, heads=True)
-        vae = Path(config.vae).expanduser()
-        if vae.is_dir():
-            (folder / VAE).mkdir()
-            for path in (*vae.glob("*.json"), *vae.glob("*.safetensors")):
-                shutil.copy(path, folder / VAE)
-            config = config.override({"vae": VAE})
+        for key, part in PARTS.items():
+            own = Path(config.flat()[key]).expanduser()
+            if own != Path() and own.is_dir():
+                (folder / part).mkdir()
+                for path in (*own.glob("*.json"), *own.glob("*.safetensors")):
+                    shutil.copy(path, folder / part)
+                config = config.override({key: part})
         for _, picture in run.sample_grids()[-1:]:
             (folder / SAMPLES).write_bytes(picture.read_bytes())
         config = public(config)

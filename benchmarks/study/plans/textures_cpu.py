@@ -1,10 +1,11 @@
-"""Crops of photographs at 64 px, 64 tokens, a small network, for two CPU cores in an
-hour or two: SiT against SRA 2.
+"""Crops of photographs at 64 px, 64 tokens, a small network, for two CPU cores in a
+night: every method, two with logit-normal times too; guidance at equal passes.
 
 docs/evidence.md says how {data} is made.
 """
 
-from benchmarks.study.methods import SIT, SRA2
+from benchmarks.study.methods import LOGNORMAL, SIT, SRA2, UNIFORM
+from benchmarks.study.plans.drawings_cpu import samplings as samplings
 
 config = "configs/digits.py"
 keys = {
@@ -15,9 +16,11 @@ keys = {
     "align.encoder.width": 128, "run.log_every": 100, "sampling.method": "heun",
     "sampling.steps": 20, "sampling.batch_size": 115, "run.grid_classes": 23,
 }  # fmt: skip
-methods = {"SiT": SIT, "SRA 2": SRA2}
-samplings: dict[str, dict[str, dict[str, float]]] = {}
+methods = UNIFORM | {
+    "SiT, lognormal": SIT | LOGNORMAL,
+    "SRA 2, lognormal": SRA2 | LOGNORMAL,
+}
 baseline = "SiT"
-stages = 500, 1000, 2000, 4000
+stages = 500, 1000, 2000
 seeds = 3
 samples = 690
