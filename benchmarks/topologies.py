@@ -97,7 +97,7 @@ def published(only: str) -> None:
             if not facts["fits"]:
                 cells.append("does not fit")
                 continue
-            hours = (f"{STEPS * s / 3600:.0f}" for s in step_seconds(facts))
+            hours = (f"{STEPS * s / 3600:.2g}" for s in step_seconds(facts))
             cells.append(f"{facts['peak_bytes'] / 1e9:.1f}, {span(*hours)}")
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 

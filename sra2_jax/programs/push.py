@@ -35,8 +35,8 @@ tags: [diffusion-transformer, sit, jax]
 # {name}
 
 {kind}. {network} of {parameters} parameters, {claim}, trained for {step:,} of {steps:,}
-steps of {batch_size} images. The weights are float32 in SiT's names, `{weights}` of the
-run; heads of alignments have names of their own, which SiT's code ignores with
+steps of {batch_size} images. The weights are float32 in {names} names, `{weights}` of
+the run; heads of alignments have names of their own, which that code ignores with
 `strict=False`. t = 0 is data, t = 1 noise.
 {picture}
 ```python
@@ -111,15 +111,15 @@ def write_card(run: Run, config: Config, to: str, weights: str, licence: str) ->
     texts |= {"steps": config.steps, "batch_size": config.batch_size}
     texts |= {"metrics": metrics if scores else "None were measured."}
     texts |= {"resolution": config.data.resolution, "picture": picture}
-    task = {
-        "task": "unconditional-image-generation", "labels": [0, 1, 2],
-        "conditions": f"{config.data.num_classes} classes",
-    } if not config.text.encoder else {
-        "task": "text-to-image", "labels": ["a photograph of a cat"],
-        "conditions": "captions",
-    }  # fmt: skip
-    texts |= {"weights": weights, **task}
-    return CARD.format_map(texts | {"licence": licence})
+    texts |= {"weights": weights, "licence": licence}
+    if config.text.encoder:
+        texts |= {"task": "text-to-image", "conditions": "captions"}
+        texts |= {"labels": ["a photograph of a cat"], "names": "REPA's MMDiT's"}
+    else:
+        classes = f"{config.data.num_classes} classes"
+        texts |= {"task": "unconditional-image-generation", "conditions": classes}
+        texts |= {"labels": [0, 1, 2], "names": "SiT's"}
+    return CARD.format_map(texts)
 
 
 def push(
