@@ -149,8 +149,9 @@ def push(
         folder = Path(name)
         export_run(workdir, str(folder / WEIGHTS), weights, step, heads=True)
         for key, part in PARTS.items():
-            own = Path(config.flat()[key]).expanduser()
-            if own != Path() and own.is_dir():
+            place = config.flat()[key]
+            own = Path(place).expanduser()
+            if place and own.is_dir():
                 (folder / part).mkdir()
                 for path in (*own.glob("*.json"), *own.glob("*.safetensors")):
                     shutil.copy(path, folder / part)

@@ -4,7 +4,7 @@ night: every method, two with logit-normal times too; guidance at equal passes.
 docs/evidence.md says how {data} is made.
 """
 
-from benchmarks.study.methods import LOGNORMAL, SIT, SRA2, UNIFORM
+from benchmarks.study.methods import ALL, UNIFORM
 from benchmarks.study.plans.drawings_cpu import samplings as samplings
 
 config = "configs/digits.py"
@@ -16,10 +16,7 @@ keys = {
     "align.encoder.width": 128, "run.log_every": 100, "sampling.method": "heun",
     "sampling.steps": 20, "sampling.batch_size": 115, "run.grid_classes": 23,
 }  # fmt: skip
-methods = UNIFORM | {
-    "SiT, lognormal": SIT | LOGNORMAL,
-    "SRA 2, lognormal": SRA2 | LOGNORMAL,
-}
+methods = {k: ALL[k] for k in (*UNIFORM, "SiT, lognormal", "SRA 2, lognormal")}
 baseline = "SiT"
 stages = 500, 1000, 2000
 seeds = 3
