@@ -105,6 +105,8 @@ STEPS = {
         (f"sra2 512 px: batch_size={{px512}} {PLAIN}",),
     ),
     "sizes": Step("E", 300, f"{SIZES} --batch_size={{n}} {FLAGS}"),
+    # Would a study's seeds train faster in one program?
+    "seeds": Step("E", 120, f"benchmarks.gpu.seeds {{study}} {FLAGS}"),
 }
 FULL = {
     "XL": "--config=configs/sra2_xl.py",
@@ -122,6 +124,8 @@ FULL = {
     "sampling": "--config.sampling.steps=50",
     "encoding": "--batch_sizes=32,128",
     "sizes": "--sizes=S,B,L",
+    "study": "--config=configs/sra2_s.py --config.data.resolution=64 "
+    "--config.latents.size=16",
 }
 CARDS = {
     "h200": {},
@@ -144,6 +148,7 @@ SMOKE = {
     "sampling": "--config.sampling.steps=4",
     "encoding": "--batch_sizes=1 --batches=1 --resolution=32 --channels=32,32,32,32",
     "sizes": TINY,
+    "study": f"{TINY} --rounds=1",
 }
 
 

@@ -17,13 +17,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 import numpy as np
 
 from benchmarks.study import report
 from benchmarks.study.judge import Judge
-from benchmarks.study.methods import Keys
+from benchmarks.study.methods import HEADS, Keys
 from sra2_jax import config_file
+from sra2_jax.alignment import ALIGNMENTS
 from sra2_jax.command import Parser, run_program
 from sra2_jax.config import Config
 from sra2_jax.errors import UserError, explained
@@ -74,7 +76,13 @@ class Plan:
         """The config of a run up to a stage."""
         changes = QUIET | self.keys | self.methods[method]
         changes |= {"seed": seed, "steps": steps, "name": "study"}
+        changes.pop("head", None)
         return config_file.load(self.config).override(changes)
+
+    def heads(self, method: str) -> Any:
+        """A context in which SRA 2 has the method's head."""
+        own = self.methods[method].get("head")
+        return patch.dict(ALIGNMENTS, {"vae": HEADS[own]} if own else {})
 
     def runs(self, seeds: Iterable[int]) -> Iterator[tuple[int, int, str, str]]:
         """(step, seed, method, sampling or nothing), in the order of work."""
@@ -122,12 +130,13 @@ def study(
             return False
         config = plan.settings(method, seed, step)
         workdir = report.features(out, method, seed, step).parent
-        if not Run(workdir).finished(step):
-            train(config, str(workdir))
         row = {"step": step, "seed": seed, "method": title}
         changes = plan.samplings[method][sampling] if sampling else {}
         file = report.features(out, method, seed, step, sampling)
-        row |= score(file, judge, plan.samples, changes)
+        with plan.heads(method):
+            if not Run(workdir).finished(step):
+                train(config, str(workdir))
+            row |= score(file, judge, plan.samples, changes)
         with path.open("a") as rows:
             rows.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)

@@ -1,6 +1,7 @@
 """Table and curves of a study, with the spread of seeds and paired differences."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def read(path: Path) -> Rows:
 def differences(
     features: dict[str, list[np.ndarray]], baseline: str, held_out: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """95% intervals of each method's Fréchet distance less the baseline's.
+    """95% intervals of each method's Fréchet distance less that of `partner`.
 
     features: method -> (N, D) of each seed's samples. A draw takes seeds and samples,
     with replacement, the same of both methods: they have noise and labels in common.
@@ -41,15 +42,22 @@ def differences(
             for name, sets in features.items()
         }
         for name, mean in means.items():
-            found[name].append(float(mean - means[baseline]))
+            found[name].append(float(mean - means[partner(name, baseline, means)]))
     ends = {n: np.quantile(values, (0.025, 0.975)) for n, values in found.items()}
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def partner(method: str, baseline: str, methods: Collection[str]) -> str:
+    """What a method is held against: the baseline with the same change, if there is
+    one, as "SiT, narrow" for "SRA 2, narrow", or the baseline."""
+    changed = f"{baseline},{method.partition(',')[2]}"
+    return changed if changed in methods and changed != method else baseline
 
 
 def table(plan: Any, rows: Rows, step: int, intervals: dict[str, Any]) -> str:
     """Markdown: means at a step over the seeds, and their range."""
     metrics = [k for k in rows[0] if k not in ("step", "seed", "method", "flops")]
-    head = ["method", *metrics, "own fd less the baseline's (95%)"]
+    head = ["method", *metrics, f"own fd less {plan.baseline}'s (95%)"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method in dict.fromkeys(r["method"] for r in rows if r["step"] == step):
         own = [r for r in rows if r["method"] == method and r["step"] == step]

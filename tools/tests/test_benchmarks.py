@@ -154,6 +154,15 @@ def test_steps_of_the_session(sizes, tmp_path):
             assert config.override(dict(words))
 
 
+def test_runs_in_one_program(small, benchmark):
+    words = f"--config={small}", "--runs=2", "--rounds=1", "--steps=1"
+    text, written = benchmark("gpu.seeds", *words)
+    assert "2 runs in one program" in text
+    (row,) = json.loads(written)["cases"]
+    seconds = {name: spread["p50"] for name, spread in row["seconds"].items()}
+    assert row["ratio"][0] == pytest.approx(seconds["all"] / (2 * seconds["one"]))
+
+
 def test_variants(small, benchmark):
     words = [f"--config={small}", "--rounds=1", "--steps=1"]
     words += ["four: batch_size=4 align.vae.enabled=false"]

@@ -154,7 +154,7 @@ PLAN = """
 config = "{config}"
 keys = {{"data.dir": "{latents}", "sampling.steps": 2, "sampling.batch_size": 8,
     "model.depth": 1, "run.grid_classes": 1, {depths}}}
-methods = {{"SiT": {{"align.vae.enabled": False}}, "SRA 2": {{}}}}
+methods = {{"SiT": {{"align.vae.enabled": False}}, "SRA 2": {{"head": "convolution"}}}}
 samplings = {{"SRA 2": {{"head": {{"sampling.head_guidance": 1.5}}}}}}
 baseline, stages, seeds, samples = "SiT", (1,), 1, 16
 """
@@ -179,7 +179,10 @@ def test_a_study_stops_and_goes_on(
     assert "finished" in capsys.readouterr().out
     rows = report.read(out / "scores.jsonl")
     assert [row["method"] for row in rows] == ["SiT", "SRA 2", "SRA 2, head"]
-    assert rows[1]["flops"] > rows[0]["flops"]
+    # Of the head, forward and twice back: a 3x3 convolution to the latent's numbers.
+    macs = 9 * tiny.model.width * tiny.latents.size**2 * tiny.latents.channels
+    extra = 3 * 2 * macs * tiny.batch_size
+    assert rows[1]["flops"] - rows[0]["flops"] == pytest.approx(extra)
     assert rows[1]["fd own"] != rows[2]["fd own"]
     table = (out / "study.md").read_text()
     assert f"| SRA 2 | {rows[1]['fd own']:.4g} (" in table
@@ -189,6 +192,29 @@ def test_a_study_stops_and_goes_on(
     plan.write_text(plan.read_text().replace("16", "17"))
     with one_line("is of another plan"):
         program(monkeypatch, study.main, *words)
+
+
+@pytest.mark.parametrize("path", [*study.PLANS.glob("[a-z]*.py")], ids=lambda p: p.stem)
+def test_no_method_of_a_plan_is_another(path, tmp_path):
+    plan = study.Plan.read(path.stem, tmp_path)
+    runs = {
+        method: (plan.settings(method, 0, plan.stages[-1]), keys.get("head"))
+        for method, keys in plan.methods.items()
+    }
+    assert len(set(map(repr, runs.values()))) == len(runs)
+    assert plan.baseline in runs
+    assert set(plan.samplings) <= set(runs)
+
+
+def test_a_method_with_a_change_is_held_against_the_baseline_with_it():
+    """Two methods whose samples are the same differ by nothing."""
+    draw = np.random.default_rng(0)
+    real, *sets = (draw.normal(i, 1, (40, 2)) for i in range(5))
+    plain, changed = sets[:2], sets[2:]
+    features = {"SiT": plain, "SRA 2": plain, "SiT, x": changed, "SRA 2, x": changed}
+    found = report.differences(features, "SiT", real)
+    assert found["SRA 2"] == found["SRA 2, x"] == (0, 0)
+    assert 4 < found["SiT, x"][0] < found["SiT, x"][1]
 
 
 def test_all_have_equal_progress():

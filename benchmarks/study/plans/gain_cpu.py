@@ -1,0 +1,20 @@
+"""Where SRA 2's gain over SiT begins, and what beats it, for two CPU cores in a night.
+
+Data as of textures_cpu, of which it is the first 1,000 steps.
+"""
+
+from benchmarks.study.methods import Keys, one_by_one
+from benchmarks.study.plans import textures_cpu
+
+config, keys = textures_cpu.config, textures_cpu.keys
+stages = (1000,)
+networks = {
+    "narrow": {"model.width": 48, "model.heads": 2},
+    "shallow": {"model.depth": 3, "align.teacher.teacher_depth": 3},
+    "16 tokens": {"model.patch_size": 4},
+}
+methods = one_by_one(networks, (1, 4), stages[-1])
+samplings: dict[str, dict[str, Keys]] = {}
+baseline = "SiT"
+seeds = 3
+samples = 690
