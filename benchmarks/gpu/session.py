@@ -3,10 +3,12 @@
     python -m benchmarks.gpu.session B A C --out=results [--budget=570] [--dry_run]
 
 A: golden files, numerics, a quickstart run, SiT-B/2. B: SiT-XL/2, methods and memory.
-C: PyTorch on the same card. D: sampling, encoding, kernels of a step. E: 512 px and
-other sizes. Each step is a command of its own, whose text and JSON go to the folder at
-once. One that fails, takes longer than its limit or finds too little left of the
-budget does not stop the others. --smoke shrinks every step, to try them on a CPU.
+C: PyTorch on the same card. D: sampling, encoding, kernels of a step, 512 px and other
+sizes. E: the study's images, networks and plans (docs/evidence.md); `study`, then
+`gain`, named alone go on where they were. Each step is a command of its own, whose text
+and JSON go to the folder at once. One that fails, takes longer than its limit or finds
+too little left of the budget does not stop the others. --smoke shrinks every step, to
+try them on a CPU.
 """
 
 import importlib.util
@@ -25,7 +27,8 @@ from sra2_jax.errors import UserError
 
 # cuBLAS alone: Triton's products are hundreds of kernels to compile and to time.
 FAST = "--xla_gpu_enable_triton_gemm=false"
-UNGRAPHED = f"{FAST} --xla_gpu_enable_command_buffer="  # a profile names its kernels
+# A profile names its kernels; of trainings beside each other graphs ended some.
+UNGRAPHED = f"{FAST} --xla_gpu_enable_command_buffer="
 LEFT = 20  # seconds, under which no step is begun
 OFF = "align.vae.enabled=false"
 REPA = f"{OFF} align.encoder.enabled=true align.encoder.source=features"
@@ -46,12 +49,20 @@ class Step:
     json: bool = True
 
 
+def plan(name: str) -> tuple[str, ...]:
+    """The study's processes, one for each seed."""
+    words = f"benchmarks.study {name} --data={{data}} --out={{out}}/{name}"
+    return tuple(f"{words} --budget={{left}} --seed={seed}" for seed in range(3))
+
+
 # {XL}, {B}: configs; {n}, {half}, {large}: batches of XL; {rounds}.
 VARIANTS = "benchmarks.gpu.variants {XL} --rounds={rounds} --threads=6 --seconds=410"
 SMALL = "benchmarks.gpu.variants {B} --rounds={rounds}"
 SIZES = "benchmarks.train_step {sizes} --rounds={rounds}"
 PEER = "benchmarks.peer --rounds={rounds}"  # three processes share the memory
 SAMPLING = "benchmarks.sampling {XL} --batch_size={half} --rounds=1 {sampling}"
+IMAGES = "{data}/train --held_out={data}/test --out={data}"
+LENGTH = "--steps={length}"
 KERNELS = "benchmarks.gpu.kernels {XL} --batch_size={n}"
 STEPS = {
     "xl": Step(
@@ -99,14 +110,41 @@ STEPS = {
     "encoding": Step("D", 100, "benchmarks.encoding {encoding}"),
     "kernels": Step("D", 150, f"{KERNELS} {FLAGS}", xla=UNGRAPHED),
     "xl_512": Step(
-        "E",
+        "D",
         300,
         "benchmarks.gpu.variants {XL512} --rounds={rounds}",
         (f"sra2 512 px: batch_size={{px512}} {PLAIN}",),
     ),
-    "sizes": Step("E", 300, f"{SIZES} --batch_size={{n}} {FLAGS}"),
+    "sizes": Step("D", 300, f"{SIZES} --batch_size={{n}} {FLAGS}"),
     # Would a study's seeds train faster in one program?
-    "seeds": Step("E", 120, f"benchmarks.gpu.seeds {{study}} {FLAGS}"),
+    "seeds": Step("D", 120, f"benchmarks.gpu.seeds {{S}} {FLAGS}"),
+    "images": Step(
+        "E",
+        200,
+        "benchmarks.study.data textures --out={data} --packages={packages} {crops}",
+        json=False,
+    ),
+    "networks": Step(
+        "E",
+        400,
+        "benchmarks.gpu.beside",
+        (
+            f"tools.train_vae {IMAGES}/vae --widths=32,64,128 --batch_size=64 {LENGTH}",
+            f"tools.train_encoder {IMAGES}/encoder {LENGTH}",
+            f"tools.train_encoder {IMAGES}/judge --seed=1 {LENGTH}",
+        ),
+        json=False,
+    ),
+    "latents": Step(
+        "E",
+        120,
+        "sra2_jax encode --images={data}/train --out={data}/latents --vae={data}/vae "
+        "--resolution=64 --statistics=computed --mirror --encoder={data}/encoder "
+        "--grid=8",
+        json=False,
+    ),
+    "study": Step("E", 560, "benchmarks.gpu.beside", plan("{plan}"), UNGRAPHED, False),
+    "gain": Step("E", 560, "benchmarks.gpu.beside", plan("{gain}"), UNGRAPHED, False),
 }
 FULL = {
     "XL": "--config=configs/sra2_xl.py",
@@ -124,8 +162,13 @@ FULL = {
     "sampling": "--config.sampling.steps=50",
     "encoding": "--batch_sizes=32,128",
     "sizes": "--sizes=S,B,L",
-    "study": "--config=configs/sra2_s.py --config.data.resolution=64 "
+    "S": "--config=configs/sra2_s.py --config.data.resolution=64 "
     "--config.latents.size=16",
+    "packages": "runs/study/photographs",
+    "crops": "",
+    "length": "3000",
+    "plan": "textures_gpu",
+    "gain": "gain_gpu",
 }
 CARDS = {
     "h200": {},
@@ -148,14 +191,26 @@ SMOKE = {
     "sampling": "--config.sampling.steps=4",
     "encoding": "--batch_sizes=1 --batches=1 --resolution=32 --channels=32,32,32,32",
     "sizes": TINY,
-    "study": f"{TINY} --rounds=1",
+    "S": f"{TINY} --rounds=1",
+    "packages": "runs/study/photographs",
+    "crops": "--crops=24",
+    "length": "20",
+    "plan": "smoke",
+    "gain": "smoke",
 }
 
 
-def command(name: str, values: dict[str, str], out: Path) -> list[str]:
-    """The words of a step."""
+def command(name: str, values: dict[str, str], out: Path, left: float) -> list[str]:
+    """The words of a step, which may take `left` seconds."""
     step = STEPS[name]
-    words = step.words.format_map(values | {"out": str(out)}).split()
+    # What stops by itself keeps some seconds to write down what it found.
+    budget = min(left, step.limit) - 60
+    values = values | {
+        "out": str(out),
+        "data": str(out / "data"),
+        "left": f"{budget:.0f}",
+    }
+    words = step.words.format_map(values).split()
     words += [text.format_map(values) for text in step.variants]
     words += [f"--json={out / name}.json"] if step.json else []
     return [sys.executable, "-m", *words]
@@ -222,8 +277,8 @@ def main() -> int:
     if not arguments.dry_run:
         out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
-        words = command(name, values, out)
         left = arguments.budget - (time.perf_counter() - began)
+        words = command(name, values, out, left)
         if arguments.dry_run:
             print(shlex.join(words))
         elif left < LEFT:

@@ -2,10 +2,12 @@
 
     python -m benchmarks.study.data drawings --out=runs/study/drawings
     python -m benchmarks.study.data textures --out=runs/study/textures
+    python -m benchmarks.study.data photographs --out=runs/study/photographs
 
 Leaves OUT/train and OUT/test, a sub-folder of PNGs for each class, contact.png and the
-packages' licences. Packages come from `apt-get download`, or lie as .deb files in
---packages; dpkg-deb unpacks them. The same packages give the same files.
+packages' licences. Packages come from `apt-get download`, or lie in --packages as .deb
+files, which dpkg-deb unpacks, or as folders. The same packages give the same files.
+photographs: the 21 MB of the packages that textures needs, as folders, to carry along.
 
 drawings: figures of openclipart and tuxpaint that have colour, cut out, on white; every
 eighth is held out. textures: square crops of the photographs below, at several scales;
@@ -66,16 +68,15 @@ PHOTOGRAPHS = [
 ]
 LARGEST = 2**23  # pixels; a few are a hundred million
 COLOUR = 0.12  # mean saturation of what is not white, at least
-CROPS = 1000  # of a photograph, an eighth of them held out
 SCALES = 1.0, 4.0  # pixels of the photograph to one of a crop of 128
 FLAT = 4.0  # of 255; crops of a smaller deviation are left out
 
 
 def unpacked(package: str, packages: Path | None, cache: Path) -> Path:
     """The folder of a package's files. Raises UserError: there is none."""
-    folder = cache / package
-    if folder.exists():
-        return folder
+    for folder in (cache / package, (packages or cache) / package):
+        if folder.exists():
+            return folder
     with explained(f"{package}: not to be had", "apt-get update, or see --packages"):
         if packages is None:
             command = ["apt-get", "download", "-q", package]
@@ -83,8 +84,7 @@ def unpacked(package: str, packages: Path | None, cache: Path) -> Path:
         (deb,) = (packages or cache).glob(f"{package}_*.deb")
         part = cache / f"{package}.part"
         subprocess.run(["dpkg-deb", "-x", deb, part], check=True, capture_output=True)
-        part.rename(folder)
-    return folder
+        return part.rename(cache / package)
 
 
 def figure(path: Path, side: int) -> Image.Image | None:
@@ -130,23 +130,27 @@ def drawings(folder_of: dict[str, Path], side: int) -> Iterator[tuple]:
                 seen.add(small.tobytes())
 
 
-def textures(folder_of: dict[str, Path], side: int) -> Iterator[tuple]:
-    """(class, whether held out, image) of crops of all photographs."""
-    for number, (package, root, part) in enumerate(PHOTOGRAPHS):
+def photographs(folder_of: dict[str, Path]) -> Iterator[tuple[str, Path]]:
+    """(class, file), of several sizes the largest."""
+    for package, root, part in PHOTOGRAPHS:
         path = folder_of[package] / root / part
         if path.is_dir():
             kept = [p for p in path.iterdir() if not p.is_symlink()]
-            path = max(kept, key=lambda p: p.stat().st_size)
-            name = path.parents[2].name
+            yield path.parents[1].name, max(kept, key=lambda p: p.stat().st_size)
         else:
-            name = path.stem
+            yield path.stem, path
+
+
+def textures(folder_of: dict[str, Path], side: int, crops: int) -> Iterator[tuple]:
+    """(class, whether held out, image) of crops of all photographs, as many of each."""
+    for number, (name, path) in enumerate(photographs(folder_of)):
         with Image.open(path) as file:
             photograph = file.convert("RGB")
         draw = np.random.default_rng(number)
         width, height = photograph.width // 4, photograph.height // 2
         held_out = int(draw.integers(8))
         fields = [f for f in range(8) if f != held_out]
-        for i in range(CROPS):
+        for i in range(crops):
             field = held_out if i % 8 == 7 else int(draw.choice(fields))
             for _ in range(20):  # a crop that is not flat
                 size = 128 * np.exp(draw.uniform(*np.log(SCALES)))
@@ -163,47 +167,72 @@ def textures(folder_of: dict[str, Path], side: int) -> Iterator[tuple]:
             yield name, i % 8 == 7, crop
 
 
-KINDS = {"drawings": drawings, "textures": textures}
+def carried(folder_of: dict[str, Path], out: Path) -> str:
+    """Copies the photographs and licences, laid out as in the packages."""
+    files = [path for _, path in photographs(folder_of)]
+    files += [licence(folder, package) for package, folder in folder_of.items()]
+    for package, folder in folder_of.items():
+        for path in files:
+            if path.is_relative_to(folder):
+                target = out / package / path.relative_to(folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+    return f"{len(files)} files"
+
+
+def licence(folder: Path, package: str) -> Path:
+    return folder / "usr/share/doc" / package / "copyright"
+
+
+def images(found: Iterator[tuple], out: Path) -> str:
+    """Writes (class, whether held out, image)."""
+    shown: dict[str, list[np.ndarray]] = {}
+    counts = {"train": 0, "test": 0}
+    for name, held_out, image in tqdm(found, mininterval=5, unit="image"):
+        split = "test" if held_out else "train"
+        folder = out / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{counts[split]:06d}.png")
+        counts[split] += 1
+        if len(shown.setdefault(name, [])) < 16:
+            shown[name].append(np.asarray(image))
+    rows = np.stack([x for some in shown.values() for x in some])
+    Image.fromarray(grid(rows, 16)).save(out / "contact.png")
+    return f"{counts['train']} images, {counts['test']} held out, {len(shown)} classes"
 
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("kind", choices=KINDS)
+    add("kind", choices=("drawings", "textures", "photographs"))
     add("--out", type=Path, required=True, metavar="FOLDER", help="new folder")
     add("--resolution", type=int, default=64, help="pixels a side (%(default)s)")
-    add("--packages", type=Path, metavar="FOLDER", help="of .deb files there already")
+    add("--crops", type=int, default=1000, help="of a photograph (%(default)s)")
+    add("--packages", type=Path, metavar="FOLDER", help="of packages there already")
     a = parser.parse_args()
     if a.out.exists():
         raise UserError(f"{a.out}: exists already: remove it or use another --out")
     sources = [s for part in DRAWINGS.values() for s in part]
     sources = sources if a.kind == "drawings" else PHOTOGRAPHS
     packages = sorted({package for package, *_ in sources})
-    make = KINDS[a.kind]
-    shown: dict[str, list[np.ndarray]] = {}
     part = a.out.with_name(f".{a.out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     with tempfile.TemporaryDirectory() as cache:
         folder_of = {p: unpacked(p, a.packages, Path(cache)) for p in packages}
-        for package, folder in folder_of.items():
-            (part / "licences").mkdir(parents=True, exist_ok=True)
-            copyright = folder / "usr/share/doc" / package / "copyright"
-            shutil.copy(copyright, part / "licences" / f"{package}.txt")
-        counts = {"train": 0, "test": 0}
-        images = tqdm(make(folder_of, a.resolution), mininterval=5, unit="image")
-        for name, held_out, image in images:
-            split = "test" if held_out else "train"
-            folder = part / split / name
-            folder.mkdir(parents=True, exist_ok=True)
-            image.save(folder / f"{counts[split]:06d}.png")
-            counts[split] += 1
-            if len(shown.setdefault(name, [])) < 16:
-                shown[name].append(np.asarray(image))
-    rows = np.stack([x for images in shown.values() for x in images])
-    Image.fromarray(grid(rows, 16)).save(part / "contact.png")
+        if a.kind == "photographs":
+            said = carried(folder_of, part)
+        else:
+            (part / "licences").mkdir(parents=True)
+            for package, folder in folder_of.items():
+                target = part / "licences" / f"{package}.txt"
+                shutil.copy(licence(folder, package), target)
+            if a.kind == "drawings":
+                found = drawings(folder_of, a.resolution)
+            else:
+                found = textures(folder_of, a.resolution, a.crops)
+            said = images(found, part)
     part.rename(a.out)
-    classes = len(shown)
-    print(f"{a.out}: {counts['train']} images, {counts['test']} held out, {classes=}")
+    print(f"{a.out}: {said}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,6 @@ def test_drawings(tmp_path, monkeypatch):
 def test_held_out_crops_lie_in_a_field_of_their_own(tmp_path, monkeypatch):
     """A photograph whose fields have a colour each: none is in both parts."""
     monkeypatch.setattr(data, "PHOTOGRAPHS", [("package", "root", "a.png")])
-    monkeypatch.setattr(data, "CROPS", 80)
     folder = tmp_path / "package" / "root"
     folder.mkdir(parents=True)
     picture = np.random.default_rng(0).integers(0, 30, (400, 800, 3), np.uint8)
@@ -83,7 +82,14 @@ def test_held_out_crops_lie_in_a_field_of_their_own(tmp_path, monkeypatch):
     Image.fromarray(picture + 25 * fields[..., None].astype(np.uint8)).save(
         folder / "a.png"
     )
-    crops = list(data.textures({"package": tmp_path / "package"}, 32))
+    licence = tmp_path / "package/usr/share/doc/package/copyright"
+    licence.parent.mkdir(parents=True)
+    licence.write_text("free")
+    carried = tmp_path / "carried"
+    words = f"--out={carried}", f"--packages={tmp_path}"
+    program(monkeypatch, data.main, "photographs", *words)
+    assert (carried / "package" / licence.relative_to(tmp_path / "package")).exists()
+    crops = list(data.textures({"package": carried / "package"}, 32, 80))
     assert len(crops) == 80
     seen = {True: set(), False: set()}
     for _, held_out, crop in crops:

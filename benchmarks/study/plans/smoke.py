@@ -1,0 +1,17 @@
+"""A few steps of textures_gpu with a tiny network, to see it work: no evidence."""
+
+from benchmarks.study.methods import ALL
+from benchmarks.study.plans import textures_gpu
+from benchmarks.study.plans.drawings_cpu import samplings as samplings
+
+config = textures_gpu.config
+keys = textures_gpu.keys | {
+    "model.width": 64, "model.depth": 2, "model.heads": 2, "batch_size": 8,
+    "align.vae.depth": 1, "align.encoder.depth": 1, "align.teacher.teacher_depth": 2,
+    "sampling.steps": 2, "sampling.batch_size": 46,
+}  # fmt: skip
+methods = {name: ALL[name] for name in ("SiT", "SRA 2", "REPA, lognormal")}
+baseline = "SiT"
+stages = 2, 4
+seeds = 2
+samples = 138
