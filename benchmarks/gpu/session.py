@@ -62,7 +62,6 @@ SIZES = "benchmarks.train_step {sizes} --rounds={rounds}"
 PEER = "benchmarks.peer --rounds={rounds}"  # three processes share the memory
 SAMPLING = "benchmarks.sampling {XL} --batch_size={half} --rounds=1 {sampling}"
 IMAGES = "{data}/train --held_out={data}/test --out={data}"
-LENGTH = "--steps={length}"
 KERNELS = "benchmarks.gpu.kernels {XL} --batch_size={n}"
 STEPS = {
     "xl": Step(
@@ -129,9 +128,9 @@ STEPS = {
         400,
         "benchmarks.gpu.beside",
         (
-            f"tools.train_vae {IMAGES}/vae --widths=32,64,128 --batch_size=64 {LENGTH}",
-            f"tools.train_encoder {IMAGES}/encoder {LENGTH}",
-            f"tools.train_encoder {IMAGES}/judge --seed=1 {LENGTH}",
+            f"tools.train_vae {IMAGES}/vae {{vae}}",
+            f"tools.train_encoder {IMAGES}/encoder {{encoder}}",
+            f"tools.train_encoder {IMAGES}/judge --seed=1 {{encoder}}",
         ),
         json=False,
     ),
@@ -166,7 +165,8 @@ FULL = {
     "--config.latents.size=16",
     "packages": "runs/study/photographs",
     "crops": "",
-    "length": "3000",
+    "vae": "--widths=32,64,128 --batch_size=64 --steps=3000",
+    "encoder": "--steps=3000",
     "plan": "textures_gpu",
     "gain": "gain_gpu",
 }
@@ -194,7 +194,8 @@ SMOKE = {
     "S": f"{TINY} --rounds=1",
     "packages": "runs/study/photographs",
     "crops": "--crops=24",
-    "length": "20",
+    "vae": "--widths=8,8,8 --batch_size=2 --steps=2",
+    "encoder": "--batch_size=4 --steps=2",
     "plan": "smoke",
     "gain": "smoke",
 }
