@@ -2,7 +2,6 @@
 
 from benchmarks.study.methods import ALL
 from benchmarks.study.plans import textures_gpu
-from benchmarks.study.plans.drawings_cpu import samplings as samplings
 
 config = textures_gpu.config
 keys = textures_gpu.keys | {
@@ -11,7 +10,8 @@ keys = textures_gpu.keys | {
     "sampling.steps": 2, "sampling.batch_size": 46,
 }  # fmt: skip
 methods = {name: ALL[name] for name in ("SiT", "SRA 2", "REPA, lognormal")}
+samplings = {"SRA 2": {"head 1.4": {"sampling.head_guidance": 1.4}}}
 baseline = "SiT"
 stages = 2, 4
-seeds = 2
+seeds = 3
 samples = 138
