@@ -16,8 +16,8 @@ networks = {
 # What hardly differs from others is for a GPU.
 dropped = "lambda 0.3", "head of 1", "l1", "cosine"
 methods = {
-    name: keys
-    for name, keys in one_by_one(networks, (4,), stages[-1]).items()
+    name: changes
+    for name, changes in one_by_one(networks, (4,), stages[-1]).items()
     if name.partition(", ")[2] not in dropped
 }
 samplings: dict[str, dict[str, Keys]] = {}
