@@ -61,10 +61,14 @@ def distance_to(held_out: np.ndarray) -> Callable[[np.ndarray], float]:
 
 
 def partner(method: str, baseline: str, methods: Collection[str]) -> str:
-    """What a method is held against: the baseline with the same change, if there is
-    one, as "SiT, narrow" for "SRA 2, narrow", or the baseline."""
-    changed = f"{baseline},{method.partition(',')[2]}"
-    return changed if changed in methods and changed != method else baseline
+    """What a method is held against: the baseline with the most of its first changes,
+    as "SiT, lognormal" for "SRA 2, lognormal, mean", or the baseline."""
+    changes = method.split(", ")[1:]
+    for end in range(len(changes), 0, -1):
+        changed = ", ".join([baseline, *changes[:end]])
+        if changed in methods and changed != method:
+            return changed
+    return baseline
 
 
 def table(plan: Any, rows: Rows, step: int, intervals: dict[str, Any]) -> str:
