@@ -1,10 +1,10 @@
 """Crops of photographs at 64 px, 64 tokens, a small network, for two CPU cores in a
-night: every method, two with logit-normal times too; guidance at equal passes.
+night: every method, uniform and logit-normal times; guidance at equal passes.
 
 docs/evidence.md says how {data} is made.
 """
 
-from benchmarks.study.methods import ALL, UNIFORM
+from benchmarks.study.methods import ALL
 from benchmarks.study.plans.drawings_cpu import samplings as samplings
 
 config = "configs/digits.py"
@@ -16,7 +16,7 @@ keys = {
     "align.encoder.width": 128, "run.log_every": 100, "sampling.method": "heun",
     "sampling.steps": 20, "sampling.batch_size": 115, "run.grid_classes": 23,
 }  # fmt: skip
-methods = {k: ALL[k] for k in (*UNIFORM, "SiT, lognormal", "SRA 2, lognormal")}
+methods = ALL
 baseline = "SiT"
 stages = 500, 1000, 2000
 seeds = 3
